@@ -11,7 +11,8 @@
     │   └── LaunchError           ranks that cannot be started
     ├── TrainingError             exit code 1: a failure after training began
     │   ├── DivergedError         a loss that is no number
-    │   └── StorageError          a record or checkpoint that cannot be written
+    │   ├── StorageError          a record or checkpoint that cannot be written
+    │   └── RankLost              another rank has ended while this one waited for it
     └── Interrupted               exit code 130: somebody asked the run to stop
 
 Each message is one line: what was given, what was expected, what to do. Errors of libraries are
@@ -66,6 +67,10 @@ class DivergedError(TrainingError):
 
 class StorageError(TrainingError):
     """A record or a checkpoint could not be written."""
+
+
+class RankLost(TrainingError):
+    """Another rank has ended while this one waited for it."""
 
 
 class Interrupted(RankwiseError):

@@ -1,0 +1,5 @@
+"""``python -m rankwise``: the command line."""
+
+from rankwise.cli import main
+
+main()

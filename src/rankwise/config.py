@@ -1,0 +1,167 @@
+"""The frozen, validated configuration of a run.
+
+Every option of ``rankwise train`` is a field here, with its default, unit and range; the command
+line, TOML files, presets, the record and a user's script all speak in these names. A field alone
+is checked when the object is made. What several fields say together is checked by `resolve`, once
+all layers (preset, file, stored run, command line) lie on top of each other.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+
+from rankwise.errors import ConfigError, unknown_name
+
+PRESETS = Path(__file__).parent / "presets"
+
+_PathAsText = Annotated[Path, PlainSerializer(str, return_type=str)]
+
+
+class TrainConfig(BaseModel):
+    """One training run. The defaults are the paper's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    ranks: int = Field(1, ge=1, description="MPI processes in all, a master included.")
+    dataset: str = Field(
+        "cifar10",
+        description="Images to train on: digits, cifar10, cifar100, synthetic:N, folder:PATH, module:function.",
+    )
+    data_dir: _PathAsText | None = Field(
+        None, description="Archive or folder that holds the dataset; otherwise it is downloaded to the cache."
+    )
+    cache_dir: _PathAsText | None = Field(
+        None, description="Where decoded images are kept; otherwise the user's cache folder."
+    )
+    model: str = Field(
+        "paper-cnn", description="Network: paper-cnn, mlp, resnet9, resnet18, or module:callable."
+    )
+    strategy: str | None = Field(
+        None,
+        description="How ranks keep in step: single, replication, parameter-averaging. "
+        "By default single on one rank, else parameter-averaging.",
+    )
+    topology: Literal["master", "allreduce"] | None = Field(
+        None,
+        description="master: rank 0 averages and evaluates and does not train; allreduce: all ranks train. "
+        "By default the strategy's own, master for averaging.",
+    )
+    shards: str = Field(
+        "redealt",
+        description="How the training set is dealt to workers: redealt each epoch, fixed for the run, "
+        "or dirichlet:ALPHA for uneven classes.",
+    )
+    batch_size: int = Field(16, ge=1, description="Samples per worker and step.")
+    epochs: int = Field(25, ge=1, description="Passes over the training set.")
+    lr: float = Field(0.001, gt=0, description="Learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")
+    nesterov: bool = Field(False, description="Nesterov's form of the momentum.")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty (AdamW: decoupled decay).")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="Optimiser of each worker.")
+    optimizer_state: Literal["keep", "average", "reset"] = Field(
+        "keep", description="What a synchronisation does to the optimiser's state, e.g. its momentum."
+    )
+    sync_every: int | Literal["epoch"] | None = Field(
+        None, description="Steps between synchronisations, or epoch. By default the strategy's own."
+    )
+    flip: bool = Field(False, description="Mirror training images at random.")
+    crop_padding: int = Field(0, ge=0, le=64, description="Pad training images by this many pixels and crop.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
+    threads: int | Literal["auto", "all"] = Field(
+        "auto",
+        description="Arithmetic threads a rank: auto shares the allowed cores among the ranks of a host; "
+        "all gives every rank every core.",
+    )
+    train_limit: int | None = Field(None, ge=1, description="Use this many training samples at most.")
+    val_limit: int | None = Field(None, ge=1, description="Use this many validation samples at most.")
+    validation_split: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Validate on this fraction of the training set (which then does not train), "
+        "not on the test set.",
+    )
+    target_accuracy: float | None = Field(
+        None, gt=0, le=1, description="Stop after the epoch that reaches this validation accuracy (fraction)."
+    )
+    checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints.")
+    checkpoint_keep: int = Field(2, ge=2, description="Checkpoints kept, the newest ones.")
+    out: _PathAsText | None = Field(None, description="Run folder; otherwise runs/<time>-<name>.")
+
+    def __init__(self, **values: Any) -> None:
+        """Raises ConfigError, one line, for an unknown name or a value out of range."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+
+    @property
+    def has_master(self) -> bool:
+        """Whether rank 0 averages and evaluates instead of training."""
+        return self.topology == "master"
+
+    @property
+    def workers(self) -> int:
+        """Ranks that train."""
+        return self.ranks - 1 if self.has_master else self.ranks
+
+    def given(self) -> dict[str, Any]:
+        """Only what was set on purpose, not the defaults."""
+        return self.model_dump(include=self.model_fields_set)
+
+    def over(self, *layers: dict[str, Any]) -> TrainConfig:
+        """This configuration on top of others: what was given here wins, then earlier layers."""
+        merged: dict[str, Any] = {}
+        for layer in reversed(layers):
+            merged.update(layer)
+        return TrainConfig(**{**merged, **self.given()})
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one line: the option, what was given, what was expected."""
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else "configuration"
+    if first["type"] == "extra_forbidden":
+        return unknown_name("option", field, TrainConfig.model_fields)
+    # A field of several types reports one error a type: tell all that it could have been.
+    expected = " or ".join(
+        dict.fromkeys(
+            str(e["msg"]).removeprefix("Input should be ").split(", unable to parse")[0]
+            for e in error.errors(include_url=False)
+            if e["loc"][:1] == first["loc"][:1]
+        )
+    )
+    return f"--{field.replace('_', '-')}: {first['input']!r} was given, expected {expected}"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The options in a TOML file, unchecked (TrainConfig checks them). Dashes and underscores are one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    options = {key.replace("-", "_"): value for key, value in table.items()}
+    for key in options:
+        if key not in TrainConfig.model_fields:
+            raise ConfigError(f"{path}: {unknown_name('option', key, TrainConfig.model_fields)}")
+    return options
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The options of a recipe that comes with the package."""
+    if name not in preset_names():
+        raise ConfigError(unknown_name("preset", name, preset_names()))
+    return read_toml(PRESETS / f"{name}.toml")

@@ -1,0 +1,94 @@
+"""From options to running ranks: alone in this process, under a given MPI, or by our own mpiexec."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from rankwise.launch import preflight
+from rankwise.launch.mpiexec import train_by_mpiexec
+from rankwise.launch.order import Order, resumed_config, run_folder
+from rankwise.record import Record, RunFolder
+from rankwise.world.surroundings import find_mpiexec, started_as_rank
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. `speaks` is whether this process is the one that tells the user about it."""
+
+    record: Record
+    folder: Path
+    speaks: bool
+
+
+def launch(order: Order) -> Result:
+    """Run to the end, or go on with what an earlier run left.
+
+    Under mpiexec or srun this process is one rank of the world it is given. Else one rank trains
+    here, and several are started with mpiexec. Raises UsageError before training, Interrupted, or
+    another RankwiseError.
+    """
+    if order.resume is not None:
+        config, changes = resumed_config(order.config, order.resume)
+        order = dataclasses.replace(order, config=config)
+        stored = RunFolder(order.resume).read()
+        if stored.outcome == "completed" and (not changes or len(stored.epochs) >= config.epochs):
+            order.say(f"{order.resume} is completed already: nothing to do")
+            return Result(stored, order.resume, speaks=not started_as_rank())
+        if not order.launched:
+            for change in changes:
+                order.say(change)
+    if started_as_rank():
+        from rankwise.launch.rank import train_as_rank  # loads torch, which a launcher does not need
+
+        record, folder, rank = train_as_rank(order)
+        return Result(record, folder.path, speaks=rank == 0 and not order.launched)
+    config = preflight.check(order.config)
+    if config.ranks > 1:
+        find_mpiexec()  # before anything is decoded or written
+    with showing_progress(order.console) as on_progress:
+        flight = preflight.prepare(config, on_progress)
+    with run_folder(order, config) as folder:
+        if config.ranks > 1:
+            record = train_by_mpiexec(order, flight, folder)
+        else:
+            from rankwise.launch.rank import train_alone
+
+            record = train_alone(order, flight, folder)
+        return Result(record, folder.path, speaks=True)
+
+
+@contextlib.contextmanager
+def showing_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for longer work that reports (what, done, total); it appears with the first report."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            bar.start()
+            tasks[what] = bar.add_task(what)
+            if not console.is_terminal:
+                console.print(what, markup=False, highlight=False)
+        bar.update(tasks[what], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        bar.stop()
+
+
+__all__ = ["Order", "Result", "launch", "showing_progress"]

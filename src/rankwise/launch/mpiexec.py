@@ -1,0 +1,196 @@
+"""Starting ranks with mpiexec on this machine, and standing between them and the user."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO, Literal
+
+from rankwise import machine
+from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
+from rankwise.launch.order import Order, to_arguments
+from rankwise.launch.preflight import Flight
+from rankwise.record import Record, RunFolder
+from rankwise.world.surroundings import Mpiexec, find_mpiexec, mpi_environment
+
+GRACE_S = 30.0
+"""How long interrupted ranks may take to agree, to save and to leave."""
+
+
+def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
+    """Start the ranks on this machine, show how they fare, and return the final record.
+
+    Raises the error of the rank that failed first, or Interrupted.
+    """
+    config = flight.config
+    arguments = to_arguments(order) if order.arguments is None else order.arguments
+    if not any(word.split("=")[0] == "--out" for word in arguments):
+        arguments = [*arguments, "--out", str(folder.path)]
+    command = command_line(
+        find_mpiexec(),
+        config.ranks,
+        all_train=not config.has_master,
+        program=[sys.executable, "-m", "rankwise", "train", *arguments, "--launched"],
+    )
+    live = order.console.is_terminal
+    with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
+        ending = supervise(command, display.say)
+    return _judge(ending, folder)
+
+
+def _judge(ending: Ending, folder: RunFolder) -> Record:
+    """What came of the ranks, by what they left in the folder; mpiexec's own code says too little."""
+    if folder.failure.exists():
+        failure = json.loads(folder.failure.read_bytes())
+        if failure["exit_code"] == UsageError.exit_code:
+            raise UsageError(failure["message"])
+        _close(folder, "failed", failure["message"])
+        raise TrainingError(failure["message"])
+    last_words = " ".join(ending.last_words.split())[:600] or "it left no word"
+    if ending.interrupted:
+        _close(folder, "interrupted", "stopped by a signal")
+        raise Interrupted("stopped by a signal")
+    if not folder.record.exists():
+        raise LaunchError(f"mpiexec ended with code {ending.code} before the ranks had begun: {last_words}")
+    record = folder.read()
+    if record.outcome == "running":
+        message = f"the ranks ended in the middle of the run, mpiexec with code {ending.code}: {last_words}"
+        _close(folder, "failed", message)
+        raise TrainingError(message)
+    if record.outcome == "interrupted":
+        raise Interrupted(record.message or "stopped")
+    return record
+
+
+def _close(folder: RunFolder, outcome: Literal["interrupted", "failed"], message: str) -> None:
+    """Finish the record of ranks that are gone; if even that fails, the first error is what counts."""
+    with contextlib.suppress(RankwiseError):
+        folder.close(outcome, message)
+
+
+def command_line(mpiexec: Mpiexec, ranks: int, *, all_train: bool, program: list[str]) -> list[str]:
+    """The command that starts `program` on `ranks` ranks.
+
+    Ranks are bound to cores of their own if there is one for each; else they are left to the
+    scheduler, and told to yield the core while they wait. A container's share of the CPUs says
+    nothing about which ones, so there nobody is bound; neither where a master rests most of the time.
+    """
+    command = [str(mpiexec.path), "-n", str(ranks)]
+    if mpiexec.is_open_mpi:
+        cores = machine.usable_cores()
+        if ranks > cores:
+            command += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+            command += ["--mca", "mpi_yield_when_idle", "1"]
+        elif all_train and machine.cpu_quota() is None:
+            command += ["--map-by", f"slot:PE={cores // ranks}", "--bind-to", "core"]
+        else:
+            command += ["--bind-to", "none"]
+    return [*command, *program]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the ranks ended: mpiexec's code, whether the user stopped them, mpiexec's last words."""
+
+    code: int
+    interrupted: bool
+    last_words: str
+
+
+def supervise(command: list[str], show: Callable[[str], None]) -> Ending:
+    """Run mpiexec to its end, in a session of its own so that a terminal's Ctrl-C does not reach it.
+
+    SIGINT and SIGTERM here become SIGUSR1 to mpiexec, which passes it on to the ranks untouched
+    (SIGTERM it would follow with SIGKILL a quarter of a second later). A second one ends the ranks
+    at once. `show` gets what ranks print, line by line; mpiexec's own banners are held back.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=mpi_environment(),
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+    except OSError as error:
+        raise LaunchError(f"cannot start {command[0]}: {error.strerror}") from None
+    assert process.stdout is not None and process.stderr is not None
+    banners: list[str] = []
+    readers = [
+        threading.Thread(target=_pass_on, args=(stream, show, banners))
+        for stream in (process.stdout, process.stderr)
+    ]
+    for reader in readers:
+        reader.start()
+    with _stop_signals(process) as asked_at:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+            if asked_at and (len(asked_at) > 1 or time.monotonic() > asked_at[0] + GRACE_S):
+                _kill(process)
+    for reader in readers:
+        reader.join()
+    return Ending(process.returncode, bool(asked_at), "\n".join(banners))
+
+
+@contextlib.contextmanager
+def _stop_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float]]:
+    """While inside, SIGINT and SIGTERM ask the ranks to stop; gives the moments at which they came."""
+    asked_at: list[float] = []
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        asked_at.append(time.monotonic())
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGUSR1)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked_at  # only the main thread of a script may set handlers
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked_at
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End mpiexec and, through it, the ranks; then whatever is left of its session."""
+    process.terminate()
+    try:
+        process.wait(3)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _pass_on(stream: IO[bytes], show: Callable[[str], None], banners: list[str]) -> None:
+    """Show a stream line by line, but keep aside what stands between two rulers of dashes: banners
+    of mpiexec, which say in twenty lines what rankwise says in one."""
+    in_banner = False
+    for raw in stream:
+        line = raw.decode(errors="replace").rstrip("\n")
+        if len(line) > 20 and set(line) == {"-"}:
+            in_banner = not in_banner
+        elif in_banner or line.startswith(("prterun", "mpirun", "mpiexec")):
+            banners.append(line)
+        else:
+            show(line)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process with SIGTERM when its parent is gone, even by kill -9."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

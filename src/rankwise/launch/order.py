@@ -1,0 +1,107 @@
+"""What was asked for, and the folder in which it happens."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from rankwise.config import TrainConfig
+from rankwise.errors import ConfigError, RankwiseError, ResumeError, UsageError
+from rankwise.record import RunFolder, new_run_path
+from rankwise.report.live import Display
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run to start: its options as given, and where words about it go.
+
+    `resume` goes on in that folder. `arguments` is the command line that says the same, if there was
+    one. `launched` marks a rank that rankwise's own launcher started: it leaves talking to the user
+    and the care of the folder to the launcher.
+    """
+
+    config: TrainConfig
+    resume: Path | None = None
+    arguments: list[str] | None = None
+    launched: bool = False
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def say(self, line: str) -> None:
+        """A remark for the user."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def display(self, folder: RunFolder, epochs: int, samples_per_epoch: int, *, live: bool) -> Display:
+        """Shows the run's progress as long as it is entered."""
+        done = len(folder.read().epochs) if self.resume else 0
+        return Display(
+            folder,
+            self.console,
+            epochs=epochs,
+            samples_per_epoch=samples_per_epoch,
+            live=live,
+            epochs_done=done,
+        )
+
+
+@contextlib.contextmanager
+def run_folder(order: Order, config: TrainConfig) -> Iterator[RunFolder]:
+    """The run's folder, made now or resumed. A new one in which no run came about is removed again."""
+    folder = RunFolder(order.resume or config.out or new_run_path(config.model))
+    if order.resume:
+        folder.failure.unlink(missing_ok=True)
+    new = not order.resume and folder.create()
+    try:
+        yield folder
+    except RankwiseError as error:
+        if new and (isinstance(error, UsageError) or not folder.record.exists()):
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def resumed_config(given: TrainConfig, folder: Path) -> tuple[TrainConfig, list[str]]:
+    """The stored options of a run with those `given` now on top, and in words what they change.
+
+    Raises ResumeError if there is no run, or if what was trained so far would not fit.
+    """
+    stored = RunFolder(folder).read().config
+    changes = []
+    for name, value in given.model_dump(mode="json", include=given.model_fields_set - {"out"}).items():
+        if value == stored.get(name):
+            continue
+        if name in ("model", "dataset", "optimizer"):
+            raise ResumeError(
+                f"{folder} holds a run with --{name} {stored.get(name)}, and --{name} {value} was given: "
+                "leave the option out, or start a new run"
+            )
+        changes.append(f"--{name.replace('_', '-')} is {value} instead of {stored.get(name)}")
+        if name == "ranks":
+            changes.append(
+                "shards are dealt anew and optimiser states are shared out in turn, so the result is not "
+                "that of the run that was never stopped"
+            )
+            if stored["ranks"] == 1 or value == 1:
+                # What was filled in for the other number of ranks must not be taken for a wish.
+                for dependent in ("strategy", "topology", "sync_every"):
+                    stored.pop(dependent)
+    known = {name: value for name, value in stored.items() if name in TrainConfig.model_fields}
+    try:
+        return given.over({**known, "out": str(folder)}), changes
+    except ConfigError as error:
+        raise ResumeError(f"the options stored in {folder} do not fit: {error}") from None
+
+
+def to_arguments(order: Order) -> list[str]:
+    """The command line of `rankwise train` that says the same as the order."""
+    words = ["--resume", str(order.resume)] if order.resume else []
+    for name, value in order.config.model_dump(mode="json", include=order.config.model_fields_set).items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return words

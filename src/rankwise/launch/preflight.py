@@ -1,0 +1,43 @@
+"""All that can be known before a rank is started, so that wrong use costs nobody a start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rankwise import data, models, strategies
+from rankwise.config import TrainConfig
+from rankwise.data.partition import parse_shards
+from rankwise.data.selection import select
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A run that can start: its resolved configuration, and how many samples an epoch trains."""
+
+    config: TrainConfig
+    samples_per_epoch: int
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """The configuration with its dependent defaults filled in. Raises UsageError, one line."""
+    config = strategies.resolve(config)
+    models.check(config.model)
+    parse_shards(config.shards)
+    data.check(config.dataset, config.data_dir)
+    return config
+
+
+def prepare(config: TrainConfig, on_progress: Callable[[str, int, int], None] | None = None) -> Flight:
+    """Decode the dataset if it is not yet in the cache, and check the run against it.
+
+    `config` is resolved. Raises UsageError, one line, for a dataset that is missing or damaged or too
+    small for the workers.
+    """
+    dataset = data.prepare(
+        config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir, on_progress=on_progress
+    )
+    samples = len(select(config, dataset).train_pool)
+    assert config.strategy is not None
+    copies = config.workers if strategies.STRATEGIES[config.strategy].strategy.replicates else 1
+    return Flight(config, samples * copies)

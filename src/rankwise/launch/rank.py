@@ -1,0 +1,178 @@
+"""Being a rank: alone in this process, or one of those that mpiexec or srun started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from rankwise import checkpoint, machine
+from rankwise.config import TrainConfig
+from rankwise.errors import Interrupted, LaunchError, RankwiseError, UsageError, one_line
+from rankwise.launch import preflight
+from rankwise.launch.order import Order, run_folder
+from rankwise.ledger import Ledger
+from rankwise.record import Record, RunFolder
+from rankwise.run import Say, run
+from rankwise.world import World, solo_world
+from rankwise.world.mpi import mpi_world
+
+
+def train_alone(order: Order, flight: preflight.Flight, folder: RunFolder) -> Record:
+    """One rank, in this process, without MPI."""
+    world = solo_world(_ledger())
+    config = flight.config
+    live = order.console.is_terminal
+    with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
+        try:
+            return _train(order, config, world, folder, display.say)
+        except RankwiseError:
+            raise
+        except Exception as error:
+            raise _translated(error, world) from error
+
+
+def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
+    """One rank of a world that mpiexec or srun made; all ranks return the record, its folder, their rank.
+
+    A rank that fails leaves word in the folder (and to the user, unless a launcher of ours will), and
+    ends all ranks.
+    """
+    world = mpi_world(_ledger())
+    folder: RunFolder | None = None
+    try:
+        if order.launched:
+            folder = RunFolder(order.resume or order.config.out or Path())
+            record = _as_launched(order, world, folder)
+        else:
+            config = preflight.check(order.config.model_copy(update={"ranks": world.size}))
+            with contextlib.ExitStack() as stack:
+                folder = _common_folder(order, config, world, stack)
+                record = _as_given(order, config, world, folder)
+    except Interrupted:
+        world.close()
+        raise
+    except BaseException as error:
+        _end_all_ranks(order, world, folder, error)
+        raise
+    world.close()
+    return record, folder, world.rank
+
+
+def _as_launched(order: Order, world: World, folder: RunFolder) -> Record:
+    config = preflight.check(order.config)
+    if world.size != config.ranks:
+        raise LaunchError(
+            f"{config.ranks} ranks were started, but this one sees {world.size}: mpiexec and the MPI library "
+            f"of mpi4py ({world.describe()}) do not fit together; rankwise doctor shows both"
+        )
+    return _train(order, config, world, folder, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _as_given(order: Order, config: TrainConfig, world: World, folder: RunFolder) -> Record:
+    if world.rank != 0:
+        return _train(order, config, world, folder, order.say)
+    if order.config.ranks not in (1, world.size):
+        order.say(f"--ranks {order.config.ranks} was given, but there are {world.size}: these are used")
+    # Ranks may see a terminal though mpiexec's output is a file, so here are lines and no bar.
+    with order.display(folder, config.epochs, 0, live=False) as display:
+        return _train(order, config, world, folder, display.say)
+
+
+def _common_folder(
+    order: Order, config: TrainConfig, world: World, stack: contextlib.ExitStack
+) -> RunFolder:
+    """The folder that rank 0 makes or resumes, the same for all ranks."""
+    mine = stack.enter_context(run_folder(order, config)).path if world.rank == 0 else None
+    path = world.allgather_object(mine)[0]
+    return RunFolder(path)
+
+
+def _train(order: Order, config: TrainConfig, world: World, folder: RunFolder, say: Say) -> Record:
+    start = None
+    with _stop_on_signal(world):
+        if order.resume:
+            say = say if world.rank == 0 else _silent
+            start = checkpoint.newest(folder.checkpoints, on_damage=say)
+            say(f"going on after epoch {start.epoch} of {config.epochs}")
+        return run(config, world, folder, say=say, start=start)
+
+
+def _silent(_: str) -> None:
+    """Ranks other than 0 have nothing to add."""
+
+
+def _ledger() -> Ledger:
+    return Ledger(start_ns=machine.process_start_ns())
+
+
+@contextlib.contextmanager
+def _stop_on_signal(world: World) -> Iterator[None]:
+    """While inside, SIGINT, SIGTERM and SIGUSR1 ask the run to stop at its next synchronisation."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread of a script may set handlers
+        return
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if world.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a person asked twice: at once
+        world.stopping = True
+
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _translated(error: BaseException, world: World) -> BaseException:
+    """A foreign error as one of ours, in one line that names the rank."""
+    if isinstance(error, UsageError):
+        return error
+    where = f"rank {world.rank} on {machine.host_name()} failed: " if world.size > 1 else ""
+    kind = "" if isinstance(error, RankwiseError) else f"{type(error).__name__}: "
+    return RankwiseError(f"{where}{kind}{one_line(error)}")
+
+
+def _end_all_ranks(order: Order, world: World, folder: RunFolder | None, error: BaseException) -> None:
+    """Say what happened, once, and end the whole job: a rank that just left would hang the others."""
+    told = _translated(error, world)
+    code = getattr(error, "exit_code", 1)
+    first = True
+    if folder is not None:
+        first = _write_failure(folder, world.rank, told, code, error)
+    elif world.rank != 0:
+        time.sleep(1)  # wrong use is found by all ranks alike: leave the word to rank 0
+    if first and not order.launched:
+        if folder is not None and code != UsageError.exit_code:
+            with contextlib.suppress(RankwiseError):
+                folder.close("failed", str(told))
+        order.say(f"rankwise: {told}")
+    world.abort(code)
+
+
+def _write_failure(folder: RunFolder, rank: int, told: BaseException, code: int, error: BaseException) -> bool:
+    """Leave word of the run's first failure; returns whether this was the first."""
+    content = {
+        "rank": rank,
+        "message": str(told),
+        "exit_code": code,
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    try:
+        # Exclusive creation: several ranks may fail at once, and the first to say so is the cause.
+        handle = os.open(folder.failure, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except OSError:
+        return False
+    with os.fdopen(handle, "w") as file:
+        json.dump(content, file, indent=1)
+    return True

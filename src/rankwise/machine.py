@@ -1,0 +1,87 @@
+"""What the machine under this process is, and how much of it this process may use."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from pathlib import Path
+
+import psutil
+
+
+def host_name() -> str:
+    """Name of this host, as other hosts would call it."""
+    return socket.gethostname()
+
+
+def allowed_cpus() -> frozenset[int]:
+    """Logical CPUs on which this process may run (its cpuset and binding)."""
+    return frozenset(os.sched_getaffinity(0))
+
+
+def cores_of(cpus: frozenset[int]) -> frozenset[int]:
+    """The physical cores behind logical CPUs, each named by its lowest CPU.
+
+    Arithmetic gains little from a second hardware thread on a core, so shares are counted in cores.
+    """
+    return frozenset(min(_siblings(cpu) & cpus) for cpu in cpus)
+
+
+def _siblings(cpu: int) -> frozenset[int]:
+    """CPUs on the same core, `cpu` included."""
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        text = path.read_text()
+    except OSError:
+        return frozenset({cpu})
+    found = {cpu}
+    for part in text.strip().split(","):
+        low, _, high = part.partition("-")
+        found.update(range(int(low), int(high or low) + 1))
+    return frozenset(found)
+
+
+def cpu_quota() -> float | None:
+    """CPUs that the control group grants (containers), or None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def usable_cores() -> int:
+    """Whole cores that this process may use, by its cpuset and its control group; at least 1."""
+    cores = len(cores_of(allowed_cpus()))
+    quota = cpu_quota()
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return os.uname().machine
+
+
+def process_start_ns() -> int:
+    """When this process started, on `time.monotonic_ns`'s clock (to 10 ms, the kernel's tick)."""
+    started = psutil.Process().create_time()
+    return time.monotonic_ns() - round((time.time() - started) * 1e9)
+
+
+def cpu_seconds() -> float:
+    """CPU time that this process has used, user and system, in seconds."""
+    times = os.times()
+    return times.user + times.system
+
+
+def max_rss_bytes() -> int:
+    """Peak resident memory of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

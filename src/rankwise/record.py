@@ -1,0 +1,199 @@
+"""The run folder and its record: the only bridge between a run and whatever reads it later."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rankwise.errors import ResumeError, StorageError, UsageError, one_line
+from rankwise.storage import write_atomically
+
+SCHEMA_VERSION = 1
+
+Outcome = Literal["running", "completed", "interrupted", "failed"]
+Role = Literal["master", "worker", "spare"]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="allow")  # later versions may add keys
+
+
+class Host(_Row):
+    """One machine of the run."""
+
+    name: str
+    cores: int
+    ranks: int
+    cpu_model: str
+
+
+class Environment(_Row):
+    """What the run ran on."""
+
+    python: str
+    torch: str
+    mpi4py: str | None
+    mpi: str = Field(description="the MPI library, or the threads that stood in for it")
+    git_commit: str | None = Field(description="of the folder where the command was given")
+    hosts: list[Host]
+
+
+class Epoch(_Row):
+    """One pass over the training set; a line of metrics.jsonl."""
+
+    epoch: int = Field(ge=1)
+    train_loss: float = Field(description="mean over the samples that were trained")
+    val_loss: float
+    val_accuracy: float = Field(ge=0, le=1)
+    train_samples: int
+    steps: int = Field(description="of the worker with the most")
+    learning_rate: float
+    wall_s: float = Field(description="evaluation and checkpoint included")
+    train_s: float = Field(description="training and synchronisation alone")
+
+
+class Rank(_Row):
+    """One rank's time and traffic. The phases add up to `wall_ns` exactly."""
+
+    rank: int
+    role: Role
+    host: str
+    threads: int
+    wall_ns: int
+    phases_ns: dict[str, int]
+    wait_on_ns: dict[str, int]
+    hidden_ns: int
+    cpu_s: float
+    cpu_percent: float
+    bytes_sent: int
+    bytes_received: int
+    messages_sent: int
+    max_rss_bytes: int
+    died_at_s: float | None
+
+
+class Clock(_Row):
+    """How well the hosts' clocks agree. One host has one clock."""
+
+    error_bound_ns: int
+    violations: int
+
+
+class Efficiency(_Row):
+    """POP efficiencies as fractions; None where this run cannot tell."""
+
+    parallel: float | None = None
+    load_balance: float | None = None
+    serialization: float | None = None
+    transfer: float | None = None
+
+
+class Samples(_Row):
+    """Whether every sample was trained once an epoch. Replication counts a sample once a worker."""
+
+    expected: int
+    trained: int
+    duplicated: int
+    lost: int
+
+
+class Record(_Row):
+    """record.json."""
+
+    schema_version: int
+    rankwise_version: str
+    started_at: str = Field(description="UTC, ISO 8601")
+    wall_s: float = Field(description="of the last sitting, from the start of rank 0's process")
+    outcome: Outcome
+    message: str | None = Field(description="why the run did not complete, one line")
+    resumed_from_epoch: int | None = Field(description="the epoch after which this sitting went on")
+    config: dict[str, Any]
+    environment: Environment
+    epochs: list[Epoch]
+    ranks: list[Rank]
+    clock: Clock
+    efficiency: Efficiency
+    samples: Samples
+    faults: list[dict[str, Any]]
+
+
+def utc_now() -> str:
+    """This moment, as the record writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class RunFolder:
+    """The files of one run, by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record = path / "record.json"
+        self.metrics = path / "metrics.jsonl"
+        self.timeline = path / "timeline"
+        self.checkpoints = path / "checkpoints"
+        self.failure = path / "failure.json"
+        self.progress = path / ".progress"
+
+    def create(self) -> bool:
+        """Make the folder; returns whether it is new. Raises UsageError if that cannot be, or a run is in it."""
+        if self.record.exists():
+            raise UsageError(f"{self.path} already holds a run: choose another --out, or go on with --resume")
+        new = not self.path.exists()
+        try:
+            for folder in (self.path, self.timeline, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / ".writable", b"")
+            (self.path / ".writable").unlink()
+        except (OSError, StorageError) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UsageError(f"cannot write the run folder {self.path}: {reason}; choose another --out") from None
+        return new
+
+    def write(self, record: Record) -> None:
+        """Replace record.json. Raises StorageError; the one before stays."""
+        write_atomically(self.record, record.model_dump_json(indent=1).encode() + b"\n")
+
+    def read(self) -> Record:
+        """The record. Raises ResumeError if there is none, or it is damaged or of a newer version."""
+        if not self.record.is_file():
+            raise ResumeError(f"{self.path} holds no run: there is no record.json in it")
+        try:
+            content = json.loads(self.record.read_bytes())
+            version = content.get("schema_version")
+            if isinstance(version, int) and version > SCHEMA_VERSION:
+                raise ResumeError(f"{self.record} was written by a newer rankwise (schema {version})")
+            return Record.model_validate(content)
+        except (OSError, ValueError, ValidationError, AttributeError) as error:
+            raise ResumeError(f"{self.record} is damaged: {one_line(error)[:200]}") from None
+
+    def append_metrics(self, epoch: Epoch) -> None:
+        """Add a line to metrics.jsonl. Raises StorageError."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(epoch.model_dump_json() + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.metrics}: {error.strerror}") from error
+
+    def keep_metrics(self, epochs: list[Epoch]) -> None:
+        """Start metrics.jsonl anew with these epochs (what a resumed run goes on from)."""
+        write_atomically(self.metrics, "".join(e.model_dump_json() + "\n" for e in epochs).encode())
+
+    def close(self, outcome: Outcome, message: str) -> None:
+        """Set the outcome of a run whose ranks are gone and could not do it themselves."""
+        record = self.read()
+        if record.outcome == "running":
+            self.write(record.model_copy(update={"outcome": outcome, "message": message}))
+
+
+def new_run_path(name: str) -> Path:
+    """runs/<time>-<name>, a folder that does not exist yet."""
+    base = Path("runs") / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{name}"
+    path, n = base, 1
+    while path.exists():
+        n += 1
+        path = base.with_name(f"{base.name}-{n}")
+    return path

@@ -1,0 +1,135 @@
+"""What a person sees while a run goes on, read from the run folder alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from rankwise.progress import read_progress
+from rankwise.record import RunFolder
+
+REFRESH_S = 0.25
+
+
+class Display:
+    """A live bar on a terminal, one line an epoch elsewhere; used as a context manager.
+
+    It runs beside the ranks, in the launcher or in a thread of the only rank, and polls the folder:
+    ranks never print.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        console: Console,
+        *,
+        epochs: int,
+        samples_per_epoch: int,
+        live: bool,
+        epochs_done: int = 0,
+    ) -> None:
+        self._folder = folder
+        self._console = console
+        self._epochs = epochs
+        self._samples_per_epoch = samples_per_epoch
+        self._bar = _bar(console) if live else None
+        self._task = TaskID(0)
+        self._shown = epochs_done
+        self._accuracy = ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="display", daemon=True)
+
+    def __enter__(self) -> Display:
+        if self._bar:
+            self._bar.start()
+            total = self._epochs * self._samples_per_epoch
+            done = self._shown * self._samples_per_epoch
+            self._task = self._bar.add_task("starting ranks", total=total, completed=done, rate="", state="")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self._poll()
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Show a line above the bar."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _watch(self) -> None:
+        while not self._over.wait(REFRESH_S):
+            self._poll()
+
+    def _poll(self) -> None:
+        for row in self._new_epochs():
+            self._accuracy = f"accuracy {row['val_accuracy']:.1%}"
+            if not self._bar:
+                self.say(epoch_line(row, self._epochs))
+        if self._bar:
+            self._move(self._bar)
+
+    def _move(self, bar: Progress) -> None:
+        standing = read_progress(self._folder.progress)
+        if standing is None:
+            return
+        speed = bar.tasks[0].speed
+        loss = "" if standing.loss is None else f"loss {standing.loss:.3f}"
+        bar.update(
+            self._task,
+            completed=(standing.epoch - 1) * self._samples_per_epoch + standing.samples,
+            description=f"epoch {standing.epoch}/{self._epochs}",
+            rate=f"{speed:,.0f} samples/s" if speed else "",
+            state=f"{loss}  {self._accuracy}".strip(),
+        )
+
+    def _new_epochs(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl that are whole and were not shown yet."""
+        try:
+            text = self._folder.metrics.read_bytes()
+        except OSError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        rows = [json.loads(line) for line in whole.splitlines()]
+        new = [row for row in rows if row["epoch"] > self._shown]
+        self._shown += len(new)
+        return new
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """An epoch in one line of text."""
+    return (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train loss {row['train_loss']:.4f}  "
+        f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  {row['wall_s']:.1f} s  "
+        f"{row['train_samples'] / row['train_s']:,.0f} samples/s"
+    )
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=20,
+    )

