@@ -51,7 +51,9 @@ class Checkpoint:
                 saved = safetensors.torch.load_file(self.path / _worker_file(worker % self.workers))
                 replica.load_optimizer_state(saved)
         except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-            raise ResumeError(f"checkpoint {self.path} does not fit this run: {one_line(error)[:300]}") from None
+            raise ResumeError(
+                f"checkpoint {self.path} does not fit this run: {one_line(error)[:300]}"
+            ) from None
 
 
 def save(

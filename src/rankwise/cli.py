@@ -43,7 +43,9 @@ def train(
     config_file: Annotated[
         Path | None, Parameter(name="--config", help="TOML file with options under the same names.")
     ] = None,
-    preset: Annotated[str | None, Parameter(help="Recipe of the package: " + ", ".join(preset_names()))] = None,
+    preset: Annotated[
+        str | None, Parameter(help="Recipe of the package: " + ", ".join(preset_names()))
+    ] = None,
     resume: Annotated[
         Path | None, Parameter(help="Go on in this run folder, with its options and from its checkpoint.")
     ] = None,
@@ -196,7 +198,8 @@ def main(tokens: list[str] | None = None) -> None:
 def _exit(error: RankwiseError, tokens: list[str]) -> NoReturn:
     if "--debug" in tokens:
         traceback.print_exc()
-    print(f"rankwise: {one_line(error)}", file=sys.stderr, flush=True)
+    if "--launched" not in tokens:  # there the launcher speaks, by what the rank left in the folder
+        print(f"rankwise: {one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
 
 

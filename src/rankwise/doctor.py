@@ -78,13 +78,17 @@ def page(facts: dict[str, Any]) -> Table:
     survival = "yes (ULFM)" if mpi["survives"] else "no: a failure ends the job"
     sets = "\n".join(f"{item['name']}  {item['bytes'] / 1e6:,.0f} MB" for item in facts["datasets"])
     rows = {
-        "versions": "\n".join(f"{name} {version or 'missing'}" for name, version in facts["versions"].items()),
+        "versions": "\n".join(
+            f"{name} {version or 'missing'}" for name, version in facts["versions"].items()
+        ),
         "mpiexec": f"{mpi['mpiexec_version']}\n{mpi['mpiexec']}" if mpi["mpiexec"] else "none",
         "MPI library of mpi4py": mpi["library"] or "none",
         "MPI can survive a lost rank": survival,
         "host": f"{facts['host']}, {facts['cpu_model']}",
         "cores": f"{facts['usable_cores']} usable, {facts['allowed_cpus']} CPUs allowed",
-        "container's share": f"{facts['container_quota_cpus']} CPUs" if facts["container_quota_cpus"] else "all",
+        "container's share": f"{facts['container_quota_cpus']} CPUs"
+        if facts["container_quota_cpus"]
+        else "all",
         "threads a rank (auto)": ", ".join(f"{n} ranks: {t}" for n, t in facts["threads_auto"].items()),
         "datasets in the cache": sets or "none yet: rankwise data prepare NAME",
         "to mend": "\n".join(facts["problems"]) or "nothing",
@@ -95,4 +99,3 @@ def page(facts: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-

@@ -150,7 +150,9 @@ class RunFolder:
             (self.path / ".writable").unlink()
         except (OSError, StorageError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
-            raise UsageError(f"cannot write the run folder {self.path}: {reason}; choose another --out") from None
+            raise UsageError(
+                f"cannot write the run folder {self.path}: {reason}; choose another --out"
+            ) from None
         return new
 
     def write(self, record: Record) -> None:

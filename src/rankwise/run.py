@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rankwise import checkpoint, data, machine, models, strategies
+from rankwise import checkpoint, data, machine, models, placement, strategies
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Dataset
@@ -60,11 +60,10 @@ def run(
     ledger.enter("data")
     dataset = data.prepare(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
     ledger.enter("startup")
-    threads, hosts = _share_cores(config, world, say)
-    torch.set_num_threads(threads)
+    threads, hosts = _take_seats(config, world, say)
     torch.manual_seed(config.seed)
     model = models.build(config.model, dataset.image_shape, len(dataset.classes))
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     job = _make_job(config, dataset, model, world, folder)
     keeper = _Keeper(config, world, folder, job, threads, hosts, start)
     if start is None:
@@ -76,8 +75,9 @@ def run(
     try:
         train(job, start.epoch + 1 if start else 1, keeper.after_epoch)
     except Interrupted as stop:
-        keeper.write("interrupted", str(stop))
-        raise
+        message = f"{stop}; go on with: rankwise train --resume {folder.path}"
+        keeper.write("interrupted", message)
+        raise Interrupted(message) from None
     return keeper.write("completed")
 
 
@@ -96,30 +96,22 @@ def _agree_on_options(config: TrainConfig, world: World) -> None:
                 )
 
 
-def _share_cores(config: TrainConfig, world: World, say: Say) -> tuple[int, list[Host]]:
-    """Arithmetic threads of this rank, and the hosts of the world in rank order."""
-    trains = not (config.has_master and world.rank == 0)
-    mine = (machine.host_name(), machine.usable_cores(), machine.cores_of(machine.allowed_cpus()), trains)
-    everyone = world.allgather_object((*mine, machine.cpu_model()))
-    hosts: dict[str, Host] = {}
-    for name, usable, _, _, cpu_model in everyone:
-        host = hosts.setdefault(name, Host(name=name, cores=usable, ranks=0, cpu_model=cpu_model))
-        host.ranks += 1
-    here, usable, cores, _ = mine
-    rivals = [their for name, _, their, theirs_trains, _ in everyone if name == here and theirs_trains]
-    # A core that several ranks may use counts in parts; a master works while the workers rest.
-    share = sum(1 / sum(core in their for their in rivals) for core in cores) if trains else usable
-    share = min(share, usable / len(rivals)) if trains and usable < len(cores) else share
-    threads = {"auto": max(1, int(share + 1e-9)), "all": usable}.get(str(config.threads))
-    threads = int(config.threads) if threads is None else threads
-    for host, ranks_there in hosts.items():
-        busy = sum(name == host and trains_there for name, _, _, trains_there, _ in everyone) * threads
-        if busy > ranks_there.cores:
-            say(
-                f"{host}: {busy} arithmetic threads of working ranks on {ranks_there.cores} cores: "
-                "oversubscribed, so ranks take turns and single times grow"
-            )
-    return threads, list(hosts.values())
+def _take_seats(config: TrainConfig, world: World, say: Say) -> tuple[int, list[Host]]:
+    """Set this rank's arithmetic threads; returns them, and the hosts of the world in rank order."""
+    mine = placement.here(trains=not (config.has_master and world.rank == 0))
+    seats: list[placement.Seat] = world.allgather_object(mine)
+    threads = placement.share_threads(seats, config.threads)
+    for warning in placement.oversubscribed(seats, threads):
+        say(warning)
+    torch.set_num_threads(threads[world.rank])
+    models_of = {seat.host: seat.cpu_model for seat in seats}
+    hosts = [
+        Host(
+            name=name, cores=cores, ranks=sum(seat.host == name for seat in seats), cpu_model=models_of[name]
+        )
+        for name, cores in placement.cores_of_hosts(seats).items()
+    ]
+    return threads[world.rank], hosts
 
 
 def _make_job(
@@ -261,6 +253,8 @@ class _Keeper:
         if self._world.rank == 0:
             with self._world.ledger.phase("checkpoint"):
                 self._folder.write(record)
+            if outcome != "running":
+                self._folder.progress.unlink(missing_ok=True)
         return record
 
     def _rank_row(self) -> dict[str, Any]:

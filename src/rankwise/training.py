@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Split
-from rankwise.data.feed import Feed
+from rankwise.data.feed import feed
 from rankwise.data.partition import Indices
 from rankwise.errors import DivergedError
 from rankwise.progress import Progress
@@ -82,7 +82,7 @@ def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
     # Every random number is drawn from seed, epoch and worker: a resumed run draws the same ones.
     seed = np.random.SeedSequence([config.seed, epoch, job.worker or 0]).generate_state(2, np.uint64)
     torch.manual_seed(int(seed[0]))
-    feed = Feed(
+    batches = feed(
         job.train,
         synchroniser.sampler.shard(epoch),
         config.batch_size,
@@ -90,22 +90,22 @@ def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
         crop_padding=config.crop_padding,
         generator=torch.Generator().manual_seed(int(seed[1])),
     )
-    counts = np.zeros_like(job.expected)
     loss_sum = 0.0
+    trained: list[Indices] = []
     job.progress.start(epoch)
     model.train()
 
     ledger.enter("other")
     for step, batch in enumerate(synchroniser.batches(epoch), start=1):
         ledger.enter("data")
-        images, labels = feed.take(len(batch))
+        images, labels = next(batches)
 
         ledger.enter("forward")
         loss = F.cross_entropy(model(images), labels)
 
         ledger.enter("backward")
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
 
         ledger.enter("other")
         value = loss.item()
@@ -115,20 +115,21 @@ def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
             )
         synchroniser.step()
         loss_sum += value * len(batch)
-        counts[batch.indices] += 1
+        trained.append(batch.indices)
         job.progress.add(len(batch), value * len(batch))
+    counts = (
+        np.bincount(np.concatenate(trained), minlength=len(job.expected)) if trained else 0 * job.expected
+    )
     return loss_sum, counts
 
 
 def evaluate(job: Job) -> tuple[float, int]:
     """Sum of the losses and number of right answers on this rank's share of the validation samples."""
     model = job.synchroniser.replica.model
-    feed = Feed(job.validation, job.val_pool, EVALUATION_BATCH)
     loss_sum, correct = 0.0, 0
     with job.synchroniser.world.ledger.phase("evaluation"), torch.inference_mode():
         model.eval()
-        for start in range(0, len(job.val_pool), EVALUATION_BATCH):
-            images, labels = feed.take(min(EVALUATION_BATCH, len(job.val_pool) - start))
+        for images, labels in feed(job.validation, job.val_pool, EVALUATION_BATCH):
             scores = model(images)
             loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
             correct += int((scores.argmax(1) == labels).sum())

@@ -194,7 +194,7 @@ def _open(entry: Path, newer_than_ns: int = 0) -> Dataset | None:
             return None
         train, test = (_open_split(entry, split, meta["bytes"]) for split in SPLITS)
         return Dataset(meta["name"], tuple(meta["classes"]), train, test, meta["source"])
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except (ValueError, KeyError, TypeError, EOFError):  # a damaged file: it will be decoded anew
         return None

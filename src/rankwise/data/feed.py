@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,57 +15,33 @@ CHUNK = 256
 """Samples gathered at once: a small batch is cut from a chunk that is still in the processor's cache."""
 
 
-class Feed:
-    """Hands out the samples of `order` one batch after the other.
+def feed(
+    split: Split,
+    order: Indices,
+    batch_size: int,
+    *,
+    flip: bool = False,
+    crop_padding: int = 0,
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The samples of `order`, batch after batch, the last one with what is left.
 
-    Pixels are scaled to [-1, 1], the paper's mean and deviation of 0.5. With a `generator`, images
-    may be mirrored (`flip`) and cropped out of a border of zeros (`crop_padding` pixels); the same
-    generator, order and batch sizes give the same bits.
+    Gives images, float32 [batch, channels, height, width] in channels-last memory, and labels, int64
+    [batch]. Pixels are scaled to [-1, 1], the paper's mean and deviation of 0.5. With a `generator`
+    images may be mirrored (`flip`) and cropped out of a border of zeros (`crop_padding` pixels); the
+    same generator, order and batch size give the same bits.
     """
-
-    def __init__(
-        self,
-        split: Split,
-        order: Indices,
-        batch_size: int,
-        *,
-        flip: bool = False,
-        crop_padding: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self._images = split.images
-        self._labels = split.labels
-        self._order = order
-        self._chunk = batch_size * max(1, CHUNK // batch_size)
-        self._flip = flip
-        self._crop_padding = crop_padding
-        self._generator = generator
-        self._next = 0
-        self._chunk_start = 0
-        self._pixels = torch.empty(0)
-        self._targets = torch.empty(0, dtype=torch.int64)
-
-    def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """The next `count` samples: images float32 [count, channels, height, width] in channels-last
-        memory, labels int64 [count]."""
-        start = self._next - self._chunk_start
-        if start >= len(self._targets):
-            self._load()
-            start = 0
-        self._next += count
-        return self._pixels[start : start + count], self._targets[start : start + count]
-
-    def _load(self) -> None:
-        chosen = self._order[self._next : self._next + self._chunk]
-        pixels = torch.from_numpy(np.take(self._images, chosen, axis=0)).permute(0, 3, 1, 2)
-        if self._flip:
-            pixels = _mirror_some(pixels, self._generator)
-        scaled = pixels.to(torch.float32).mul_(2 / 255).sub_(1)
-        if self._crop_padding:
-            scaled = _crop_some(scaled, self._crop_padding, self._generator)
-        self._pixels = scaled
-        self._targets = torch.from_numpy(np.take(self._labels, chosen))
-        self._chunk_start = self._next
+    chunk = batch_size * max(1, CHUNK // batch_size)
+    for start in range(0, len(order), chunk):
+        chosen = order[start : start + chunk]
+        pixels = torch.from_numpy(np.take(split.images, chosen, axis=0)).permute(0, 3, 1, 2)
+        if flip:
+            pixels = _mirror_some(pixels, generator)
+        images = pixels.to(torch.float32).mul_(2 / 255).sub_(1)
+        if crop_padding:
+            images = _crop_some(images, crop_padding, generator)
+        labels = torch.from_numpy(np.take(split.labels, chosen))
+        yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
 
 def _mirror_some(images: Tensor, generator: torch.Generator | None) -> Tensor:

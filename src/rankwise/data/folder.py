@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import math
 import os
 import stat
@@ -93,6 +94,7 @@ def _common_classes(train: dict[str, list[str]], test: dict[str, list[str]], pat
 
 def _common_shape(path: Path, images: list[str], report: Report) -> tuple[int, int, int]:
     """(height, width, channels) of all images, from their headers; DataError at the first of another size."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong, the DataError says
     first_size, all_grey = None, True
     with _open_tree(path) as tree:
         for done, image in enumerate(images):

@@ -10,9 +10,7 @@ from rankwise.errors import ConfigError, unknown_name
 Indices = NDArray[np.int64]
 
 
-def deal(
-    mode: str, *, labels: NDArray[np.int64], workers: int, epoch: int, seed: int
-) -> list[Indices]:
+def deal(mode: str, *, labels: NDArray[np.int64], workers: int, epoch: int, seed: int) -> list[Indices]:
     """The samples of each worker in one epoch, in the order of training.
 
     Every index of `labels` [n] stands in exactly one of the `workers` shards, once. `mode` is

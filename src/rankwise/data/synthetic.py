@@ -23,7 +23,10 @@ CLASSES = tuple(
     for width in ("wide", "narrow")
 )
 TINTS = np.rint(
-    16 * np.cos(2 * np.pi * (3 * np.arange(len(CLASSES))[:, None] / len(CLASSES) + np.arange(CHANNELS) / CHANNELS))
+    16
+    * np.cos(
+        2 * np.pi * (3 * np.arange(len(CLASSES))[:, None] / len(CLASSES) + np.arange(CHANNELS) / CHANNELS)
+    )
 ).astype(np.int16)
 """A faint colour for each class [classes, 3]: little to know a class by, but it gets learning started."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from rankwise.launch import preflight
 from rankwise.launch.mpiexec import train_by_mpiexec
-from rankwise.launch.order import Order, resumed_config, run_folder
+from rankwise.launch.order import Order, resumed, run_folder
 from rankwise.record import Record, RunFolder
 from rankwise.world.surroundings import find_mpiexec, started_as_rank
 
@@ -34,21 +33,20 @@ def launch(order: Order) -> Result:
     here, and several are started with mpiexec. Raises UsageError before training, Interrupted, or
     another RankwiseError.
     """
-    if order.resume is not None:
-        config, changes = resumed_config(order.config, order.resume)
-        order = dataclasses.replace(order, config=config)
-        stored = RunFolder(order.resume).read()
-        if stored.outcome == "completed" and (not changes or len(stored.epochs) >= config.epochs):
+    if order.resume:
+        stored_in = RunFolder(order.resume)
+        stored = stored_in.read()
+        order = resumed(order, order.resume, stored)
+        if stored.outcome == "completed" and len(stored.epochs) >= order.config.epochs:
             order.say(f"{order.resume} is completed already: nothing to do")
-            return Result(stored, order.resume, speaks=not started_as_rank())
-        if not order.launched:
-            for change in changes:
-                order.say(change)
+            return Result(stored, stored_in.path, speaks=not started_as_rank())
     if started_as_rank():
         from rankwise.launch.rank import train_as_rank  # loads torch, which a launcher does not need
 
         record, folder, rank = train_as_rank(order)
         return Result(record, folder.path, speaks=rank == 0 and not order.launched)
+    for remark in order.remarks:
+        order.say(remark)
     config = preflight.check(order.config)
     if config.ranks > 1:
         find_mpiexec()  # before anything is decoded or written

@@ -57,18 +57,19 @@ def _judge(ending: Ending, folder: RunFolder) -> Record:
         _close(folder, "failed", failure["message"])
         raise TrainingError(failure["message"])
     last_words = " ".join(ending.last_words.split())[:600] or "it left no word"
-    if ending.interrupted:
-        _close(folder, "interrupted", "stopped by a signal")
-        raise Interrupted("stopped by a signal")
     if not folder.record.exists():
+        if ending.interrupted:
+            raise Interrupted("stopped before the ranks had begun")
         raise LaunchError(f"mpiexec ended with code {ending.code} before the ranks had begun: {last_words}")
     record = folder.read()
+    if record.outcome == "interrupted" or (record.outcome == "running" and ending.interrupted):
+        message = record.message or f"stopped; go on with: rankwise train --resume {folder.path}"
+        _close(folder, "interrupted", message)
+        raise Interrupted(message)
     if record.outcome == "running":
         message = f"the ranks ended in the middle of the run, mpiexec with code {ending.code}: {last_words}"
         _close(folder, "failed", message)
         raise TrainingError(message)
-    if record.outcome == "interrupted":
-        raise Interrupted(record.message or "stopped")
     return record
 
 
@@ -87,6 +88,8 @@ def command_line(mpiexec: Mpiexec, ranks: int, *, all_train: bool, program: list
     """
     command = [str(mpiexec.path), "-n", str(ranks)]
     if mpiexec.is_open_mpi:
+        # All ranks are on this machine: shared memory alone spares a second of looking at networks.
+        command += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm"]
         cores = machine.usable_cores()
         if ranks > cores:
             command += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]

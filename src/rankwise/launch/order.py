@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, RankwiseError, ResumeError, UsageError
-from rankwise.record import RunFolder, new_run_path
+from rankwise.record import Record, RunFolder, new_run_path
 from rankwise.report.live import Display
 
 
@@ -22,13 +22,14 @@ class Order:
 
     `resume` goes on in that folder. `arguments` is the command line that says the same, if there was
     one. `launched` marks a rank that rankwise's own launcher started: it leaves talking to the user
-    and the care of the folder to the launcher.
+    and the care of the folder to the launcher. `remarks` are for whoever talks to the user.
     """
 
     config: TrainConfig
     resume: Path | None = None
     arguments: list[str] | None = None
     launched: bool = False
+    remarks: tuple[str, ...] = ()
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def say(self, line: str) -> None:
@@ -63,36 +64,35 @@ def run_folder(order: Order, config: TrainConfig) -> Iterator[RunFolder]:
         raise
 
 
-def resumed_config(given: TrainConfig, folder: Path) -> tuple[TrainConfig, list[str]]:
-    """The stored options of a run with those `given` now on top, and in words what they change.
-
-    Raises ResumeError if there is no run, or if what was trained so far would not fit.
-    """
-    stored = RunFolder(folder).read().config
-    changes = []
+def resumed(order: Order, folder: Path, stored: Record) -> Order:
+    """The order with the options of the run in `folder` under those given now, and remarks on what
+    the new ones change. Raises ResumeError if what was trained so far would not fit."""
+    given, options = order.config, dict(stored.config)
+    remarks = []
     for name, value in given.model_dump(mode="json", include=given.model_fields_set - {"out"}).items():
-        if value == stored.get(name):
+        if value == options.get(name):
             continue
+        option = name.replace("_", "-")
         if name in ("model", "dataset", "optimizer"):
             raise ResumeError(
-                f"{folder} holds a run with --{name} {stored.get(name)}, and --{name} {value} was given: "
+                f"{folder} holds a run with --{option} {options.get(name)}, but --{option} {value} was given: "
                 "leave the option out, or start a new run"
             )
-        changes.append(f"--{name.replace('_', '-')} is {value} instead of {stored.get(name)}")
+        remarks.append(f"--{option} is {value} instead of {options.get(name)}")
         if name == "ranks":
-            changes.append(
-                "shards are dealt anew and optimiser states are shared out in turn, so the result is not "
-                "that of the run that was never stopped"
+            remarks.append(
+                "with other ranks shards are dealt anew and optimiser states shared out in turn: the result "
+                "is not that of the run that was never stopped"
             )
-            if stored["ranks"] == 1 or value == 1:
+            if 1 in (value, options["ranks"]):
                 # What was filled in for the other number of ranks must not be taken for a wish.
-                for dependent in ("strategy", "topology", "sync_every"):
-                    stored.pop(dependent)
-    known = {name: value for name, value in stored.items() if name in TrainConfig.model_fields}
+                options |= dict.fromkeys(("strategy", "topology", "sync_every"))
+    known = {name: value for name, value in options.items() if name in TrainConfig.model_fields}
     try:
-        return given.over({**known, "out": str(folder)}), changes
+        config = given.over({**known, "out": str(folder)})
     except ConfigError as error:
         raise ResumeError(f"the options stored in {folder} do not fit: {error}") from None
+    return replace(order, config=config, remarks=tuple(remarks))
 
 
 def to_arguments(order: Order) -> list[str]:

@@ -82,14 +82,14 @@ def _as_given(order: Order, config: TrainConfig, world: World, folder: RunFolder
         return _train(order, config, world, folder, order.say)
     if order.config.ranks not in (1, world.size):
         order.say(f"--ranks {order.config.ranks} was given, but there are {world.size}: these are used")
+    for remark in order.remarks:
+        order.say(remark)
     # Ranks may see a terminal though mpiexec's output is a file, so here are lines and no bar.
     with order.display(folder, config.epochs, 0, live=False) as display:
         return _train(order, config, world, folder, display.say)
 
 
-def _common_folder(
-    order: Order, config: TrainConfig, world: World, stack: contextlib.ExitStack
-) -> RunFolder:
+def _common_folder(order: Order, config: TrainConfig, world: World, stack: contextlib.ExitStack) -> RunFolder:
     """The folder that rank 0 makes or resumes, the same for all ranks."""
     mine = stack.enter_context(run_folder(order, config)).path if world.rank == 0 else None
     path = world.allgather_object(mine)[0]
@@ -160,7 +160,9 @@ def _end_all_ranks(order: Order, world: World, folder: RunFolder | None, error: 
     world.abort(code)
 
 
-def _write_failure(folder: RunFolder, rank: int, told: BaseException, code: int, error: BaseException) -> bool:
+def _write_failure(
+    folder: RunFolder, rank: int, told: BaseException, code: int, error: BaseException
+) -> bool:
     """Leave word of the run's first failure; returns whether this was the first."""
     content = {
         "rank": rank,

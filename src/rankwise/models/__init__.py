@@ -42,7 +42,9 @@ def build(spec: str, image_shape: tuple[int, int, int], classes: int) -> nn.Modu
     try:
         model = maker(image_shape, classes) if _takes_arguments(maker) else maker()
     except Exception as error:
-        raise ModelError(f"model {spec} cannot be built for images {image_shape}: {one_line(error)}") from error
+        raise ModelError(
+            f"model {spec} cannot be built for images {image_shape}: {one_line(error)}"
+        ) from error
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"model {spec} gave a {type(model).__name__}, expected a torch.nn.Module")
     model.eval()
@@ -50,10 +52,14 @@ def build(spec: str, image_shape: tuple[int, int, int], classes: int) -> nn.Modu
         with torch.inference_mode():
             scores = model(torch.zeros(2, *image_shape))
     except Exception as error:
-        raise ModelError(f"model {spec} cannot take images of shape {image_shape}: {one_line(error)}") from error
+        raise ModelError(
+            f"model {spec} cannot take images of shape {image_shape}: {one_line(error)}"
+        ) from error
     if tuple(getattr(scores, "shape", ())) != (2, classes):
         given = tuple(getattr(scores, "shape", ())) or type(scores).__name__
-        raise ModelError(f"model {spec} answers two images with {given}, expected scores of shape (2, {classes})")
+        raise ModelError(
+            f"model {spec} answers two images with {given}, expected scores of shape (2, {classes})"
+        )
     return model.train()
 
 

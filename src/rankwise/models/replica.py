@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +105,7 @@ class _Flat:
         self._dtype = dtype
         self._staging = torch.empty(0, dtype=dtype)
 
-    def pack(self, tail: int) -> NDArray[np.generic]:
+    def pack(self, tail: int) -> NDArray[Any]:
         if len(self._staging) != self._size + tail:
             self._staging = torch.zeros(self._size + tail, dtype=self._dtype)
         with torch.no_grad():
@@ -111,13 +113,13 @@ class _Flat:
                 view.copy_(tensor)
         return self._staging.numpy()
 
-    def unpack(self, flat: NDArray[np.generic]) -> None:
+    def unpack(self, flat: NDArray[Any]) -> None:
         with torch.no_grad():
             for view, tensor in zip(self._views(torch.from_numpy(flat)), self._tensors, strict=True):
                 tensor.copy_(view)
 
     def _views(self, flat: Tensor) -> Iterable[Tensor]:
-        parts = flat[: self._size].split([tensor.numel() for tensor in self._tensors])
+        parts = torch.split(flat[: self._size], [tensor.numel() for tensor in self._tensors])
         return (part.view(tensor.shape) for part, tensor in zip(parts, self._tensors, strict=True))
 
 
@@ -139,7 +141,7 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
         number = torch.zeros(1, requires_grad=True)
         number.grad = torch.zeros(1)
         options = {key: value for key, value in group.items() if key in optimizer.defaults}
-        twin = type(optimizer)([number], **options)  # type: ignore[arg-type]
+        twin = type(optimizer)([number], **options)
         twin.step()
         for parameter in missing:
             for name, value in twin.state[number].items():

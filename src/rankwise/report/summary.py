@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -46,7 +47,9 @@ def _headline(record: Record) -> str:
 
 
 def _epochs(record: Record, most: int = 8) -> Table:
-    table = Table(title="Epochs" if len(record.epochs) <= most else f"The last {most} epochs")
+    table = Table(
+        title="Epochs" if len(record.epochs) <= most else f"The last {most} epochs", box=box.SIMPLE_HEAD
+    )
     for name in ("epoch", "train loss", "val loss", "accuracy", "seconds", "samples/s"):
         table.add_column(name, justify="right")
     for row in record.epochs[-most:]:
@@ -62,7 +65,7 @@ def _epochs(record: Record, most: int = 8) -> Table:
 
 
 def _ranks(record: Record) -> Table:
-    table = Table(title="Seconds of each rank (sync includes waiting for other ranks)")
+    table = Table(title="Seconds of each rank (sync includes waiting for other ranks)", box=box.SIMPLE_HEAD)
     for name in ("rank", "role", *GROUPS, "wall", "MB sent"):
         table.add_column(name, justify="right")
     for row in record.ranks:

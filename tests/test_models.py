@@ -1,0 +1,171 @@
+"""Networks by name, and replicas as flat buffers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rankwise import models
+from rankwise.errors import ModelError
+from rankwise.models.replica import Replica
+
+
+class TutorialNet(nn.Module):
+    """The network as PyTorch's tutorial, and so the paper, writes it: ReLU before pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(400, 120), nn.Linear(120, 84), nn.Linear(84, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))))
+
+
+def test_paper_cnn_is_the_papers_network() -> None:
+    """paper-cnn has 62,006 parameters, and the tutorial's function and gradients, ReLU before pooling."""
+    ours, theirs = models.build("paper-cnn", (3, 32, 32), 10), TutorialNet()
+    assert sum(p.numel() for p in ours.parameters()) == 62_006
+    theirs.load_state_dict(ours.state_dict())
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    for net in (ours, theirs):
+        F.cross_entropy(net(images), labels).backward()
+    assert torch.allclose(ours(images), theirs(images), atol=1e-6)
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(mine.grad, reference.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize(("shape", "classes"), [((3, 32, 32), 10), ((1, 28, 28), 7), ((3, 48, 40), 100)])
+def test_models_take_any_images(name: str, shape: tuple[int, int, int], classes: int) -> None:
+    """Every network takes other sizes, channel counts and numbers of classes."""
+    assert models.build(name, shape, classes)(torch.randn(4, *shape)).shape == (4, classes)
+
+
+def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`module:callable` is found in the current folder, with or without arguments."""
+    monkeypatch.chdir(tmp_path)
+    Path("own_nets.py").write_text(
+        "from torch import nn\n"
+        "def sized(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(shape[1] ** 2 * 3, classes))\n"
+        "def fixed(): return sized((3, 32, 32), 10)\n"
+        "def wrong(): return 3\n"
+        "def fails(shape, classes): raise RuntimeError('no such luck')\n"
+    )
+    for name in ("sized", "fixed"):
+        assert models.build(f"own_nets:{name}", (3, 32, 32), 10)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    for name, words in (("wrong", "int"), ("fails", "no such luck"), ("missing", "missing")):
+        with pytest.raises(ModelError, match=words):
+            models.build(f"own_nets:{name}", (3, 32, 32), 10)
+    with pytest.raises(ModelError, match="expected scores"):
+        models.build("own_nets:fixed", (3, 32, 32), 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("resnet19", "resnet"), ("papercnn", "paper-cnn"), ("a:", "unknown")]
+)
+def test_unknown_models(name: str, words: str) -> None:
+    """An unknown network is answered with the nearest name."""
+    with pytest.raises(ModelError, match=words):
+        models.check(name)
+
+
+def test_too_small_images_are_refused_by_name() -> None:
+    """Images that a network cannot take are refused when it is built."""
+    with pytest.raises(ModelError, match="16x16"):
+        models.build("paper-cnn", (3, 8, 8), 10)
+
+
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True),
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+        torch.optim.Adam(model.parameters(), lr=0.1, fused=True),
+        torch.optim.AdamW(model.parameters(), lr=0.1),
+        torch.optim.RMSprop(model.parameters(), lr=0.1, momentum=0.5),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_state_made_early_changes_nothing(kind: int) -> None:
+    """An optimiser whose state a replica created ahead takes the same steps, to the bit."""
+    results = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        optimizer = optimizers(model)[kind]
+        if early:
+            Replica(model, optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
+def batchnorm_replica(share: bool = False) -> Replica:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+    model = model.to(memory_format=torch.channels_last)
+    model(torch.randn(5, 3, 8, 8)).sum().backward()
+    replica = Replica(
+        model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), share_optimizer_state=share
+    )
+    replica.optimizer.step()
+    return replica
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_flat_buffers_hold_everything(share: bool) -> None:
+    """What is packed from one replica and unpacked into another makes them equal, buffers included, and
+    momentum if it is shared; batch counts stay integers."""
+    torch.manual_seed(1)
+    one, two = batchnorm_replica(share), batchnorm_replica(share)
+    flat, integers = one.pack(tail=3), one.pack_integers()
+    assert (flat.dtype, integers.dtype) == (np.float32, np.int64)
+    assert integers.tolist() == [1]
+    two.unpack(flat)
+    two.unpack_integers(integers)
+    for name, value in one.model.state_dict().items():
+        other = two.model.state_dict()[name]
+        assert value.dtype == other.dtype
+        assert torch.equal(value, other), name
+    same = [torch.equal(a, b) for a, b in zip(one.optimizer_tensors(), two.optimizer_tensors(), strict=True)]
+    assert all(same) is share
+
+
+def test_reset_forgets_the_momentum() -> None:
+    """After a reset the optimiser is as if it had just been made."""
+    replica = batchnorm_replica()
+    assert any(tensor.any() for tensor in replica.optimizer_tensors())
+    replica.reset_optimizer()
+    assert not any(tensor.any() for tensor in replica.optimizer_tensors())
+
+
+def test_doubles_stay_doubles_and_complex_is_refused() -> None:
+    """A model with float64 travels as float64; one with complex numbers is refused."""
+    model = nn.Linear(2, 2).double()
+    assert Replica(model, torch.optim.SGD(model.parameters(), lr=1)).pack().dtype == np.float64
+    model.register_buffer("phase", torch.zeros(1, dtype=torch.complex64))
+    with pytest.raises(ModelError, match="complex"):
+        Replica(model, torch.optim.SGD(model.parameters(), lr=1))
+
+
+def test_names_cost_no_torch() -> None:
+    """The package, its configuration, strategies and names of models load neither torch nor MPI."""
+    code = (
+        "import rankwise, rankwise.cli, rankwise.launch, rankwise.strategies, rankwise.models, sys;"
+        "print([name for name in ('torch', 'mpi4py', 'mpi4py.MPI') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

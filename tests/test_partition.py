@@ -1,0 +1,135 @@
+"""Who trains on which sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankwise.data.partition import deal, parse_shards, replicate
+from rankwise.data.sampler import Sampler
+from rankwise.errors import ConfigError
+
+modes = st.sampled_from(["redealt", "fixed", "dirichlet:0.05", "dirichlet:1", "dirichlet:100"])
+seeds = st.integers(0, 2**63 - 1)
+
+
+@st.composite
+def labels_and_workers(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+    workers = draw(st.integers(1, 9))
+    samples = draw(st.integers(workers, 200))
+    classes = draw(st.integers(1, 10))
+    return np.random.default_rng(draw(st.integers(0, 99))).integers(0, classes, samples), workers
+
+
+@given(labels_and_workers(), modes, seeds, st.integers(1, 50))
+def test_every_sample_once(case: tuple[np.ndarray, int], mode: str, seed: int, epoch: int) -> None:
+    """In every epoch each sample stands in exactly one shard, once, and every worker has one."""
+    labels, workers = case
+    shards = deal(mode, labels=labels, workers=workers, epoch=epoch, seed=seed)
+    assert len(shards) == workers
+    assert sorted(np.concatenate(shards).tolist()) == list(range(len(labels)))
+    assert all(len(shard) for shard in shards)
+    if not mode.startswith("dirichlet"):
+        sizes = [len(shard) for shard in shards]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@given(labels_and_workers(), modes, seeds)
+def test_shards_over_epochs(case: tuple[np.ndarray, int], mode: str, seed: int) -> None:
+    """Fixed and uneven shards hold the same samples in every epoch, and a call twice gives the same."""
+    labels, workers = case
+    first = deal(mode, labels=labels, workers=workers, epoch=1, seed=seed)
+    again = deal(mode, labels=labels, workers=workers, epoch=1, seed=seed)
+    later = deal(mode, labels=labels, workers=workers, epoch=2, seed=seed)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    if mode != "redealt":
+        assert all(set(a) == set(b) for a, b in zip(first, later, strict=True))
+
+
+def test_redealt_shards_change_and_fixed_ones_are_reshuffled() -> None:
+    """Redealt shards hold other samples in the next epoch; fixed ones the same in another order."""
+    labels = np.arange(100) % 10
+    for mode, same in (("redealt", False), ("fixed", True)):
+        one, two = (deal(mode, labels=labels, workers=4, epoch=e, seed=0)[0] for e in (1, 2))
+        assert (set(one) == set(two)) is same
+        assert not np.array_equal(one, two)
+
+
+def test_fixed_shards_are_never_one_class() -> None:
+    """Also where the samples lie sorted by class, a fixed shard is a random share of all classes."""
+    labels = np.repeat(np.arange(10), 100)
+    for shard in deal("fixed", labels=labels, workers=10, epoch=1, seed=3):
+        assert len(np.unique(labels[shard])) >= 8
+
+
+def test_dirichlet_is_more_uneven_the_smaller_alpha() -> None:
+    """A small ALPHA gives a worker few classes, a large one all in nearly equal parts."""
+    labels = np.repeat(np.arange(10), 500)
+
+    def largest_share(alpha: float) -> float:
+        shards = deal(f"dirichlet:{alpha}", labels=labels, workers=5, epoch=1, seed=0)
+        counts = [np.bincount(labels[shard], minlength=10) for shard in shards]
+        return float(np.mean([count.max() / count.sum() for count in counts]))
+
+    assert largest_share(0.05) > 2 * largest_share(1000)
+    assert largest_share(1000) < 0.13
+
+
+@given(st.integers(1, 100), st.integers(1, 5), seeds)
+def test_replication_gives_all_to_all(samples: int, workers: int, seed: int) -> None:
+    """Under replication each worker has every sample once."""
+    for order in replicate(samples=samples, workers=workers, epoch=1, seed=seed):
+        assert sorted(order) == list(range(samples))
+
+
+@pytest.mark.parametrize(
+    "mode", ["", "rediel", "dirichlet", "dirichlet:", "dirichlet:0", "dirichlet:x", "dirichlet:inf"]
+)
+def test_unknown_shards_are_refused(mode: str) -> None:
+    """A wrong --shards is one clear ConfigError."""
+    with pytest.raises(ConfigError):
+        parse_shards(mode)
+
+
+@given(
+    labels_and_workers(),
+    st.integers(1, 70),
+    st.one_of(st.none(), st.integers(1, 9)),
+    st.booleans(),
+    modes,
+)
+def test_rounds_agree_over_ranks(
+    case: tuple[np.ndarray, int], batch_size: int, sync_every: int | None, master: bool, mode: str
+) -> None:
+    """All ranks have the same number of rounds with the same weights; batches cover the shard in order;
+    a master, or a worker with nothing left, joins with an empty batch."""
+    labels, workers = case
+
+    def shards_of(epoch: int) -> list[np.ndarray]:
+        return deal(mode, labels=labels, workers=workers, epoch=epoch, seed=1)
+
+    samplers = [
+        Sampler(shards_of, rank=rank, first_worker=int(master), batch_size=batch_size, sync_every=sync_every)
+        for rank in range(workers + master)
+    ]
+    epochs = [list(sampler.batches(1)) for sampler in samplers]
+    rounds = [[batch for batch in batches if batch.ends_round] for batches in epochs]
+    assert len({len(ends) for ends in rounds}) == 1
+    for together in zip(*rounds, strict=True):
+        assert all(np.array_equal(batch.weights, together[0].weights) for batch in together)
+        assert together[0].weights.sum() == pytest.approx(1)
+    for rank, batches in enumerate(epochs):
+        assert batches[-1].ends_round
+        mine = np.concatenate([batch.indices for batch in batches])
+        assert np.array_equal(mine, samplers[rank].shard(1))
+        assert all(len(batch) <= batch_size for batch in batches)
+        assert all(len(batch) for batch in batches if not batch.ends_round)
+        if sync_every:
+            runs = np.diff([-1, *np.flatnonzero([batch.ends_round for batch in batches])])
+            assert max(runs) <= sync_every
+    if master:
+        assert not any(len(batch) for batch in epochs[0])
+    largest = max(len(sampler.shard(1)) for sampler in samplers)
+    assert samplers[0].steps(1) == -(-largest // batch_size)
