@@ -91,9 +91,8 @@ def rankwise_epoch(batch: int, samples: int, dataset: str, data_dir: Path | None
 
 def one_rank(arguments: argparse.Namespace) -> None:
     print(f"\nOne rank, one thread, seconds for {arguments.samples} images: median (min to max)")
-    print(
-        f"{'batch':>5} {'tutorial':>22} {'best plain loop':>22} {'rankwise':>22} {'tutorial/ours':>14} {'best/ours':>10}"
-    )
+    names = ("tutorial", "best plain loop", "rankwise")
+    print("batch " + " ".join(f"{name:>22}" for name in names) + f" {'tutorial/ours':>14} {'best/ours':>10}")
     split = data.prepare(arguments.dataset, data_dir=arguments.data_dir).train
     rng = np.random.default_rng(0)
     for batch in (4, 16, 32, 128):
@@ -113,8 +112,11 @@ def one_rank(arguments: argparse.Namespace) -> None:
         )
 
 
-def command(*options: object, out: Path) -> list[str]:
-    return [sys.executable, "-m", "rankwise", "train", *map(str, options), "--out", str(out)]
+def command(arguments: argparse.Namespace, *options: object, out: Path) -> list[str]:
+    """A run of the command line on the benchmark's dataset, with little evaluation."""
+    words = ["--dataset", arguments.dataset, "--val-limit", 100, *options, "--out", out]
+    words += ["--data-dir", arguments.data_dir] if arguments.data_dir else []
+    return [sys.executable, "-m", "rankwise", "train", *map(str, words)]
 
 
 def finish(*processes: subprocess.Popen[bytes]) -> None:
@@ -137,24 +139,19 @@ def images_per_s(record: dict[str, Any]) -> float:
 
 
 def two_workers(arguments: argparse.Namespace, scratch: Path) -> None:
-    base = ["--dataset", arguments.dataset, "--val-limit", 100, "--batch-size", 16, "--threads", 1]
-    if arguments.data_dir:
-        base += ["--data-dir", arguments.data_dir]
-    alone = [*base, "--train-limit", arguments.samples, "--epochs", 4]
-    together = [*base, "--train-limit", 2 * arguments.samples, "--epochs", 4]
+    base = ["--batch-size", 16, "--threads", 1, "--epochs", 4]
+    alone = [*base, "--train-limit", arguments.samples]
+    together = [*base, "--train-limit", 2 * arguments.samples, "--strategy", "parameter-averaging"]
     print("\nTwo workers on two cores, batch 16, images/s; ratios to two single ranks side by side")
     rows = []
     for turn in range(arguments.repeats):
         singles = [scratch / f"single-{turn}-{k}" for k in (0, 1)]
-        finish(*(start(command(*alone, "--seed", k, out=path)) for k, path in enumerate(singles)))
+        finish(*(start(command(arguments, *alone, "--seed", k, out=path)) for k, path in enumerate(singles)))
         summed = sum(images_per_s(record_of(path)) for path in singles)
         row = [summed]
         for name, options in (("allreduce", ["--ranks", 2]), ("master", ["--ranks", 3])):
             path = scratch / f"{name}-{turn}"
-            words = command(
-                *together, *options, "--strategy", "parameter-averaging", "--topology", name, out=path
-            )
-            finish(start(words))
+            finish(start(command(arguments, *together, *options, "--topology", name, out=path)))
             row.append(images_per_s(record_of(path)))
         rows.append(row)
     for name, column in zip(
@@ -168,10 +165,7 @@ def start_up(arguments: argparse.Namespace, scratch: Path) -> None:
     seconds, shares = [], []
     for turn in range(arguments.repeats):
         path = scratch / f"start-{turn}"
-        words = command(
-            "--dataset", arguments.dataset, *(["--data-dir", arguments.data_dir] if arguments.data_dir else []),
-            "--ranks", 3, "--train-limit", arguments.samples, "--val-limit", 100, "--epochs", 1, out=path,
-        )  # fmt: skip
+        words = command(arguments, "--ranks", 3, "--train-limit", arguments.samples, "--epochs", 1, out=path)
         launched = time.time()
         process = start(words)
         while not (path / ".progress").exists() and process.poll() is None:
@@ -181,10 +175,12 @@ def start_up(arguments: argparse.Namespace, scratch: Path) -> None:
         seconds.append(time.time() - launched)
         finish(process)
         record = record_of(path)
-        for rank in record["ranks"]:
-            if rank["role"] == "worker":
-                # The phase also holds opening the dataset, once a run.
-                shares.append(100 * rank["phases_ns"]["data"] / 1e9 / record["epochs"][0]["wall_s"])
+        # The phase also holds opening the dataset, once a run.
+        shares += [
+            100 * rank["phases_ns"]["data"] / 1e9 / record["epochs"][0]["wall_s"]
+            for rank in record["ranks"]
+            if rank["role"] == "worker"
+        ]
     print(f"\nLaunch of 3 ranks to the first step: {spread(seconds)} s")
     print(f"Data phase in an epoch: {spread(shares)} %")
 

@@ -36,21 +36,22 @@ def config() -> Callable[..., TrainConfig]:
     """Makes a resolved configuration of a run that takes a second."""
 
     def make(**options: Any) -> TrainConfig:
-        defaults = {"dataset": "digits", "model": "mlp", "epochs": 2, "lr": 0.02, "batch_size": 32}
+        # One thread: sums are cut up by thread, so other numbers of threads give other bits.
+        defaults = {"dataset": "digits", "model": "mlp", "epochs": 2, "lr": 0.02, "batch_size": 32, "threads": 1}
         return strategies.resolve(TrainConfig(**{**defaults, **options}))
 
     return make
 
 
 @pytest.fixture
-def train_in_threads(tmp_path: Path) -> Callable[..., tuple[Record, RunFolder, list[Any]]]:
-    """Trains with one thread a rank; gives the record, the folder, and each rank's weights."""
+def train_in_threads(tmp_path: Path) -> Callable[..., tuple[Record, RunFolder, dict[str, Any]]]:
+    """Trains with one thread a rank; gives the record, the folder, and the weights at the end."""
     from rankwise import checkpoint
     from rankwise.run import run
 
     def train(
         config: TrainConfig, *, folder: str = "run", resume: bool = False
-    ) -> tuple[Record, RunFolder, list[Any]]:
+    ) -> tuple[Record, RunFolder, dict[str, Any]]:
         place = RunFolder(tmp_path / folder)
         if not resume:
             place.create()

@@ -56,7 +56,8 @@ def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     Path("own_nets.py").write_text(
         "from torch import nn\n"
-        "def sized(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(shape[1] ** 2 * 3, classes))\n"
+        "def sized(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[1] ** 2 * 3, classes))\n"
         "def fixed(): return sized((3, 32, 32), 10)\n"
         "def wrong(): return 3\n"
         "def fails(shape, classes): raise RuntimeError('no such luck')\n"

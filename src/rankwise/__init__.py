@@ -34,9 +34,7 @@ _HOMES = {
     "train": "rankwise.api",
 }
 
-__all__ = [  # noqa: PLE0604
-    *_HOMES,
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

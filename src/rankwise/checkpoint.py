@@ -82,7 +82,7 @@ def save(
             draft.mkdir(parents=True)
         except OSError as error:
             raise StorageError(f"cannot write checkpoint {draft}: {error.strerror}") from error
-    if writers > 1:
+    if writers:
         world.barrier()  # the folder is there
     sums = {}
     if world.rank == 0:

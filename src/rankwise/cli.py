@@ -180,7 +180,7 @@ def main(tokens: list[str] | None = None) -> None:
     tokens = sys.argv[1:] if tokens is None else tokens
     try:
         command, bound, left = app.parse_args(tokens, exit_on_error=False, print_error=False)
-        command(*bound.args, **bound.kwargs, **{name: tokens[1:] for name in left})
+        command(*bound.args, **bound.kwargs, **dict.fromkeys(left, tokens[1:]))
         sys.stdout.flush()
     except CycloptsError as error:
         _exit(UsageError(_one_line_of(error)), tokens)

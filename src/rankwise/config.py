@@ -29,7 +29,8 @@ class TrainConfig(BaseModel):
     ranks: int = Field(1, ge=1, description="MPI processes in all, a master included.")
     dataset: str = Field(
         "cifar10",
-        description="Images to train on: digits, cifar10, cifar100, synthetic:N, folder:PATH, module:function.",
+        description="Images to train on: digits, cifar10, cifar100, synthetic:N, folder:PATH, "
+        "module:function.",
     )
     data_dir: _PathAsText | None = Field(
         None, description="Archive or folder that holds the dataset; otherwise it is downloaded to the cache."

@@ -139,7 +139,7 @@ class RunFolder:
         self.progress = path / ".progress"
 
     def create(self) -> bool:
-        """Make the folder; returns whether it is new. Raises UsageError if that cannot be, or a run is in it."""
+        """Make the folder; returns whether it is new. Raises UsageError if it cannot, or holds a run."""
         if self.record.exists():
             raise UsageError(f"{self.path} already holds a run: choose another --out, or go on with --resume")
         new = not self.path.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,11 +39,13 @@ from rankwise.record import (
     utc_now,
 )
 from rankwise.strategies.synchroniser import Synchroniser, make_sampler
-from rankwise.training import Job, train
-from rankwise.training import EpochResult
+from rankwise.training import EpochResult, Job, train
 from rankwise.world import World
 
 Say = Callable[[str], None]
+
+_SEEDING = threading.Lock()
+"""Ranks that are threads share torch's generator: each seeds it and draws its weights in one go."""
 
 
 def run(
@@ -61,8 +64,9 @@ def run(
     dataset = data.prepare(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
     ledger.enter("startup")
     threads, hosts = _take_seats(config, world, say)
-    torch.manual_seed(config.seed)
-    model = models.build(config.model, dataset.image_shape, len(dataset.classes))
+    with _SEEDING:
+        torch.manual_seed(config.seed)
+        model = models.build(config.model, dataset.image_shape, len(dataset.classes))
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     job = _make_job(config, dataset, model, world, folder)
     keeper = _Keeper(config, world, folder, job, threads, hosts, start)

@@ -35,7 +35,7 @@ class Counting(Source):
     def key(self) -> dict[str, object]:
         return {}
 
-    def decode(self, report: Report, downloads: Path) -> Decoded:  # noqa: ARG002
+    def decode(self, report: Report, downloads: Path) -> Decoded:
         with open(self._log, "a") as log:
             log.write("decoded\n")
         return Decoded(

@@ -48,7 +48,7 @@ class Custom(Source):
         except OSError as error:
             raise DataError(f"dataset {self.name!r}: {file} cannot be read: {one_line(error)}") from error
 
-    def decode(self, report: Report, downloads: Path) -> Decoded:  # noqa: ARG002
+    def decode(self, report: Report, downloads: Path) -> Decoded:
         report(f"calling {self.name}", 0, 1)
         file = self._file()
         with _current_directory_first(), self._blamed("failed"):

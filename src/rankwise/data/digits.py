@@ -28,7 +28,7 @@ class Digits(Source):
     def key(self) -> dict[str, object]:
         return {"side": SIDE, "test_every": TEST_EVERY}
 
-    def decode(self, report: Report, downloads: Path) -> Decoded:  # noqa: ARG002
+    def decode(self, report: Report, downloads: Path) -> Decoded:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # takes a second, which a prepared dataset does without
 
         try:

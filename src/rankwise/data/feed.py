@@ -41,7 +41,7 @@ def feed(
         if crop_padding:
             images = _crop_some(images, crop_padding, generator)
         labels = torch.from_numpy(np.take(split.labels, chosen))
-        yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        yield from zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
 
 
 def _mirror_some(images: Tensor, generator: torch.Generator | None) -> Tensor:

