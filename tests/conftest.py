@@ -37,7 +37,14 @@ def config() -> Callable[..., TrainConfig]:
 
     def make(**options: Any) -> TrainConfig:
         # One thread: sums are cut up by thread, so other numbers of threads give other bits.
-        defaults = {"dataset": "digits", "model": "mlp", "epochs": 2, "lr": 0.02, "batch_size": 32, "threads": 1}
+        defaults = {
+            "dataset": "digits",
+            "model": "mlp",
+            "epochs": 2,
+            "lr": 0.02,
+            "batch_size": 32,
+            "threads": 1,
+        }
         return strategies.resolve(TrainConfig(**{**defaults, **options}))
 
     return make

@@ -122,11 +122,12 @@ def test_evaluation_is_split_without_loss(config: Make, train_in_threads: Train)
 def test_resume_to_the_bit(
     config: Make, train_in_threads: Train, team: dict[str, Any], optimizer: str, optimizer_state: str
 ) -> None:
-    """A run that was stopped after any epoch and goes on ends with the bits of one that was not, augmentation
-    and optimiser state included."""
+    """A run that was stopped and goes on ends with the bits of one that was not, augmentation and
+    optimiser state included."""
     lr = 0.02 if optimizer == "sgd" else 0.001
     options = {
-        **team, "optimizer": optimizer, "optimizer_state": optimizer_state, "lr": lr, "flip": True, "train_limit": 400
+        **team, "optimizer": optimizer, "optimizer_state": optimizer_state, "lr": lr,
+        "flip": True, "train_limit": 400,
     }  # fmt: skip
     whole = train_in_threads(config(**options, epochs=3), folder="whole")
     train_in_threads(config(**options, epochs=1), folder="parts")
@@ -150,8 +151,8 @@ def test_resume_on_other_ranks(config: Make, train_in_threads: Train, ranks: int
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     config: Make, train_in_threads: Train, tmp_path: Path
 ) -> None:
-    """Whatever part of the newest checkpoint is damaged, it is refused by name and the one before serves; with
-    none left the run cannot be resumed."""
+    """Whatever part of the newest checkpoint is damaged, it is refused by name and the one before serves;
+    with none left the run cannot be resumed."""
     _, folder, _ = train_in_threads(config(ranks=2, epochs=3, optimizer_state="keep"))
     good = folder.checkpoints
     names = [path.name for path in (good / "epoch-0003").iterdir()]
@@ -190,7 +191,7 @@ def test_old_checkpoints_are_removed(config: Make, train_in_threads: Train) -> N
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     config: Make, train_in_threads: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the disk fills up while a checkpoint is written, the run fails by name, and the one before is good."""
+    """If the disk fills up during a checkpoint, the run fails by name, and the one before is good."""
     import os
 
     real, calls = os.fsync, []

@@ -138,11 +138,14 @@ class RunFolder:
         self.failure = path / "failure.json"
         self.progress = path / ".progress"
 
-    def create(self) -> bool:
-        """Make the folder; returns whether it is new. Raises UsageError if it cannot, or holds a run."""
+    def create(self) -> list[Path]:
+        """Make the folder; returns the folders that were not there before, the innermost first.
+
+        Raises UsageError if it cannot be written, or already holds a run.
+        """
         if self.record.exists():
             raise UsageError(f"{self.path} already holds a run: choose another --out, or go on with --resume")
-        new = not self.path.exists()
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             for folder in (self.path, self.timeline, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +159,12 @@ class RunFolder:
         return new
 
     def write(self, record: Record) -> None:
-        """Replace record.json. Raises StorageError; the one before stays."""
+        """Replace record.json. Raises StorageError; the one before stays.
+
+        A run in which a rank has failed does not go on, so its record is not made `running` again.
+        """
+        if record.outcome == "running" and self.failure.exists():
+            return
         write_atomically(self.record, record.model_dump_json(indent=1).encode() + b"\n")
 
     def read(self) -> Record:

@@ -106,9 +106,9 @@ def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
         ledger.enter("backward")
         optimizer.zero_grad()
         torch.autograd.backward(loss)
+        value = loss.item()
 
         ledger.enter("other")
-        value = loss.item()
         if not math.isfinite(value):
             raise DivergedError(
                 f"the loss is {value} in epoch {epoch}, step {step}: try a smaller --lr than {config.lr}"

@@ -185,12 +185,12 @@ def _pass_on(stream: IO[bytes], show: Callable[[str], None], banners: list[str])
     of mpiexec, which say in twenty lines what rankwise says in one."""
     in_banner = False
     for raw in stream:
-        line = raw.decode(errors="replace").rstrip("\n")
+        line = raw.decode(errors="replace").rstrip("\n").replace("\0", "")  # Open MPI ends a line with NUL
         if len(line) > 20 and set(line) == {"-"}:
             in_banner = not in_banner
         elif in_banner or line.startswith(("prterun", "mpirun", "mpiexec")):
             banners.append(line)
-        else:
+        elif line or raw == b"\n":
             show(line)
 
 

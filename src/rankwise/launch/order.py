@@ -49,18 +49,33 @@ class Order:
         )
 
 
-@contextlib.contextmanager
-def run_folder(order: Order, config: TrainConfig) -> Iterator[RunFolder]:
-    """The run's folder, made now or resumed. A new one in which no run came about is removed again."""
+def open_folder(order: Order, config: TrainConfig) -> tuple[RunFolder, list[Path]]:
+    """The run's folder, made now or resumed, and the folders that are new (the innermost first)."""
     folder = RunFolder(order.resume or config.out or new_run_path(config.model))
     if order.resume:
         folder.failure.unlink(missing_ok=True)
-    new = not order.resume and folder.create()
+        return folder, []
+    return folder, folder.create()
+
+
+def discard(new: list[Path]) -> None:
+    """Remove new folders in which no run came about."""
+    if new:
+        shutil.rmtree(new[0], ignore_errors=True)
+        with contextlib.suppress(OSError):  # "runs", say, if by now another run is in it
+            for parent in new[1:]:
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def run_folder(order: Order, config: TrainConfig) -> Iterator[RunFolder]:
+    """The run's folder, made now or resumed, and discarded if no run comes about in it."""
+    folder, new = open_folder(order, config)
     try:
         yield folder
     except RankwiseError as error:
-        if new and (isinstance(error, UsageError) or not folder.record.exists()):
-            shutil.rmtree(folder.path, ignore_errors=True)
+        if isinstance(error, UsageError) or not folder.record.exists():
+            discard(new)
         raise
 
 

@@ -18,12 +18,15 @@ from rankwise import checkpoint, machine
 from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, UsageError, one_line
 from rankwise.launch import preflight
-from rankwise.launch.order import Order, run_folder
+from rankwise.launch.order import Order, discard, open_folder
 from rankwise.ledger import Ledger
 from rankwise.record import Record, RunFolder
 from rankwise.run import Say, run
 from rankwise.world import World, solo_world
 from rankwise.world.mpi import mpi_world
+
+FIRST_WORD_S = 2.0
+"""How long a rank that fails too leaves the first one to say why, before it ends the job itself."""
 
 
 def train_alone(order: Order, flight: preflight.Flight, folder: RunFolder) -> Record:
@@ -34,10 +37,13 @@ def train_alone(order: Order, flight: preflight.Flight, folder: RunFolder) -> Re
     with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
         try:
             return _train(order, config, world, folder, display.say)
-        except RankwiseError:
+        except (UsageError, Interrupted):
             raise
         except Exception as error:
-            raise _translated(error, world) from error
+            told = _translated(error, world)
+            with contextlib.suppress(RankwiseError):
+                folder.close("failed", str(told))
+            raise told from error
 
 
 def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
@@ -48,20 +54,21 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
     """
     world = mpi_world(_ledger())
     folder: RunFolder | None = None
+    new: list[Path] = []
     try:
         if order.launched:
             folder = RunFolder(order.resume or order.config.out or Path())
             record = _as_launched(order, world, folder)
         else:
             config = preflight.check(order.config.model_copy(update={"ranks": world.size}))
-            with contextlib.ExitStack() as stack:
-                folder = _common_folder(order, config, world, stack)
-                record = _as_given(order, config, world, folder)
+            mine = open_folder(order, config) if world.rank == 0 else None
+            folder, new = world.allgather_object(mine)[0]
+            record = _as_given(order, config, world, folder)
     except Interrupted:
         world.close()
         raise
     except BaseException as error:
-        _end_all_ranks(order, world, folder, error)
+        _end_all_ranks(order, world, folder, new, error)
         raise
     world.close()
     return record, folder, world.rank
@@ -87,13 +94,6 @@ def _as_given(order: Order, config: TrainConfig, world: World, folder: RunFolder
     # Ranks may see a terminal though mpiexec's output is a file, so here are lines and no bar.
     with order.display(folder, config.epochs, 0, live=False) as display:
         return _train(order, config, world, folder, display.say)
-
-
-def _common_folder(order: Order, config: TrainConfig, world: World, stack: contextlib.ExitStack) -> RunFolder:
-    """The folder that rank 0 makes or resumes, the same for all ranks."""
-    mine = stack.enter_context(run_folder(order, config)).path if world.rank == 0 else None
-    path = world.allgather_object(mine)[0]
-    return RunFolder(path)
 
 
 def _train(order: Order, config: TrainConfig, world: World, folder: RunFolder, say: Say) -> Record:
@@ -134,7 +134,7 @@ def _stop_on_signal(world: World) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _translated(error: BaseException, world: World) -> BaseException:
+def _translated(error: BaseException, world: World) -> RankwiseError:
     """A foreign error as one of ours, in one line that names the rank."""
     if isinstance(error, UsageError):
         return error
@@ -143,20 +143,24 @@ def _translated(error: BaseException, world: World) -> BaseException:
     return RankwiseError(f"{where}{kind}{one_line(error)}")
 
 
-def _end_all_ranks(order: Order, world: World, folder: RunFolder | None, error: BaseException) -> None:
+def _end_all_ranks(
+    order: Order, world: World, folder: RunFolder | None, new: list[Path], error: BaseException
+) -> None:
     """Say what happened, once, and end the whole job: a rank that just left would hang the others."""
     told = _translated(error, world)
     code = getattr(error, "exit_code", 1)
-    first = True
-    if folder is not None:
-        first = _write_failure(folder, world.rank, told, code, error)
-    elif world.rank != 0:
-        time.sleep(1)  # wrong use is found by all ranks alike: leave the word to rank 0
-    if first and not order.launched:
-        if folder is not None and code != UsageError.exit_code:
+    # Without a folder it is wrong use, which all ranks find alike.
+    first = _write_failure(folder, world.rank, told, code, error) if folder else world.rank == 0
+    if not first:
+        time.sleep(FIRST_WORD_S)
+    elif not order.launched:
+        order.say(f"rankwise: {told}")
+        if folder is not None and code == UsageError.exit_code:
+            discard(new)
+        elif folder is not None:
+            time.sleep(0.2)  # rank 0 may be just writing the record
             with contextlib.suppress(RankwiseError):
                 folder.close("failed", str(told))
-        order.say(f"rankwise: {told}")
     world.abort(code)
 
 

@@ -11,11 +11,11 @@ from rankwise.ledger import USEFUL
 from rankwise.record import Record
 
 GROUPS = {
-    "startup": ("startup",),
-    "training": USEFUL,
+    "start": ("startup",),
+    "train": USEFUL,
     "sync": ("pack", "transfer", "wait", "recovery"),
-    "evaluation": ("evaluation",),
-    "checkpoint": ("checkpoint",),
+    "eval": ("evaluation",),
+    "save": ("checkpoint",),
     "other": ("other", "instrument"),
 }
 """Phases as the table shows them, several to a column so that it fits a terminal."""
@@ -67,7 +67,7 @@ def _epochs(record: Record, most: int = 8) -> Table:
 def _ranks(record: Record) -> Table:
     table = Table(title="Seconds of each rank (sync includes waiting for other ranks)", box=box.SIMPLE_HEAD)
     for name in ("rank", "role", *GROUPS, "wall", "MB sent"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in record.ranks:
         table.add_row(
             str(row.rank),

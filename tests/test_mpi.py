@@ -1,0 +1,341 @@
+"""Ranks under a real mpiexec: the world, whole runs, failures and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rankwise.record import Record, RunFolder
+
+from .conftest import MPI_SIZES, Command, mpiexec_words, read_weights
+from .test_cli import count_epochs, wait_for
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+
+DIGITS = ["--dataset", "digits", "--model", "mlp", "--lr", "0.02", "--epochs", "2"]
+
+
+def train(*words: str) -> list[str]:
+    return ["-m", "rankwise", "train", *words]
+
+
+def record(folder: Path) -> Record:
+    return RunFolder(folder).read()
+
+
+def closes(run: Record) -> bool:
+    """Whether every rank's phases add up to its wall time."""
+    return all(sum(row.phases_ns.values()) == row.wall_ns for row in run.ranks)
+
+
+@pytest.mark.parametrize("ranks", MPI_SIZES)
+def test_the_world_keeps_its_contract(command: Command, ranks: int) -> None:
+    """MPI's world does what the world of threads does, for any number of ranks."""
+    program = Path(__file__).parent / "world_contract.py"
+    done = command.mpiexec(ranks, str(program))
+    assert done.code == 0, done
+    assert sorted(done.out.split()) == [f"{rank}/{ranks}" for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("ranks", MPI_SIZES)
+def test_our_own_launcher(command: Command, tmp_path: Path, ranks: int) -> None:
+    """`train --ranks N` starts the ranks itself; the record shows them; stdout holds only JSON if asked."""
+    done = command.rankwise("train", *DIGITS, "--ranks", str(ranks), "--out", "run", "--format", "json")
+    assert done.code == 0, done
+    run = record(tmp_path / "run")
+    assert Record.model_validate(done.json) == run
+    assert run.outcome == "completed"
+    assert [row.rank for row in run.ranks] == list(range(ranks))
+    assert run.samples.trained == run.samples.expected == 2 * 1437
+    assert closes(run)
+    assert run.environment.hosts[0].ranks == ranks
+    assert [line for line in done.err.splitlines() if line.startswith("epoch")].__len__() == 2
+
+
+@pytest.mark.parametrize("ranks", MPI_SIZES)
+def test_a_given_mpiexec(command: Command, tmp_path: Path, ranks: int) -> None:
+    """Under the user's own mpiexec the ranks that are given are used, and rank 0 alone speaks."""
+    topology = "allreduce" if ranks == 1 else "master"
+    words = [*DIGITS, "--strategy", "parameter-averaging", "--topology", topology, "--out", "run"]
+    done = command.mpiexec(ranks, *train(*words))
+    assert done.code == 0, done
+    run = record(tmp_path / "run")
+    assert (len(run.ranks), run.config["ranks"], run.outcome) == (ranks, ranks, "completed")
+    assert done.out.count("run folder: run") == 1
+    assert done.err.count("epoch 2/2") == 1
+
+
+@pytest.mark.parametrize("topology", ["master", "allreduce"])
+def test_mpi_and_threads_give_the_same(command: Command, tmp_path: Path, topology: str) -> None:
+    """Twice the same run gives the same bits under MPI too; a master's sums are those of threads."""
+    words = [*DIGITS, "--ranks", "3", "--topology", topology, "--threads", "1"]
+    for name in ("one", "two"):
+        done = command.rankwise("train", *words, "--out", name)
+        assert done.code == 0, done
+    one, two = (read_weights(RunFolder(tmp_path / name)) for name in ("one", "two"))
+    assert all((one[name] == two[name]).all() for name in one)
+    if topology == "master":
+        from rankwise import strategies
+        from rankwise.config import TrainConfig
+        from rankwise.run import run
+        from rankwise.world import run_in_threads
+
+        config = strategies.resolve(
+            TrainConfig(dataset="digits", model="mlp", lr=0.02, epochs=2, ranks=3, threads=1)
+        )
+        folder = RunFolder(tmp_path / "threads")
+        folder.create()
+        run_in_threads(3, lambda world: run(config, world, folder, say=print))
+        threads = read_weights(folder)
+        assert all((one[name] == threads[name]).all() for name in one)
+
+
+def test_resume_to_the_bit_under_mpi(command: Command, tmp_path: Path) -> None:
+    """A run whose launcher was killed leaves no rank behind, and resumed ends with the bits of one that
+    was not."""
+    words = ["--dataset", "digits", "--model", "mlp", "--lr", "0.02", "--ranks", "3", "--flip"]
+    whole = command.rankwise("train", *words, "--epochs", "20", "--out", "whole")
+    assert whole.code == 0, whole
+    process = command.start(sys.executable, *train(*words, "--epochs", "20", "--out", "killed"))
+    wait_for(lambda: (tmp_path / "killed/metrics.jsonl").exists() and count_epochs(tmp_path / "killed") >= 2)
+    ranks = ranks_of(tmp_path / "killed")
+    process.kill()
+    process.wait(10)
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 20)
+    assert record(tmp_path / "killed").outcome in ("running", "interrupted")
+    done = command.rankwise("train", "--resume", "killed")
+    assert done.code == 0, done
+    one, two = (read_weights(RunFolder(tmp_path / name)) for name in ("whole", "killed"))
+    assert all((one[name] == two[name]).all() for name in one)
+    losses = [[row.train_loss for row in record(tmp_path / name).epochs] for name in ("whole", "killed")]
+    assert losses[0] == losses[1]
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """The processes of the ranks that our launcher started for this run folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        of_ours = "--launched" in words and "python" in Path(words[0]).name
+        if of_ours and Path(words[words.index("--out") + 1]).name == folder.name:
+            found.append(process.pid)
+    return found
+
+
+def test_a_ranks_command_line_shows_the_command(command: Command, tmp_path: Path) -> None:
+    """A rank's command line is the one that was given, with the run folder."""
+    words = ["--dataset", "digits", "--model", "mlp", "--epochs", "500", "--ranks", "2"]
+    process = command.start(sys.executable, *train(*words))
+    wait_for(lambda: list(tmp_path.glob("runs/*/record.json")))
+    (folder,) = tmp_path.glob("runs/*")
+    lines = [" ".join(psutil.Process(pid).cmdline()) for pid in ranks_of(folder)]
+    assert len(lines) == 2
+    assert all(f"rankwise train {' '.join(words)} --out runs/{folder.name}" in line for line in lines)
+    process.terminate()
+    assert process.wait(30) == 130
+
+
+FAULTY = """
+import os
+from torch import nn
+
+class Net(nn.Sequential):
+    steps = 0
+    def __init__(self, shape, classes):
+        super().__init__(nn.Flatten(), nn.Linear(3072, classes))
+    def forward(self, x):
+        Net.steps += self.training
+        if Net.steps == 40 and os.environ["OMPI_COMM_WORLD_RANK"] == os.environ["FAULTY_RANK"]:
+            raise ValueError("on purpose")
+        return super().forward(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "faulty", "topology"),
+    [(3, 1, "master"), (3, 2, "master"), (2, 0, "allreduce"), (5, 4, "allreduce")],
+)
+@pytest.mark.parametrize("launcher", ["ours", "given"])
+def test_a_rank_that_raises_ends_the_job(
+    command: Command, tmp_path: Path, ranks: int, faulty: int, topology: str, launcher: str
+) -> None:
+    """A rank that raises ends all ranks, with one message that names it, code 1, the record `failed`, and no
+    process left behind."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    words = [
+        "--dataset",
+        "digits",
+        "--model",
+        "faulty:Net",
+        "--epochs",
+        "50",
+        "--topology",
+        topology,
+        "--out",
+        "run",
+    ]
+    environment = {"FAULTY_RANK": str(faulty)}
+    if launcher == "ours":
+        done = command.rankwise("train", *words, "--ranks", str(ranks), **environment)
+    else:
+        done = command.mpiexec(ranks, *train(*words), **environment)
+    assert done.code == 1, done
+    told = [line for line in done.err.splitlines() if line.startswith("rankwise: ")]
+    assert len(told) == 1, done
+    assert f"rank {faulty} on " in told[0]
+    assert "ValueError: on purpose" in told[0]
+    assert "Traceback" not in done.err
+    if launcher == "ours":
+        assert [
+            line for line in done.err.splitlines() if not line.startswith(("epoch", "preparing", "overs"))
+        ] == told
+    run = record(tmp_path / "run")
+    assert run.outcome == "failed"
+    assert "on purpose" in (run.message or "")
+    failure = json.loads((tmp_path / "run" / "failure.json").read_bytes())
+    assert "Traceback" in failure["traceback"]
+    assert (tmp_path / "run" / "checkpoints").exists()
+    assert ranks_of(tmp_path / "run") == []
+
+
+def test_a_killed_rank_ends_the_job(command: Command, tmp_path: Path) -> None:
+    """A rank killed from outside ends the job with code 1, one message, and the record `failed`."""
+    words = ["--dataset", "digits", "--model", "mlp", "--epochs", "1000", "--ranks", "3", "--out", "run"]
+    process = command.start(sys.executable, *train(*words))
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 1)
+    os.kill(max(ranks_of(tmp_path / "run")), signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert len([line for line in err.splitlines() if line.startswith("rankwise: ")]) == 1
+    assert record(tmp_path / "run").outcome == "failed"
+    wait_for(lambda: ranks_of(tmp_path / "run") == [], 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("ranks", "topology"), [(2, "allreduce"), (3, "master"), (5, "master")])
+def test_stopping_several_ranks(
+    command: Command, tmp_path: Path, number: signal.Signals, ranks: int, topology: str
+) -> None:
+    """Ctrl-C and SIGTERM end all ranks in order, in the middle of an epoch too: code 130, one message, the
+    record `interrupted` with closed ledgers, and a checkpoint from which the run goes on."""
+    words = ["--dataset", "synthetic:20000", "--epochs", "100", "--ranks", str(ranks), "--topology", topology]
+    process = command.start(sys.executable, *train(*words, "--out", "run"))
+    wait_for(lambda: (tmp_path / "run/.progress").exists())
+    time.sleep(0.5)
+    asked = time.monotonic()
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert time.monotonic() - asked < 15, "it hung until it was killed"
+    assert len([line for line in err.splitlines() if line.startswith("rankwise: ")]) == 1
+    run = record(tmp_path / "run")
+    assert run.outcome == "interrupted"
+    assert closes(run)
+    assert len(run.ranks) == ranks
+    assert ranks_of(tmp_path / "run") == []
+    again = command.rankwise("train", "--resume", "run", "--epochs", "1", "--train-limit", "500")
+    assert again.code == 0, again
+    assert record(tmp_path / "run").outcome == "completed"
+
+
+def test_stopping_a_given_mpiexec(command: Command, tmp_path: Path) -> None:
+    """When the user's own mpiexec is stopped, the last epoch's record and checkpoint lie on disk."""
+    words = ["--dataset", "digits", "--model", "mlp", "--epochs", "1000", "--out", "run"]
+    process = command.start(*mpiexec_words(3), sys.executable, *train(*words))
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 2)
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    run = record(tmp_path / "run")
+    assert run.outcome in ("running", "interrupted")
+    assert len(run.epochs) >= 2
+    done = command.rankwise("train", "--resume", "run", "--epochs", str(len(run.epochs) + 2))
+    assert done.code == 0, done
+
+
+def test_different_options_on_ranks(command: Command) -> None:
+    """Ranks that were given different options are told which, once, with code 2, and nothing is left."""
+    base = ["-n", "1", sys.executable, *train(*DIGITS[:4], "--epochs", "2", "--out", "run")]
+    done = command(*mpiexec_words(1)[:-2], *base, "--lr", "0.1", ":", *base, "--lr", "0.2")
+    assert done.code == 2, done
+    told = [line for line in done.err.splitlines() if line.startswith("rankwise: ")]
+    assert len(told) == 1, done
+    assert "--lr" in told[0]
+
+
+@pytest.mark.parametrize("launcher", ["ours", "given"])
+def test_wrong_use_is_told_once(command: Command, tmp_path: Path, launcher: str) -> None:
+    """What only the ranks can find out, and all of them do, is told in one line with code 2, and no run
+    folder is left behind."""
+    words = [*DIGITS[:2], "--model", "nothing:Here", "--out", "run"]
+    if launcher == "ours":
+        done = command.rankwise("train", *words, "--ranks", "3")
+    else:
+        done = command.mpiexec(3, *train(*words))
+    assert done.code == 2, done
+    assert len([line for line in done.err.splitlines() if line.startswith("rankwise: ")]) == 1, done
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", MPI_SIZES)
+def test_the_example_runs_on_any_number_of_ranks(command: Command, ranks: int) -> None:
+    """examples/own_loop.py, a plain PyTorch loop put in step by five lines, learns on any number of ranks."""
+    example = Path(__file__).parents[1] / "examples" / "own_loop.py"
+    done = command.mpiexec(ranks, str(example))
+    assert done.code == 0, done
+    assert done.out.startswith(f"{ranks} ranks, accuracy ")
+    assert float(done.out.split()[-1].rstrip("%")) > 85
+    lines = example.read_text().splitlines()
+    assert len(lines) < 60
+    assert sum(bool(re.search(r"  # \d", line)) for line in lines) == 5
+
+
+def test_an_error_in_a_users_own_loop_ends_all_ranks(command: Command, tmp_path: Path) -> None:
+    """An uncaught exception in one rank of a user's own script ends the others instead of hanging them."""
+    (tmp_path / "own.py").write_text(
+        "import rankwise\n"
+        "world = rankwise.join()\n"
+        "if world.rank == 1: raise ValueError('on purpose')\n"
+        "world.barrier()\n"
+    )
+    done = command.mpiexec(3, "own.py", timeout=30)
+    assert done.code != 0
+    assert "rank 1 failed" in done.err
+
+
+def test_the_public_function(command: Command, tmp_path: Path) -> None:
+    """`rankwise.train` does in a script what the command line does, several ranks included."""
+    (tmp_path / "own.py").write_text(
+        "import rankwise\n"
+        "options = dict(dataset='digits', model='mlp', ranks=3, epochs=1, out='run', flip=True)\n"
+        "config = rankwise.TrainConfig(**options)\n"
+        "record = rankwise.train(config)\n"
+        "print(record.outcome, len(record.ranks), record.config['flip'])\n"
+    )
+    done = command(sys.executable, "own.py")
+    assert done.code == 0, done
+    assert done.out.split() == ["completed", "3", "True"]
+
+
+def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
+    """On a terminal a bar shows epoch, samples a second, loss, accuracy and the time left."""
+    words = [
+        "script",
+        "-qec",
+        f"{sys.executable} -m rankwise train --dataset synthetic:8000 --ranks 3 --epochs 2 --out run",
+        "log",
+    ]
+    subprocess.run(
+        words, cwd=tmp_path, check=True, timeout=100, capture_output=True, env=os.environ | {"COLUMNS": "140"}
+    )
+    screen = (tmp_path / "log").read_text(errors="replace")
+    for word in ("epoch 2/2", "samples/s", "loss ", "accuracy ", "left", "run folder"):
+        assert word in screen

@@ -1,0 +1,46 @@
+"""What any world must do, whatever its transport and size: run under mpiexec, and on threads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rankwise.world import World
+
+
+def check(world: World) -> None:
+    """Raise AssertionError unless this rank sees what it should."""
+    size, rank = world.size, world.rank
+    for dtype in (np.float32, np.float64, np.int64):
+        for length in (1, 7, 100_003):
+            mine = (np.arange(length) + rank).astype(dtype)
+            total = mine.copy()
+            world.allreduce(total)
+            assert np.array_equal(total, size * np.arange(length) + size * (size - 1) / 2)
+            largest = mine.copy()
+            world.allreduce(largest, op="max")
+            assert np.array_equal(largest, np.arange(length) + size - 1)
+            for root in {0, size - 1}:
+                rows = world.gather(mine, root)
+                assert (rows is not None) == (rank == root)
+                if rows is not None:
+                    assert np.array_equal(rows, np.arange(length) + np.arange(size)[:, None])
+                copy = mine.copy()
+                world.broadcast(copy, root)
+                assert np.array_equal(copy, np.arange(length) + root)
+    assert world.allgather_object({"rank": rank}) == [{"rank": r} for r in range(size)]
+    empty = np.empty(0)
+    world.allreduce(empty)
+    world.broadcast(empty)
+    world.barrier()
+    wall_ns, phases_ns = world.ledger.close()
+    assert sum(phases_ns.values()) == wall_ns
+    assert size == 1 or world.traffic.bytes_sent > 0
+
+
+if __name__ == "__main__":
+    from rankwise.world.mpi import mpi_world
+
+    world = mpi_world()
+    check(world)
+    print(f"{world.rank}/{world.size}", flush=True)
+    world.close()
