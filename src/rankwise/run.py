@@ -1,45 +1,25 @@
-"""One run on one rank: builds all parts from the configuration, trains, keeps the record."""
+"""One run on one rank: builds all parts from the configuration, and trains."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import metadata
-from typing import Any
 
 import numpy as np
 import torch
 
-from rankwise import checkpoint, data, machine, models, placement, strategies
+from rankwise import data, models, placement, strategies
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Dataset
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError, Interrupted
-from rankwise.ledger import USEFUL
+from rankwise.keeper import Keeper
 from rankwise.models.replica import Replica
 from rankwise.progress import Progress
-from rankwise.record import (
-    SCHEMA_VERSION,
-    Clock,
-    Efficiency,
-    Environment,
-    Epoch,
-    Host,
-    Outcome,
-    Rank,
-    Record,
-    RunFolder,
-    Samples,
-    utc_now,
-)
+from rankwise.record import Host, Record, RunFolder
 from rankwise.strategies.synchroniser import Synchroniser, make_sampler
-from rankwise.training import EpochResult, Job, train
+from rankwise.training import Job, train
 from rankwise.world import World
 
 Say = Callable[[str], None]
@@ -69,7 +49,7 @@ def run(
         model = models.build(config.model, dataset.image_shape, len(dataset.classes))
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     job = _make_job(config, dataset, model, world, folder)
-    keeper = _Keeper(config, world, folder, job, threads, hosts, start)
+    keeper = Keeper(config, world, folder, job, threads, hosts, start)
     if start is None:
         keeper.save_checkpoint(0)
     else:
@@ -159,160 +139,3 @@ def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.O
         )
     adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-@dataclass
-class _Tally:
-    """Sample counts over all epochs so far."""
-
-    expected: int = 0
-    trained: int = 0
-    duplicated: int = 0
-    lost: int = 0
-
-
-class _Keeper:
-    """Keeps record, metrics and checkpoints while a run goes on."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        world: World,
-        folder: RunFolder,
-        job: Job,
-        threads: int,
-        hosts: list[Host],
-        start: Checkpoint | None,
-    ) -> None:
-        self._config = config
-        self._world = world
-        self._folder = folder
-        self._job = job
-        self._threads = threads
-        self._start = start
-        self._environment = _environment(world, hosts)
-        self._started_at = utc_now()
-        notes = start.notes if start else {"epochs": [], "samples": {}}
-        self._epochs = [Epoch.model_validate(row) for row in notes["epochs"]]
-        self._tally = _Tally(**notes["samples"])
-        if world.rank == 0:
-            folder.keep_metrics(self._epochs)
-
-    def after_epoch(self, result: EpochResult, start_s: float) -> None:
-        """Count the epoch in, save it, and write it down; all ranks together."""
-        self._tally.expected += int(self._job.expected.sum())
-        self._tally.trained += result.epoch.train_samples
-        self._tally.duplicated += result.duplicated
-        self._tally.lost += result.lost
-        self._epochs.append(result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s}))
-        number = result.epoch.epoch
-        if number % self._config.checkpoint_every == 0 or number == self._config.epochs:
-            self.save_checkpoint(number)
-            # The checkpoint itself takes part of the epoch: what it holds is without that part.
-            self._epochs[-1] = result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s})
-        if self._world.rank == 0:
-            self._folder.append_metrics(self._epochs[-1])
-        self.write("running")
-
-    def save_checkpoint(self, epoch: int) -> None:
-        """Write the checkpoint of `epoch`; all ranks together."""
-        workers = self._config.workers
-        writers = {"keep": workers, "average": 1, "reset": 0}[self._config.optimizer_state]
-        with self._world.ledger.phase("checkpoint"):
-            checkpoint.save(
-                self._folder.checkpoints,
-                epoch,
-                self._job.synchroniser.replica,
-                self._world,
-                worker=self._job.worker,
-                writers=writers if workers > 1 else 1,
-                keep=self._config.checkpoint_keep,
-                notes={
-                    "epochs": [row.model_dump() for row in self._epochs],
-                    "samples": vars(self._tally),
-                    "config": self._config.model_dump(mode="json"),
-                },
-            )
-
-    def write(self, outcome: Outcome, message: str | None = None) -> Record:
-        """Gather all ranks' ledgers and write the record; all ranks together."""
-        rows = [Rank(**row) for row in self._world.allgather_object(self._rank_row())]
-        record = Record(
-            schema_version=SCHEMA_VERSION,
-            rankwise_version=metadata.version("rankwise"),
-            started_at=self._started_at,
-            wall_s=rows[0].wall_ns / 1e9,
-            outcome=outcome,
-            message=message,
-            resumed_from_epoch=self._start.epoch if self._start else None,
-            config=self._config.model_dump(mode="json"),
-            environment=self._environment,
-            epochs=self._epochs,
-            ranks=rows,
-            clock=Clock(error_bound_ns=0, violations=0),
-            efficiency=_efficiency(rows),
-            samples=Samples(**vars(self._tally)),
-            faults=[],
-        )
-        if self._world.rank == 0:
-            with self._world.ledger.phase("checkpoint"):
-                self._folder.write(record)
-            if outcome != "running":
-                self._folder.progress.unlink(missing_ok=True)
-        return record
-
-    def _rank_row(self) -> dict[str, Any]:
-        wall_ns, phases_ns = self._world.ledger.close()
-        cpu_s = machine.cpu_seconds()
-        traffic = self._world.traffic
-        return {
-            "rank": self._world.rank,
-            "role": "master" if self._job.worker is None else "worker",
-            "host": machine.host_name(),
-            "threads": self._threads,
-            "wall_ns": wall_ns,
-            "phases_ns": phases_ns,
-            "wait_on_ns": {},
-            "hidden_ns": 0,
-            "cpu_s": cpu_s,
-            "cpu_percent": 100e9 * cpu_s / max(wall_ns, 1),
-            "bytes_sent": traffic.bytes_sent,
-            "bytes_received": traffic.bytes_received,
-            "messages_sent": traffic.messages_sent,
-            "max_rss_bytes": machine.max_rss_bytes(),
-            "died_at_s": None,
-        }
-
-
-def _efficiency(rows: list[Rank]) -> Efficiency:
-    """POP's parallel efficiency (mean useful time over wall time) and load balance (mean over largest)."""
-    workers = [row for row in rows if row.role == "worker"]
-    useful = [sum(row.phases_ns[phase] for phase in USEFUL) for row in workers]
-    wall = [row.wall_ns for row in workers]
-    if not useful or not max(useful):
-        return Efficiency()
-    mean = sum(useful) / len(useful)
-    return Efficiency(parallel=mean / (sum(wall) / len(wall)), load_balance=mean / max(useful))
-
-
-def _environment(world: World, hosts: list[Host]) -> Environment:
-    mpi4py = sys.modules.get("mpi4py")
-    return Environment(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        mpi4py=mpi4py.__version__ if mpi4py else None,
-        mpi=world.describe(),
-        git_commit=_git_commit() if world.rank == 0 else None,
-        hosts=hosts,
-    )
-
-
-def _git_commit() -> str | None:
-    """The commit checked out in the current folder, or None."""
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None

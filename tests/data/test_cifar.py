@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from rankwise.data import cache
-from rankwise.data.cifar import CIFAR10, CIFAR100, Cifar, File, Npm, Variant, locate
 from rankwise.data.dataset import Dataset, Report
+from rankwise.data.sources.cifar import CIFAR10, CIFAR100, Cifar, File, Npm, Variant, locate
 from rankwise.errors import DataError
 
 COUNT = 20

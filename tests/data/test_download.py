@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.data.download import fetch_npm, fetch_url
+from rankwise.data.sources.download import fetch_npm, fetch_url
 from rankwise.errors import DataError
 
 CONTENT = bytes(range(256)) * 10_000

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from rankwise.data import Dataset, check, prepare
-from rankwise.data import folder as folder_module
+from rankwise.data.sources import folder as folder_module
 from rankwise.errors import DataError
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.data import cache
-from rankwise.data.cifar import CIFAR10, CIFAR100, Cifar
-from rankwise.data.custom import Custom
 from rankwise.data.dataset import Dataset, Report, Source
-from rankwise.data.digits import Digits
-from rankwise.data.folder import Folder
-from rankwise.data.synthetic import Synthetic
+from rankwise.data.sources.cifar import CIFAR10, CIFAR100, Cifar
+from rankwise.data.sources.custom import Custom
+from rankwise.data.sources.digits import Digits
+from rankwise.data.sources.folder import Folder
+from rankwise.data.sources.synthetic import Synthetic
 from rankwise.errors import DataError, unknown_name
 
 

