@@ -287,7 +287,7 @@ def test_wrong_use_is_told_once(command: Command, tmp_path: Path, launcher: str)
 
 @pytest.mark.parametrize("ranks", MPI_SIZES)
 def test_the_example_runs_on_any_number_of_ranks(command: Command, ranks: int) -> None:
-    """examples/own_loop.py, a plain PyTorch loop put in step by five lines, learns on any number of ranks."""
+    """examples/own_loop.py, a PyTorch loop put in step by five lines, learns on any number of ranks."""
     example = Path(__file__).parents[1] / "examples" / "own_loop.py"
     done = command.mpiexec(ranks, str(example))
     assert done.code == 0, done
@@ -296,6 +296,19 @@ def test_the_example_runs_on_any_number_of_ranks(command: Command, ranks: int) -
     lines = example.read_text().splitlines()
     assert len(lines) < 60
     assert sum(bool(re.search(r"  # \d", line)) for line in lines) == 5
+    if ranks == 1:
+        assert command(sys.executable, str(example)).out == done.out
+
+
+def test_the_example_of_own_images(command: Command, tmp_path: Path) -> None:
+    """examples/own_images.py, a user's own images and network, trains with the command that it names."""
+    example = Path(__file__).parents[1] / "examples" / "own_images.py"
+    (tmp_path / example.name).write_text(example.read_text())
+    words = re.search(r"rankwise (train .*)", example.read_text())
+    assert words is not None
+    done = command.rankwise(*words[1].split(), "--out", "run")
+    assert done.code == 0, done
+    assert record(tmp_path / "run").epochs[-1].val_accuracy > 0.9
 
 
 def test_an_error_in_a_users_own_loop_ends_all_ranks(command: Command, tmp_path: Path) -> None:

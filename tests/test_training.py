@@ -6,11 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from rankwise import checkpoint
@@ -19,7 +23,8 @@ from rankwise.errors import ConfigError, DivergedError, ResumeError, StorageErro
 from rankwise.ledger import PHASES
 from rankwise.record import Record, RunFolder
 from rankwise.run import run
-from rankwise.world import run_in_threads
+from rankwise.training import count_samples
+from rankwise.world import World, run_in_threads
 
 Make = Callable[..., TrainConfig]
 Train = Callable[..., tuple[Record, RunFolder, dict[str, torch.Tensor]]]
@@ -239,9 +244,11 @@ def test_more_workers_than_samples_are_refused(config: Make, tmp_path: Path) -> 
 
 def test_target_accuracy_ends_the_run(config: Make, train_in_threads: Train) -> None:
     """The run stops after the first epoch that reaches the target, and counts only what it trained."""
-    record, _, _ = train_in_threads(config(epochs=30, ranks=2, topology="allreduce", target_accuracy=0.9))
+    options = {"epochs": 30, "ranks": 2, "topology": "allreduce", "checkpoint_every": 30}
+    record, folder, _ = train_in_threads(config(**options, target_accuracy=0.9))
     assert record.epochs[-1].val_accuracy >= 0.9
     assert all(row.val_accuracy < 0.9 for row in record.epochs[:-1])
+    assert (folder.checkpoints / f"epoch-{len(record.epochs):04d}").exists()
     assert record.outcome == "completed"
     assert record.samples.expected == record.samples.trained == len(record.epochs) * 1437
 
@@ -250,6 +257,26 @@ def test_validation_split_trains_on_the_rest(config: Make, train_in_threads: Tra
     """With --validation-split the held-out part of the training set validates and does not train."""
     record, _, _ = train_in_threads(config(ranks=3, validation_split=0.25, epochs=1))
     assert record.samples.expected == record.samples.trained == 1437 - round(1437 * 0.25)
+
+
+@given(st.integers(1, 4), st.data())
+def test_the_sample_count_is_exact(ranks: int, data: st.DataObject) -> None:
+    """Whatever ranks trained, all of them learn how many samples came too often and how many too seldom."""
+    shape = (ranks, data.draw(st.integers(1, 30)))
+    counts = data.draw(arrays(np.int64, shape, elements=st.integers(0, 2)))
+    expected = data.draw(
+        st.one_of(st.just(counts.sum(0)), arrays(np.int64, shape[1], elements=st.integers(0, 3)))
+    )
+
+    def program(world: World) -> tuple[int, int, int]:
+        job: Any = SimpleNamespace(
+            config=TrainConfig(), expected=expected, synchroniser=SimpleNamespace(world=world)
+        )
+        return count_samples(job, counts[world.rank])
+
+    surplus = counts.sum(0) - expected
+    true = (int(counts.sum()), int(surplus[surplus > 0].sum()), int(-surplus[surplus < 0].sum()))
+    assert run_in_threads(ranks, program) == [true] * ranks
 
 
 class BatchNormNet(nn.Sequential):

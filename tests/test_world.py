@@ -32,13 +32,11 @@ def test_ranks_are_told_by_their_environment(mark: str, monkeypatch: pytest.Monk
 
 
 def test_importing_starts_no_mpi() -> None:
-    """`import rankwise`, and even importing every public name, does not initialise MPI."""
+    """`import rankwise`, and even loading every public name, does not load MPI, let alone start it."""
     code = (
         "import rankwise, sys\n"
         "for name in rankwise.__all__: getattr(rankwise, name)\n"
-        "print('mpi4py' in sys.modules)\n"
-        "import mpi4py; mpi4py.rc.initialize = False\n"
-        "from mpi4py import MPI; print(MPI.Is_initialized())\n"
+        "print('mpi4py.MPI' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.strip() == "False"

@@ -10,7 +10,7 @@ from rankwise.world import World
 def check(world: World) -> None:
     """Raise AssertionError unless this rank sees what it should."""
     size, rank = world.size, world.rank
-    for dtype in (np.float32, np.float64, np.int64):
+    for dtype in (np.float32, np.float64, np.int64, np.uint64):
         for length in (1, 7, 100_003):
             mine = (np.arange(length) + rank).astype(dtype)
             total = mine.copy()

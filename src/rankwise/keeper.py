@@ -28,7 +28,7 @@ from rankwise.record import (
     Record,
     RunFolder,
     Samples,
-    utc_now,
+    utc_before,
 )
 from rankwise.training import EpochResult, Job
 from rankwise.world import World
@@ -64,7 +64,7 @@ class Keeper:
         self._threads = threads
         self._start = start
         self._environment = _environment(world, hosts)
-        self._started_at = utc_now()
+        self._started_at = utc_before(world.ledger.close()[0] / 1e9)
         notes = start.notes if start else {"epochs": [], "samples": {}}
         self._epochs = [Epoch.model_validate(row) for row in notes["epochs"]]
         self._tally = _Tally(**notes["samples"])
@@ -79,7 +79,7 @@ class Keeper:
         self._tally.lost += result.lost
         self._epochs.append(result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s}))
         number = result.epoch.epoch
-        if number % self._config.checkpoint_every == 0 or number == self._config.epochs:
+        if number % self._config.checkpoint_every == 0 or result.last:
             self.save_checkpoint(number)
             # The checkpoint itself takes part of the epoch: what it holds is without that part.
             self._epochs[-1] = result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,9 +121,9 @@ class Record(_Row):
     faults: list[dict[str, Any]]
 
 
-def utc_now() -> str:
-    """This moment, as the record writes it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def utc_before(seconds: float) -> str:
+    """The moment so many seconds ago, as the record writes it."""
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="seconds")
 
 
 class RunFolder:

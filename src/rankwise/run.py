@@ -38,10 +38,13 @@ def run(
     all ranks at once and with the record written, or the error of the rank on which it happened.
     """
     ledger = world.ledger
+    announce = _announcer(say)
     say = say if world.rank == 0 else _silent
     _agree_on_options(config, world)
     ledger.enter("data")
-    dataset = data.prepare(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
+    dataset = data.prepare(
+        config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir, on_progress=announce
+    )
     ledger.enter("startup")
     threads, hosts = _take_seats(config, world, say)
     with _SEEDING:
@@ -67,6 +70,18 @@ def run(
 
 def _silent(_: str) -> None:
     """Ranks other than 0 keep their remarks to themselves."""
+
+
+def _announcer(say: Say) -> Callable[[str, int, int], None]:
+    """Says once what is being done; for whichever rank decodes the dataset while the others wait."""
+    said: set[str] = set()
+
+    def announce(what: str, done: int, total: int) -> None:
+        if what not in said:
+            said.add(what)
+            say(what)
+
+    return announce
 
 
 def _agree_on_options(config: TrainConfig, world: World) -> None:

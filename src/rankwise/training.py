@@ -45,11 +45,12 @@ class Job:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """An epoch with what went wrong in its sample count."""
+    """An epoch, what went wrong in its sample count, and whether it is the last one of the run."""
 
     epoch: Epoch
     duplicated: int
     lost: int
+    last: bool
 
 
 def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float], None]) -> None:
@@ -64,8 +65,7 @@ def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float]
         train_s = time.monotonic() - start_s
         result = summarise(job, number, loss_sum, counts, evaluate(job), train_s)
         after_epoch(result, start_s)
-        target = job.config.target_accuracy
-        if target is not None and result.epoch.val_accuracy >= target:
+        if result.last:
             return
 
 
@@ -144,22 +144,41 @@ def summarise(
     val_loss_sum, correct = evaluation
     sums = np.array([loss_sum, val_loss_sum, correct, len(job.val_pool)], np.float64)
     world.allreduce(sums)
-    world.allreduce(counts)
+    trained, duplicated, lost = count_samples(job, counts)
     slowest = np.array([train_s])
     world.allreduce(slowest, op="max")
-    samples = int(counts.sum())
-    surplus = counts - job.expected
     if not math.isfinite(sums[1]):
         raise DivergedError(f"the validation loss is {sums[1]} after epoch {epoch}: try a smaller --lr")
     row = Epoch(
         epoch=epoch,
-        train_loss=sums[0] / samples,
+        train_loss=sums[0] / trained,
         val_loss=sums[1] / sums[3],
         val_accuracy=sums[2] / sums[3],
-        train_samples=samples,
+        train_samples=trained,
         steps=job.synchroniser.sampler.steps(epoch),
         learning_rate=job.synchroniser.replica.optimizer.param_groups[0]["lr"],
         wall_s=0.0,
         train_s=float(slowest[0]),
     )
-    return EpochResult(row, duplicated=int(surplus.clip(min=0).sum()), lost=int(-surplus.clip(max=0).sum()))
+    target = job.config.target_accuracy
+    last = epoch == job.config.epochs or (target is not None and row.val_accuracy >= target)
+    return EpochResult(row, duplicated, lost, last)
+
+
+def count_samples(job: Job, counts: Indices) -> tuple[int, int, int]:
+    """How many samples all ranks trained in an epoch, how many of them too often, and how many too seldom.
+
+    `counts` [n] says how often this rank trained each sample. To prove that the sum over all ranks is
+    what it should be, 8 bytes are enough: each sample has a random 64-bit number, and the sums of the
+    numbers trained and expected agree, modulo 2**64, only for the same samples. If they do not, the
+    counts themselves are added up.
+    """
+    numbers = np.random.default_rng(job.config.seed).integers(2**64, size=len(counts), dtype=np.uint64)
+    fingerprint = np.array([np.sum(numbers * counts.astype(np.uint64))])
+    job.synchroniser.world.allreduce(fingerprint)
+    if fingerprint[0] == np.sum(numbers * job.expected.astype(np.uint64)):
+        return int(job.expected.sum()), 0, 0
+    total = counts.copy()
+    job.synchroniser.world.allreduce(total)
+    surplus = total - job.expected
+    return int(total.sum()), int(surplus.clip(min=0).sum()), int(-surplus.clip(max=0).sum())

@@ -52,12 +52,16 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
     A rank that fails leaves word in the folder (and to the user, unless a launcher of ours will), and
     ends all ranks.
     """
-    world = mpi_world(_ledger())
-    folder: RunFolder | None = None
+    folder = RunFolder(order.resume or order.config.out or Path()) if order.launched else None
     new: list[Path] = []
     try:
-        if order.launched:
-            folder = RunFolder(order.resume or order.config.out or Path())
+        world = mpi_world(_ledger())
+    except LaunchError as error:
+        if folder:
+            _write_failure(folder, 0, error, error)
+        raise
+    try:
+        if folder:
             record = _as_launched(order, world, folder)
         else:
             config = preflight.check(order.config.model_copy(update={"ranks": world.size}))
@@ -148,20 +152,19 @@ def _end_all_ranks(
 ) -> None:
     """Say what happened, once, and end the whole job: a rank that just left would hang the others."""
     told = _translated(error, world)
-    code = getattr(error, "exit_code", 1)
     # Without a folder it is wrong use, which all ranks find alike.
-    first = _write_failure(folder, world.rank, told, code, error) if folder else world.rank == 0
+    first = _write_failure(folder, world.rank, told, error) if folder else world.rank == 0
     if not first:
         time.sleep(FIRST_WORD_S)
     elif not order.launched:
         order.say(f"rankwise: {told}")
-        if folder is not None and code == UsageError.exit_code:
+        if isinstance(told, UsageError):
             discard(new)
-        elif folder is not None:
+        elif folder:
             time.sleep(0.2)  # rank 0 may be just writing the record
             with contextlib.suppress(RankwiseError):
                 folder.close("failed", str(told))
-    world.abort(code)
+    world.abort(told.exit_code)
 
 
 def _write_failure(
@@ -171,7 +174,7 @@ def _write_failure(
     content = {
         "rank": rank,
         "message": str(told),
-        "exit_code": code,
+        "exit_code": told.exit_code,
         "traceback": "".join(traceback.format_exception(error)),
     }
     try:
