@@ -14,7 +14,14 @@ import matplotlib.pyplot as plt
 from rankwise import Record, RunFolder
 from rankwise.report.summary import GROUPS
 
-COLOURS = {"start": "#b0b0b0", "train": "#2a7f9e", "sync": "#e0a030", "eval": "#7a5ea8", "save": "#6aa84f"}
+COLOURS = {
+    "start": "#b0b0b0",
+    "train": "#2a7f9e",
+    "wait": "#f0d9a0",
+    "sync": "#e0902a",
+    "eval": "#7a5ea8",
+    "save": "#6aa84f",
+}
 OTHER = "#d9534f"
 
 
@@ -33,7 +40,8 @@ def main(target: str, *runs: str) -> None:
         epochs = [row.epoch for row in record.epochs]
         left.plot(epochs, [100 * row.val_accuracy for row in record.epochs], color=colour, label=name)
         left.axhline(float(paper), color=colour, ls=":", lw=1)
-        left.text(1, float(paper) + 0.4, f"the paper's best: {paper}%", color=colour, size=8)
+        side = "bottom" if number % 2 == 0 else "top"
+        left.text(1, float(paper), f"the paper: {paper}%", color=colour, size=8, va=side)
         bars += [(f"{name}: {row.role} {row.rank}", seconds(record, row.rank)) for row in record.ranks]
     left.set(xlabel="epoch", ylabel="accuracy on the test set, %", title="CIFAR-10, the paper's network")
     left.legend(loc="lower right", frameon=False)

@@ -101,6 +101,7 @@ def test_one_rank_trains_and_reports(capsys: pytest.CaptureFixture[str], tmp_pat
     out, err = capsys.readouterr()
     assert [line[:9] for line in err.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
     assert "run folder: run" in out
+    assert "…" not in out, "the table must fit a terminal of 80 columns"
     assert RunFolder(tmp_path / "run").read().outcome == "completed"
 
 

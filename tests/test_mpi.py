@@ -33,8 +33,11 @@ def record(folder: Path) -> Record:
 
 
 def closes(run: Record) -> bool:
-    """Whether every rank's phases add up to its wall time."""
-    return all(sum(row.phases_ns.values()) == row.wall_ns for row in run.ranks)
+    """Whether every rank's phases add up to its wall time, and its waits for others to its waiting."""
+    return all(
+        sum(row.phases_ns.values()) == row.wall_ns and sum(row.wait_on_ns.values()) == row.phases_ns["wait"]
+        for row in run.ranks
+    )
 
 
 @pytest.mark.parametrize("ranks", MPI_SIZES)

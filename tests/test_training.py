@@ -69,6 +69,8 @@ def test_a_record_tells_the_run(config: Make, train_in_threads: Train, team: dic
     for row in record.ranks:
         assert set(row.phases_ns) == set(PHASES)
         assert sum(row.phases_ns.values()) == row.wall_ns
+        assert sum(row.wait_on_ns.values()) == row.phases_ns["wait"]
+        assert str(row.rank) not in row.wait_on_ns
     stored = json.loads(folder.record.read_bytes())
     assert set(stored) == set(Record.model_fields)
     assert set(stored["config"]) == set(TrainConfig.model_fields)

@@ -109,6 +109,7 @@ class Keeper:
 
     def write(self, outcome: Outcome, message: str | None = None) -> Record:
         """Gather all ranks' ledgers and write the record; all ranks together."""
+        self._world.settle()
         rows = [Rank(**row) for row in self._world.allgather_object(self._rank_row())]
         record = Record(
             schema_version=SCHEMA_VERSION,
@@ -122,7 +123,7 @@ class Keeper:
             environment=self._environment,
             epochs=self._epochs,
             ranks=rows,
-            clock=Clock(error_bound_ns=0, violations=0),
+            clock=Clock(error_bound_ns=0, violations=self._world.clock_violations),
             efficiency=_efficiency(rows),
             samples=Samples(**vars(self._tally)),
             faults=[],
@@ -145,7 +146,7 @@ class Keeper:
             "threads": self._threads,
             "wall_ns": wall_ns,
             "phases_ns": phases_ns,
-            "wait_on_ns": {},
+            "wait_on_ns": {str(rank): ns for rank, ns in sorted(self._world.wait_on_ns.items())},
             "hidden_ns": 0,
             "cpu_s": cpu_s,
             "cpu_percent": 100e9 * cpu_s / max(wall_ns, 1),

@@ -53,6 +53,16 @@ class Ledger:
         self._phase = phase
         return before
 
+    @property
+    def mark_ns(self) -> int:
+        """When the running phase began, on this ledger's clock."""
+        return self._mark_ns
+
+    def move(self, source: str, target: str, duration_ns: int) -> None:
+        """Charge time that went to phase `source` to `target` after all; the sum stays."""
+        self._totals_ns[source] -= duration_ns
+        self._totals_ns[target] += duration_ns
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Spend the block in phase `name`, then go back to the phase before."""

@@ -167,10 +167,8 @@ def _end_all_ranks(
     world.abort(told.exit_code)
 
 
-def _write_failure(
-    folder: RunFolder, rank: int, told: BaseException, code: int, error: BaseException
-) -> bool:
-    """Leave word of the run's first failure; returns whether this was the first."""
+def _write_failure(folder: RunFolder, rank: int, told: RankwiseError, error: BaseException) -> bool:
+    """Leave word of the run's first failure, and of what was behind it; returns whether it was the first."""
     content = {
         "rank": rank,
         "message": str(told),

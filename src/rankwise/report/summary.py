@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +12,8 @@ from rankwise.record import Record
 GROUPS = {
     "start": ("startup",),
     "train": USEFUL,
-    "sync": ("pack", "transfer", "wait", "recovery"),
+    "wait": ("wait", "recovery"),
+    "sync": ("pack", "transfer"),
     "eval": ("evaluation",),
     "save": ("checkpoint",),
     "other": ("other", "instrument"),
@@ -47,9 +47,7 @@ def _headline(record: Record) -> str:
 
 
 def _epochs(record: Record, most: int = 8) -> Table:
-    table = Table(
-        title="Epochs" if len(record.epochs) <= most else f"The last {most} epochs", box=box.SIMPLE_HEAD
-    )
+    table = Table(title="Epochs" if len(record.epochs) <= most else f"The last {most} epochs", box=None)
     for name in ("epoch", "train loss", "val loss", "accuracy", "seconds", "samples/s"):
         table.add_column(name, justify="right")
     for row in record.epochs[-most:]:
@@ -65,13 +63,12 @@ def _epochs(record: Record, most: int = 8) -> Table:
 
 
 def _ranks(record: Record) -> Table:
-    table = Table(title="Seconds of each rank (sync includes waiting for other ranks)", box=box.SIMPLE_HEAD)
-    for name in ("rank", "role", *GROUPS, "wall", "MB sent"):
+    table = Table(title="Seconds of each rank (they add up)", box=None)
+    for name in ("rank", *GROUPS, "wall", "MB sent"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in record.ranks:
         table.add_row(
-            str(row.rank),
-            row.role,
+            f"{row.rank} {row.role}",
             *(f"{sum(row.phases_ns[phase] for phase in phases) / 1e9:.2f}" for phases in GROUPS.values()),
             f"{row.wall_ns / 1e9:.2f}",
             f"{row.bytes_sent / 1e6:.1f}",

@@ -34,6 +34,9 @@ class MpiTransport:
         self._ops = {"sum": mpi.SUM, "max": mpi.MAX}
         self.rank = self._comm.Get_rank()
         self.size = self._comm.Get_size()
+        neighbours = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
+        self.one_clock = neighbours.Get_size() == self.size
+        neighbours.Free()
 
     def allreduce(self, buffer: Buffer, op: Op) -> None:
         self._complete(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer, op=self._ops[op]))

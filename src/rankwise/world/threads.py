@@ -37,6 +37,8 @@ class _Board:
 class ThreadTransport:
     """One thread's place at the board."""
 
+    one_clock = True
+
     def __init__(self, rank: int, size: int, board: _Board) -> None:
         self.rank = rank
         self.size = size

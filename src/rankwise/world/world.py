@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.ledger import Ledger
+from rankwise.world.waits import Pattern, split
+
+SETTLE_AFTER = 4096
+"""Exchanges after which ranks compare their logs at the latest; bounds the memory of a log."""
 
 Buffer = NDArray[Any]
 Op = Literal["sum", "max"]
@@ -21,6 +26,8 @@ class Transport(Protocol):
 
     rank: int
     size: int
+    one_clock: bool
+    """Whether all ranks read the same monotonic clock, as those of one host do."""
 
     def allreduce(self, buffer: Buffer, op: Op) -> None:
         """Combine the buffers of all ranks element by element, in place on every rank."""
@@ -74,18 +81,21 @@ class World:
         self.stopping = False
         self.rank = transport.rank
         self.size = transport.size
+        self.wait_on_ns: Counter[int] = Counter()
+        self.clock_violations = 0
+        self._log: list[tuple[int, int, int, int]] = []
 
     def allreduce(self, buffer: Buffer, op: Op = "sum") -> None:
         """Sum (or maximum) over all ranks, element by element, in place."""
         if self.size > 1:
-            with self._exchange():
+            with self._exchange(Pattern.ALL_TO_ALL):
                 self._transport.allreduce(buffer, op)
             self.traffic.add(sent=buffer.nbytes, received=buffer.nbytes, messages=1)
 
     def gather(self, buffer: Buffer, root: int = 0) -> Buffer | None:
         """All buffers as rows of one array [size, *shape] in rank order on the root; None elsewhere."""
         into = np.empty((self.size, *buffer.shape), buffer.dtype) if self.rank == root else None
-        with self._exchange():
+        with self._exchange(Pattern.ALL_TO_ONE, root):
             self._transport.gather(buffer, root, into)
         others = (self.size - 1) * buffer.nbytes
         if self.rank == root:
@@ -97,7 +107,7 @@ class World:
     def broadcast(self, buffer: Buffer, root: int = 0) -> None:
         """Overwrite the buffer of every rank with the root's."""
         if self.size > 1:
-            with self._exchange():
+            with self._exchange(Pattern.ONE_TO_ALL, root):
                 self._transport.broadcast(buffer, root)
             others = (self.size - 1) * buffer.nbytes
             if self.rank == root:
@@ -109,7 +119,7 @@ class World:
         """Every rank's picklable value, in rank order. For set-up and farewell, never for weights."""
         if self.size == 1:
             return [value]
-        with self._exchange():
+        with self._exchange(Pattern.ALL_TO_ALL):
             return self._transport.allgather_object(value)
 
     def barrier(self) -> None:
@@ -128,8 +138,29 @@ class World:
         """Leave in good order, all ranks together."""
         self._transport.close()
 
+    def settle(self) -> None:
+        """Tell waiting from transfer in all exchanges since the last time; all ranks together.
+
+        Until then an exchange counts as transfer as a whole, and so it stays where ranks have clocks of
+        their own. `wait_on_ns` has the waiting by the rank that was waited for.
+        """
+        log, self._log = self._log, []
+        if self.size == 1 or not self._transport.one_clock:
+            return
+        logs = np.array(self.allgather_object(np.array(log, np.int64).reshape(-1, 4)))
+        found = split(logs, self.rank)
+        self.ledger.move("transfer", "wait", found.wait_ns)
+        self.wait_on_ns.update(found.wait_on_ns)
+        self.clock_violations += found.violations
+
     @contextmanager
-    def _exchange(self) -> Iterator[None]:
-        # The whole exchange counts as transfer for now, the wait for a late rank included.
-        with self.ledger.phase("transfer"):
+    def _exchange(self, pattern: Pattern, root: int = 0) -> Iterator[None]:
+        before = self.ledger.enter("transfer")
+        entered_ns = self.ledger.mark_ns
+        try:
             yield
+        finally:
+            self.ledger.enter(before)
+        self._log.append((pattern, root, entered_ns, self.ledger.mark_ns))
+        if len(self._log) > SETTLE_AFTER:  # at the same exchange on every rank
+            self.settle()
