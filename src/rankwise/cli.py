@@ -69,7 +69,7 @@ def train(
     if format == "json":
         print(result.record.model_dump_json(indent=1))
     else:
-        Console().print(summary(result.record, str(result.folder)))
+        _console().print(summary(result.record, str(result.folder)))
 
 
 @data_app.command(name="list")
@@ -83,7 +83,7 @@ def list_datasets(*, cache_dir: CacheDir = None, format: Format = "text", debug:
         rows = [vars(item) | {"path": str(item.path)} for item in found]
         print(json.dumps({"known": dict(data.known()), "prepared": rows}, indent=1))
     else:
-        Console().print(datasets(data.known(), found))
+        _console().print(datasets(data.known(), found))
 
 
 @data_app.command
@@ -142,7 +142,7 @@ def doctor(*, cache_dir: CacheDir = None, format: Format = "text", debug: Debug 
     if format == "json":
         print(json.dumps(facts, indent=1))
     else:
-        Console().print(physician.page(facts))
+        _console().print(physician.page(facts))
 
 
 def _prepare(dataset: str, data_dir: Path | None, cache_dir: Path | None, refresh: bool = False) -> Dataset:
@@ -170,9 +170,14 @@ def _show_dataset(dataset: Dataset, format: str, sheet: Path | None = None) -> N
         }
         print(json.dumps(facts, indent=1))
     else:
-        Console().print(dataset_card(dataset))
+        _console().print(dataset_card(dataset))
         if sheet:
             print(f"sheet of samples: {sheet}")
+
+
+def _console() -> Console:
+    """For results, on stdout. Nothing in them is markup, whatever brackets a path has."""
+    return Console(markup=False, highlight=False)
 
 
 def main(tokens: list[str] | None = None) -> None:

@@ -89,7 +89,7 @@ def page(facts: dict[str, Any]) -> Table:
         "container's share": f"{facts['container_quota_cpus']} CPUs"
         if facts["container_quota_cpus"]
         else "all",
-        "threads a rank (auto)": ", ".join(f"{n} ranks: {t}" for n, t in facts["threads_auto"].items()),
+        "threads a rank, by ranks": ", ".join(f"{t} for {n}" for n, t in facts["threads_auto"].items()),
         "datasets in the cache": sets or "none yet: rankwise data prepare NAME",
         "to mend": "\n".join(facts["problems"]) or "nothing",
     }

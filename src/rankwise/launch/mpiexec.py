@@ -194,7 +194,7 @@ def _pass_on(stream: IO[bytes], show: Callable[[str], None], banners: list[str])
         line = raw.decode(errors="replace").rstrip("\n").replace("\0", "")  # Open MPI ends a line with NUL
         if len(line) > 20 and set(line) == {"-"}:
             in_banner = not in_banner
-        elif in_banner or line.startswith(("prterun", "mpirun", "mpiexec")):
+        elif in_banner or line.startswith(("prterun", "mpirun", "mpiexec", "Abort(")):
             banners.append(line)
         elif line or raw == b"\n":
             show(line)

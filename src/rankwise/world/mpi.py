@@ -92,7 +92,8 @@ def load_mpi() -> Any:
 
 def library_version(mpi: Any) -> str:
     """The MPI library's own name and version, on one line."""
-    return str(mpi.Get_library_version()).split("\n")[0].split(",")[0].strip(" \0")
+    first_line = str(mpi.Get_library_version()).strip("\0").splitlines()[0]
+    return " ".join(first_line.split(",")[0].split())
 
 
 def mpi_world(ledger: Ledger | None = None) -> World:

