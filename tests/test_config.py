@@ -40,6 +40,8 @@ def test_layers() -> None:
         ({"momentum": 1}, ["--momentum", "less than 1"]),
         ({"topology": "ring"}, ["--topology", "'master' or 'allreduce'"]),
         ({"sync_every": "never"}, ["--sync-every", "integer", "'epoch'"]),
+        ({"sync_every": 0}, ["--sync-every", "0", "greater than 0"]),
+        ({"threads": 0}, ["--threads", "0", "'auto' or 'all'"]),
         ({"target_accuracy": 94}, ["--target-accuracy", "94", "less than or equal to 1"]),
         ({"validation_split": 1.0}, ["--validation-split"]),
         ({"learning_rate": 1}, ["learning_rate"]),

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PositiveInt, ValidationError
 
 from rankwise.errors import ConfigError, unknown_name
 
@@ -66,13 +66,13 @@ class TrainConfig(BaseModel):
     optimizer_state: Literal["keep", "average", "reset"] = Field(
         "keep", description="What a synchronisation does to the optimiser's state, e.g. its momentum."
     )
-    sync_every: int | Literal["epoch"] | None = Field(
+    sync_every: PositiveInt | Literal["epoch"] | None = Field(
         None, description="Steps between synchronisations, or epoch. By default the strategy's own."
     )
     flip: bool = Field(False, description="Mirror training images at random.")
     crop_padding: int = Field(0, ge=0, le=64, description="Pad training images by this many pixels and crop.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
-    threads: int | Literal["auto", "all"] = Field(
+    threads: PositiveInt | Literal["auto", "all"] = Field(
         "auto",
         description="Arithmetic threads a rank: auto shares the allowed cores among the ranks of a host; "
         "all gives every rank every core.",

@@ -73,7 +73,7 @@ def run_folder(order: Order, config: TrainConfig) -> Iterator[RunFolder]:
     folder, new = open_folder(order, config)
     try:
         yield folder
-    except RankwiseError as error:
+    except (RankwiseError, KeyboardInterrupt) as error:
         if isinstance(error, UsageError) or not folder.record.exists():
             discard(new)
         raise
@@ -104,7 +104,7 @@ def resumed(order: Order, folder: Path, stored: Record) -> Order:
                 options |= dict.fromkeys(("strategy", "topology", "sync_every"))
     known = {name: value for name, value in options.items() if name in TrainConfig.model_fields}
     try:
-        config = given.over({**known, "out": str(folder)})
+        config = given.over(known).model_copy(update={"out": folder})
     except ConfigError as error:
         raise ResumeError(f"the options stored in {folder} do not fit: {error}") from None
     return replace(order, config=config, remarks=tuple(remarks))

@@ -39,6 +39,10 @@ def train_alone(order: Order, flight: preflight.Flight, folder: RunFolder) -> Re
             return _train(order, config, world, folder, display.say)
         except (UsageError, Interrupted):
             raise
+        except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
+            with contextlib.suppress(RankwiseError):
+                folder.close("interrupted", "stopped at once")
+            raise
         except Exception as error:
             told = _translated(error, world)
             with contextlib.suppress(RankwiseError):
