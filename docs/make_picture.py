@@ -54,7 +54,14 @@ def main(target: str, *runs: str) -> None:
         )
         start = [a + b for a, b in zip(start, widths, strict=True)]
     right.set(xlabel="seconds", title="where each rank's time went (it adds up)")
-    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=7, columnspacing=1.0, handlelength=1.2, frameon=False)
+    right.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.4, -0.16),
+        ncols=7,
+        columnspacing=1.0,
+        handlelength=1.2,
+        frameon=False,
+    )
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

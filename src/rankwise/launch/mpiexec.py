@@ -21,7 +21,7 @@ from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingErr
 from rankwise.launch.order import Order, to_arguments
 from rankwise.launch.preflight import Flight
 from rankwise.record import Record, RunFolder
-from rankwise.world.surroundings import Mpiexec, find_mpiexec, mpi_environment
+from rankwise.world.surroundings import Mpiexec, allocated_hosts, find_mpiexec, mpi_environment
 
 GRACE_S = 30.0
 """How long interrupted ranks may take to agree, to save and to leave."""
@@ -79,27 +79,21 @@ def _close(folder: RunFolder, outcome: Literal["interrupted", "failed"], message
 
 
 def command_line(mpiexec: Mpiexec, ranks: int, program: list[str]) -> list[str]:
-    """The command that starts `program` on `ranks` ranks of this machine.
+    """The command that starts `program` on `ranks` ranks.
 
-    Ranks are bound to a NUMA domain, where their memory is near, but not to a core: bound to cores,
-    two ranks on two cores lost 7% to whatever else ran there. With more ranks than cores the
-    scheduler decides, and ranks yield while they wait. A container's share of the CPUs does not say
-    which ones they are, so there nobody is bound.
+    Ranks of this machine are bound to a NUMA domain, where their memory is near, but not to a core:
+    bound to cores, two ranks on two cores lost 7% to whatever else ran there. With more ranks than
+    cores the scheduler decides, and ranks yield while they wait. A container's share of the CPUs does
+    not say which ones they are, so there nobody is bound. In a batch job of several hosts mpiexec
+    knows best.
     """
     command = [str(mpiexec.path), "-n", str(ranks)]
-    if mpiexec.is_open_mpi:
-        # All ranks are on this machine: shared memory alone spares a second of looking at networks.
+    if mpiexec.is_open_mpi and allocated_hosts() == 1:
+        # Shared memory alone spares a second of looking at networks.
         command += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm"]
         if ranks > machine.usable_cores():
-            command += [
-                "--map-by",
-                ":OVERSUBSCRIBE",
-                "--bind-to",
-                "none",
-                "--mca",
-                "mpi_yield_when_idle",
-                "1",
-            ]
+            command += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+            command += ["--mca", "mpi_yield_when_idle", "1"]
         elif machine.cpu_quota() is not None:
             command += ["--bind-to", "none"]
         else:

@@ -20,6 +20,17 @@ def started_as_rank() -> bool:
     return any(mark in os.environ for mark in _MARKS)
 
 
+def allocated_hosts() -> int:
+    """Hosts that a batch system has given to this job, over which mpiexec would spread ranks; else 1."""
+    for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    try:
+        return len(set(Path(os.environ["PBS_NODEFILE"]).read_text().split())) or 1
+    except (KeyError, OSError):
+        return 1
+
+
 @dataclass(frozen=True)
 class Mpiexec:
     """An mpiexec, and what it says of itself."""
