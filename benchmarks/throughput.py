@@ -140,25 +140,35 @@ def images_per_s(record: dict[str, Any]) -> float:
 
 def two_workers(arguments: argparse.Namespace, scratch: Path) -> None:
     base = ["--batch-size", 16, "--threads", 1, "--epochs", 4]
-    alone = [*base, "--train-limit", arguments.samples]
-    together = [*base, "--train-limit", 2 * arguments.samples, "--strategy", "parameter-averaging"]
+
+    def singles(place: Path) -> float:
+        paths = [place / f"single-{seed}" for seed in (0, 1)]
+        options = [*base, "--train-limit", arguments.samples]
+        finish(*(start(command(arguments, *options, "--seed", s, out=p)) for s, p in enumerate(paths)))
+        return sum(images_per_s(record_of(path)) for path in paths)
+
+    def team(place: Path, topology: str, ranks: int) -> float:
+        options = [*base, "--train-limit", 2 * arguments.samples, "--strategy", "parameter-averaging"]
+        path = place / topology
+        words = command(arguments, *options, "--topology", topology, "--ranks", ranks, out=path)
+        finish(start(words))
+        return images_per_s(record_of(path))
+
+    takers: dict[str, Callable[[Path], float]] = {
+        "two singles, summed": singles,
+        "allreduce, 2 ranks": lambda place: team(place, "allreduce", 2),
+        "master, 3 ranks": lambda place: team(place, "master", 3),
+    }
     print("\nTwo workers on two cores, batch 16, images/s; ratios to two single ranks side by side")
-    rows = []
+    names = list(takers)
+    turns = []
     for turn in range(arguments.repeats):
-        singles = [scratch / f"single-{turn}-{k}" for k in (0, 1)]
-        finish(*(start(command(arguments, *alone, "--seed", k, out=path)) for k, path in enumerate(singles)))
-        summed = sum(images_per_s(record_of(path)) for path in singles)
-        row = [summed]
-        for name, options in (("allreduce", ["--ranks", 2]), ("master", ["--ranks", 3])):
-            path = scratch / f"{name}-{turn}"
-            finish(start(command(arguments, *together, *options, "--topology", name, out=path)))
-            row.append(images_per_s(record_of(path)))
-        rows.append(row)
-    for name, column in zip(
-        ("two singles, summed", "allreduce, 2 ranks", "master, 3 ranks"), zip(*rows, strict=True), strict=True
-    ):
-        ratio = statistics.median(value / row[0] for value, row in zip(column, rows, strict=True))
-        print(f"{name:>20} {spread(column, 0):>26}  {ratio:.3f}")
+        first = turn % len(names)  # another one begins each turn, so that a drift favours nobody
+        order = names[first:] + names[:first]
+        turns.append({name: takers[name](scratch / f"turn-{turn}") for name in order})
+    for name in names:
+        ratios = [row[name] / row[names[0]] for row in turns]
+        print(f"{name:>20} {spread([row[name] for row in turns], 0):>26}  {spread(ratios, 3)}")
 
 
 def start_up(arguments: argparse.Namespace, scratch: Path) -> None:

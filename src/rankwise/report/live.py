@@ -107,6 +107,8 @@ class Display:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         rows = [json.loads(line) for line in whole.splitlines()]
+        # A resumed run starts the file anew with the epochs of its checkpoint: the rest comes again.
+        self._shown = min(self._shown, rows[-1]["epoch"] if rows else 0)
         new = [row for row in rows if row["epoch"] > self._shown]
         self._shown += len(new)
         return new
