@@ -32,6 +32,7 @@ Format = Annotated[
     Literal["text", "json"], Parameter(help="text for people; json puts JSON, and only that, on stdout.")
 ]
 Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")]
+DatasetName = Annotated[str, Parameter(help="Its name, as in train's --dataset.")]
 DataDir = Annotated[Path | None, Parameter(help="Archive or folder that holds the dataset.")]
 CacheDir = Annotated[Path | None, Parameter(help="Where decoded images are kept.")]
 
@@ -88,7 +89,7 @@ def list_datasets(*, cache_dir: CacheDir = None, format: Format = "text", debug:
 
 @data_app.command
 def prepare(
-    dataset: str,
+    dataset: DatasetName,
     /,
     *,
     data_dir: DataDir = None,
@@ -97,19 +98,13 @@ def prepare(
     format: Format = "text",
     debug: Debug = False,
 ) -> None:
-    """Fetch, check and decode a dataset into the cache, so that runs start at once.
-
-    Parameters
-    ----------
-    dataset
-        Name as in train's --dataset.
-    """
+    """Fetch, check and decode a dataset into the cache, so that runs start at once."""
     _show_dataset(_prepare(dataset, data_dir, cache_dir, refresh), format)
 
 
 @data_app.command
 def show(
-    dataset: str,
+    dataset: DatasetName,
     /,
     *,
     output: Annotated[Path | None, Parameter(help="PNG to draw a sheet of samples into.")] = None,
@@ -118,13 +113,7 @@ def show(
     format: Format = "text",
     debug: Debug = False,
 ) -> None:
-    """Tell about a dataset, and draw a sheet of its samples, a row a class.
-
-    Parameters
-    ----------
-    dataset
-        Name as in train's --dataset.
-    """
+    """Tell about a dataset, and draw a sheet of its samples, a row a class."""
     from rankwise import data
 
     found = _prepare(dataset, data_dir, cache_dir)

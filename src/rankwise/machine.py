@@ -52,11 +52,14 @@ def cpu_quota() -> float | None:
         return None
 
 
-def usable_cores() -> int:
-    """Whole cores that this process may use, by its cpuset and its control group; at least 1."""
-    cores = len(cores_of(allowed_cpus()))
-    quota = cpu_quota()
-    return max(1, cores if quota is None else min(cores, int(quota)))
+def usable_cores(cores: frozenset[int] | None = None, quota: float | None = None) -> int:
+    """Whole cores that can be kept busy of `cores` under a `quota` of CPUs; at least 1.
+
+    Without arguments those of this process: its cpuset and its control group.
+    """
+    if cores is None:
+        cores, quota = cores_of(allowed_cpus()), cpu_quota()
+    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
 
 
 def cpu_model() -> str:

@@ -23,7 +23,7 @@ class Seat:
     @property
     def usable(self) -> int:
         """Whole cores that this rank alone could keep busy."""
-        return max(1, len(self.cores) if self.quota is None else min(len(self.cores), int(self.quota)))
+        return machine.usable_cores(self.cores, self.quota)
 
 
 def here(*, trains: bool) -> Seat:
@@ -40,10 +40,11 @@ def here(*, trains: bool) -> Seat:
 def cores_of_hosts(seats: Sequence[Seat]) -> dict[str, int]:
     """The cores that the ranks of each host may use together."""
     hosts: dict[str, int] = {}
-    for seat in seats:
-        together = frozenset[int]().union(*(other.cores for other in seats if other.host == seat.host))
-        quotas = [other.quota for other in seats if other.host == seat.host and other.quota is not None]
-        hosts[seat.host] = max(1, min(len(together), *(int(quota) for quota in quotas), len(together)))
+    for name in dict.fromkeys(seat.host for seat in seats):
+        there = [seat for seat in seats if seat.host == name]
+        together = frozenset[int]().union(*(seat.cores for seat in there))
+        quotas = [seat.quota for seat in there if seat.quota is not None]
+        hosts[name] = machine.usable_cores(together, min(quotas, default=None))
     return hosts
 
 

@@ -39,7 +39,7 @@ def run(
     """
     ledger = world.ledger
     announce = _announcer(say)
-    say = say if world.rank == 0 else _silent
+    say = say if world.rank == 0 else silent
     _agree_on_options(config, world)
     ledger.enter("data")
     dataset = data.prepare(
@@ -68,7 +68,7 @@ def run(
     return keeper.write("completed")
 
 
-def _silent(_: str) -> None:
+def silent(_: str) -> None:
     """Ranks other than 0 keep their remarks to themselves."""
 
 

@@ -21,7 +21,7 @@ from rankwise.launch import preflight
 from rankwise.launch.order import Order, discard, open_folder
 from rankwise.ledger import Ledger
 from rankwise.record import Record, RunFolder
-from rankwise.run import Say, run
+from rankwise.run import Say, run, silent
 from rankwise.world import World, solo_world
 from rankwise.world.mpi import mpi_world
 
@@ -108,14 +108,10 @@ def _train(order: Order, config: TrainConfig, world: World, folder: RunFolder, s
     start = None
     with _stop_on_signal(world):
         if order.resume:
-            say = say if world.rank == 0 else _silent
+            say = say if world.rank == 0 else silent
             start = checkpoint.newest(folder.checkpoints, on_damage=say)
             say(f"going on after epoch {start.epoch} of {config.epochs}")
         return run(config, world, folder, say=say, start=start)
-
-
-def _silent(_: str) -> None:
-    """Ranks other than 0 have nothing to add."""
 
 
 def _ledger() -> Ledger:
