@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -343,15 +345,22 @@ def test_the_public_function(command: Command, tmp_path: Path) -> None:
 
 def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
     """On a terminal a bar shows epoch, samples a second, loss, accuracy and the time left."""
-    words = [
-        "script",
-        "-qec",
-        f"{sys.executable} -m rankwise train --dataset synthetic:8000 --ranks 3 --epochs 2 --out run",
-        "log",
-    ]
-    subprocess.run(
-        words, cwd=tmp_path, check=True, timeout=100, capture_output=True, env=os.environ | {"COLUMNS": "140"}
-    )
-    screen = (tmp_path / "log").read_text(errors="replace")
+    words = train("--dataset", "synthetic:8000", "--ranks", "3", "--epochs", "2", "--out", "run")
+    mine, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=os.environ | {"COLUMNS": "140", "TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        screen = b""
+        with contextlib.suppress(OSError):  # Linux says that a terminal was closed by an error
+            while chunk := os.read(mine, 65536):
+                screen += chunk
+    os.close(mine)
+    assert process.returncode == 0, screen
     for word in ("epoch 2/2", "samples/s", "loss ", "accuracy ", "left", "run folder"):
-        assert word in screen
+        assert word in screen.decode(errors="replace")
