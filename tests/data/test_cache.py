@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,3 +270,42 @@ def test_a_cache_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cache folder .*file cannot be used"):
         prepare("synthetic:10", cache_dir=tmp_path / "file")
+
+
+class Garbage:
+    """Only the garbage collector can end it, and then other threads get a turn."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        time.sleep(0)
+
+
+def test_threads_may_open_at_once(tmp_path: Path) -> None:
+    """Ranks that are threads of one process open the same dataset at the same time, whenever the garbage
+    collector sets in."""
+    prepare("synthetic:10", cache_dir=tmp_path)
+    failures: list[BaseException] = []
+
+    def open_often() -> None:
+        try:
+            for _ in range(300):
+                Garbage(), Garbage(), Garbage()
+                prepare("synthetic:10", cache_dir=tmp_path)
+        except BaseException as error:
+            failures.append(error)
+
+    before = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(7, 2, 2)
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=open_often) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*before[0])
+        sys.setswitchinterval(before[1])
+    assert failures == []

@@ -25,6 +25,7 @@ import re
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -210,9 +211,15 @@ def _open_split(entry: Path, split: str, sizes: dict[str, int]) -> Split:
     return Split(images, labels)
 
 
+_PARSING = threading.Lock()
+"""numpy reads a file's header with Python's parser, which in CPython 3.11 fails at times when two
+threads parse at once (python/cpython#106905); ranks that are threads open their maps at once."""
+
+
 def _map(path: Path, sizes: dict[str, int], dtype: np.dtype[Any], dimensions: int) -> NDArray[Any]:
     """A read-only memory map of the array in `path`. Raises ValueError if it is not as it was written."""
-    array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    with _PARSING:
+        array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     if path.stat().st_size != sizes[path.name] or array.dtype != dtype or array.ndim != dimensions:
         raise ValueError(f"{path} is not as it was written")
     return array
