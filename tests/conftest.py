@@ -16,7 +16,7 @@ import pytest
 from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.record import Record, RunFolder
-from rankwise.world import World, run_in_threads
+from rankwise.world import run_in_threads
 from rankwise.world.surroundings import mpi_environment
 
 MPI_SIZES = (1, 2, 3, 5)
@@ -163,6 +163,3 @@ def command(tmp_path: Path) -> Iterator[Command]:
 def ranks(request: pytest.FixtureRequest) -> int:
     """A number of ranks."""
     return int(request.param)
-
-
-Program = Callable[[World], Any]

@@ -20,6 +20,7 @@ from rankwise import machine
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
 from rankwise.launch.order import Order, to_arguments
 from rankwise.launch.preflight import Flight
+from rankwise.launch.signals import handling
 from rankwise.record import Record, RunFolder
 from rankwise.world.surroundings import Mpiexec, allocated_hosts, find_mpiexec, mpi_environment
 
@@ -159,15 +160,8 @@ def _stop_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float]]:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGUSR1)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked_at  # only the main thread of a script may set handlers
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling((signal.SIGINT, signal.SIGTERM), ask):
         yield asked_at
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, UsageError, one_line
 from rankwise.launch import preflight
 from rankwise.launch.order import Order, discard, open_folder
+from rankwise.launch.signals import handling
 from rankwise.ledger import Ledger
 from rankwise.record import Record, RunFolder
 from rankwise.run import Say, run, silent
@@ -121,21 +121,14 @@ def _ledger() -> Ledger:
 @contextlib.contextmanager
 def _stop_on_signal(world: World) -> Iterator[None]:
     """While inside, SIGINT, SIGTERM and SIGUSR1 ask the run to stop at its next synchronisation."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread of a script may set handlers
-        return
 
     def ask(number: int, _frame: FrameType | None) -> None:
         if world.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt  # a person asked twice: at once
         world.stopping = True
 
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), ask):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _translated(error: BaseException, world: World) -> RankwiseError:

@@ -41,11 +41,6 @@ class Replica:
         self._floats = _Flat(floats, torch.float64 if wide else torch.float32)
         self._integers = _Flat(integers, torch.int64)
 
-    @property
-    def parameter_count(self) -> int:
-        """Trainable and frozen parameters, buffers not counted."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
     def pack(self, tail: int = 0) -> NDArray[np.floating]:
         """A copy of everything floating-point as one flat array, with `tail` free places at its end."""
         return self._floats.pack(tail)
