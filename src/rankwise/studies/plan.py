@@ -102,6 +102,10 @@ class Scale:
         options = AVERAGED if ranks > 1 else PAPER | {"strategy": "single", "batch_size": 16}
         return self._trial(ranks, options | {"epochs": self.timing_epochs, "threads": threads}, turn)
 
+    def timed_turns(self, ranks: int, threads: str) -> list[Trial]:
+        """All turns of a timed run."""
+        return [self.timed_run(ranks, threads, turn) for turn in range(1, self.turns + 1)]
+
     def stopwatch_run(self, ranks: int) -> Trial:
         """The author's own exchange, with his stopwatches where he had them."""
         options = AVERAGED | {"strategy": "paper-stopwatch", "epochs": self.timing_epochs}
