@@ -2,10 +2,9 @@
 
 An epoch is as long for every rank, so the mean worker's phases tell what it consists of. Between two
 runs over the same samples each part grows or shrinks, and these changes add up to that of the epoch.
-Training itself changes for two reasons, which are told apart like this: if `workers * threads` cores (or
-all there are, if that is less) were kept busy as well as before, it would change in proportion to them;
-what it changes beyond that is oversubscription, more threads than cores, that take turns and drive
-each other's data out of the caches.
+Computing changes for two reasons, which are told apart like this: if the cores that the workers' threads
+can keep busy were used as well as before, it would change in proportion to their number; what it
+changes beyond that is oversubscription: more threads than cores take turns, and wait for each other.
 """
 
 from __future__ import annotations
@@ -18,18 +17,19 @@ import numpy as np
 from rankwise.record import Rank, Record, Role
 from rankwise.studies import paper
 
-_TRAINING = ("data", "forward", "backward", "optimizer", "other")
+_COMPUTING = ("data", "forward", "backward", "optimizer", "other")
 _EXCHANGE = ("pack", "transfer")
 _MASTER_WORKS = ("evaluation", "checkpoint", "optimizer", "pack", "other", "data", "instrument")
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """An epoch of the mean worker, in seconds. All but the last two parts add up to it.
+    """An epoch of the mean worker, in seconds. What PARTS names adds up to it.
 
     Waiting for the master is shared out by what the master does when it does not wait itself.
     """
 
+    data_s: float
     training_s: float
     worker_wait_s: float
     evaluation_wait_s: float
@@ -37,9 +37,14 @@ class Breakdown:
     exchange_s: float
     rest_s: float
     off_cpu_s: float
-    """The part of training in which the worker's main thread was not on a CPU: in line for a core."""
+    """The part of data and training in which the main thread was not on a CPU: in line for a core."""
     busy_cores: float
     """Cores that workers can keep busy: as many as they have threads, or all there are."""
+
+    @property
+    def computing_s(self) -> float:
+        """Data and training together."""
+        return self.data_s + self.training_s
 
     @property
     def epoch_s(self) -> float:
@@ -47,7 +52,15 @@ class Breakdown:
         return float(sum(getattr(self, name) for name in PARTS))
 
 
-PARTS = ("training_s", "worker_wait_s", "evaluation_wait_s", "master_wait_s", "exchange_s", "rest_s")
+PARTS = (
+    "data_s",
+    "training_s",
+    "worker_wait_s",
+    "evaluation_wait_s",
+    "master_wait_s",
+    "exchange_s",
+    "rest_s",
+)
 
 
 def breakdown(record: Record) -> Breakdown:
@@ -61,19 +74,21 @@ def breakdown(record: Record) -> Breakdown:
     def mean(ns: Sequence[int]) -> float:
         return sum(ns) / len(workers) / epochs / 1e9
 
+    computing = mean([_sum(row, _COMPUTING) for row in workers])
+    data = mean([row.phases_ns["data"] for row in workers])
     for_master = mean([sum(row.wait_on_ns.get(str(m.rank), 0) for m in masters) for row in workers])
-    training = mean([_sum(row, _TRAINING) for row in workers])
     exchange = mean([_sum(row, _EXCHANGE) for row in workers])
     waiting = mean([row.phases_ns["wait"] for row in workers])
     whole = mean([row.wall_ns - row.phases_ns["startup"] for row in workers])
     return Breakdown(
-        training_s=training,
+        data_s=data,
+        training_s=computing - data,
         worker_wait_s=waiting - for_master,
         evaluation_wait_s=for_master * evaluating,
         master_wait_s=for_master * (1 - evaluating),
         exchange_s=exchange,
-        rest_s=whole - training - exchange - waiting,
-        off_cpu_s=mean([sum(row.off_cpu_ns.get(phase, 0) for phase in _TRAINING) for row in workers]),
+        rest_s=whole - computing - exchange - waiting,
+        off_cpu_s=mean([sum(row.off_cpu_ns.get(phase, 0) for phase in _COMPUTING) for row in workers]),
         busy_cores=min(sum(row.threads for row in workers), cores),
     )
 
@@ -114,10 +129,10 @@ class Growth:
 
 def growth(before: Breakdown, after: Breakdown) -> Growth:
     """Share out the change of the epoch's time; the parts add up to it."""
-    in_proportion = before.training_s * before.busy_cores / after.busy_cores
+    in_proportion = before.computing_s * before.busy_cores / after.busy_cores
     return Growth(
-        more_cores_s=in_proportion - before.training_s,
-        oversubscription_s=after.training_s - in_proportion,
+        more_cores_s=in_proportion - before.computing_s,
+        oversubscription_s=after.computing_s - in_proportion,
         worker_wait_s=after.worker_wait_s - before.worker_wait_s,
         evaluation_wait_s=after.evaluation_wait_s - before.evaluation_wait_s,
         master_wait_s=after.master_wait_s - before.master_wait_s,
