@@ -51,6 +51,7 @@ _CONFIG: Spec = {
         "titleFontWeight": "normal",
         "titlePadding": 8,
         "labelOverlap": True,
+        "labelSeparation": 8,
     },
     "legend": {
         "labelColor": _INK,
@@ -93,10 +94,11 @@ Cell = str | int | float | bool | Link | None
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Plain words."""
+    """Plain words, after a lead in bold where there is one."""
 
     kind: ClassVar = "paragraph"
     text: Text
+    lead: str = ""
 
 
 @dataclass(frozen=True)
