@@ -95,8 +95,11 @@ def reproduce(
     """Run the paper's experiments with its settings, and set its results beside ours."""
     from rankwise import studies
 
-    page = studies.reproduce(studies.Study(experiment, output, dataset, data_dir, cache_dir, repeats, quick))
-    print(page)
+    done = studies.reproduce(studies.Study(experiment, output, dataset, data_dir, cache_dir, repeats, quick))
+    if format == "json":
+        print(studies.to_json(done))
+    else:
+        _console().print(studies.summary(done))
 
 
 @app.command

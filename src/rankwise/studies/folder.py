@@ -69,6 +69,11 @@ class StudyFolder:
         """What one run printed."""
         return self.runs / f"{name}.log"
 
+    def seeds(self, trial: str) -> dict[str, int]:
+        """The runs of a trial whose records are here, with their seeds."""
+        names = (path.stem for path in self.records.glob(f"{trial}-seed*.json"))
+        return {name: int(name.rpartition("seed")[2]) for name in names}
+
     def finished(self, name: str, config: TrainConfig) -> Record | None:
         """The record of a run that is finished, None if it is yet to be trained (again).
 

@@ -333,3 +333,18 @@ def verdicts(judged: list[Verdict]) -> Grid:
     """The claims and what became of them."""
     rows = tuple((v.claim, v.source, v.answer, v.evidence, v.rule) for v in judged)
     return Grid("verdicts", "", ("the paper's claim", "where", "verdict", "evidence", "rule"), rows)
+
+
+def all_grids(results: Results, judged: list[Verdict]) -> list[Grid]:
+    """Every table of the study."""
+    made = (
+        table_1,
+        table_2,
+        baseline_and_replication,
+        figure_1,
+        figure_2,
+        mechanism,
+        threads,
+        growth_shares,
+    )
+    return [verdicts(judged), *(make(results) for make in made)]
