@@ -64,10 +64,7 @@ def accuracy_by_epoch(runs: Mapping[str, Record]) -> Chart:
         for name, record in runs.items()
         for row in record.epochs
     ]
-    caption = "After as many epochs, more processes are behind."
-    return Chart(
-        line_chart(values, "epoch", "accuracy", "run", "~%"), caption, f"Accuracy over epochs. {caption}"
-    )
+    return _accuracy(values, "epoch", "The same number of epochs: more processes are behind.")
 
 
 def accuracy_by_step(runs: Mapping[str, Record]) -> Chart:
@@ -77,9 +74,13 @@ def accuracy_by_step(runs: Mapping[str, Record]) -> Chart:
         for name, record in runs.items()
         for row, steps in zip(record.epochs, accumulate(row.steps for row in record.epochs), strict=True)
     ]
-    caption = "The same runs, by how many steps each worker has made."
-    spec = line_chart(values, "steps of a worker", "accuracy", "run", "~%")
-    return Chart(spec, caption, f"Accuracy over steps. {caption}")
+    return _accuracy(values, "steps of a worker", "The same runs by how many steps each worker has made.")
+
+
+def _accuracy(values: Sequence[dict[str, Any]], x: str, caption: str) -> Chart:
+    spec = line_chart(values, x, "accuracy", "run", "~%")
+    spec["encoding"]["color"]["legend"] |= {"columns": 2}
+    return Chart(spec, caption, f"Accuracy. {caption}")
 
 
 def single_process(grid: Grid) -> tuple[Chart, Chart]:
@@ -148,8 +149,11 @@ def paper_figure_2() -> Chart:
     return Chart(_stacked(values, parts, "seconds"), caption, f"{caption} Training is nearly all.")
 
 
-def breakdowns(found: Mapping[int, Breakdown], epochs: int, caption: str) -> Chart:
-    """Where the mean worker's time goes by the ledger, a bar for each number of processes."""
+def breakdowns(found: Mapping[int, Breakdown], epochs: int, caption: str, most_s: float = 0.0) -> Chart:
+    """Where the mean worker's time goes by the ledger, a bar for each number of processes.
+
+    Charts that are to be compared are given the longest of all their bars.
+    """
     values = [
         {"processes": ranks, "part": name, "order": order, "seconds": epochs * getattr(one, part)}
         for ranks, one in found.items()
@@ -157,7 +161,9 @@ def breakdowns(found: Mapping[int, Breakdown], epochs: int, caption: str) -> Cha
     ]
     unit = "seconds" if epochs > 1 else "seconds an epoch"
     parts = dict(zip(PART_NAMES.values(), _PART_COLOURS, strict=True))
-    return Chart(_stacked(values, parts, unit), caption, f"Stacked bars. {caption}")
+    spec = _stacked(values, parts, unit)
+    spec["encoding"]["y"]["scale"] = {"domainMax": most_s} if most_s else {}
+    return Chart(spec, caption, f"Stacked bars. {caption}")
 
 
 def _stacked(values: Sequence[Mapping[str, Any]], parts: Mapping[str, str], unit: str) -> Spec:

@@ -177,12 +177,13 @@ def figure_1(results: Results) -> Grid:
 PART_NAMES = {
     "data_s": "data",
     "training_s": "training",
-    "worker_wait_s": "waiting for other workers",
-    "evaluation_wait_s": "waiting for the master's evaluation",
-    "master_wait_s": "waiting for the master's other work",
+    "worker_wait_s": "waiting for workers",
+    "evaluation_wait_s": "waiting for evaluation",
+    "master_wait_s": "waiting for the master",
     "exchange_s": "exchange",
     "rest_s": "rest",
 }
+"""The parts of an epoch in words; waiting for the master's evaluation is not in waiting for the master."""
 
 
 def figure_2(results: Results) -> Grid:
@@ -290,11 +291,7 @@ def threads(results: Results) -> Grid:
 GROWTH_NAMES = {
     "more_cores_s": "more cores at work",
     "oversubscription_s": "oversubscription",
-    "worker_wait_s": "waiting for other workers",
-    "evaluation_wait_s": "waiting for the master's evaluation",
-    "master_wait_s": "waiting for the master's other work",
-    "exchange_s": "exchange",
-    "rest_s": "rest",
+    **{part: name for part, name in PART_NAMES.items() if part not in ("data_s", "training_s")},
 }
 
 
@@ -316,17 +313,24 @@ def growth_shares(results: Results) -> Grid:
     found = growths(results)
     columns = ["part"]
     for name in found:
-        columns += [f"{name} (s an epoch)", "share (%)"]
-    rows: list[tuple[Cell, ...]] = []
-    for part, name in GROWTH_NAMES.items():
-        row: list[Cell] = [name]
-        for one in found.values():
-            row += [round(getattr(one, part), 3), round(100 * getattr(one, part) / one.total_s, 1)]
-        rows.append(tuple(row))
-    whole: list[Cell] = ["the whole growth"]
-    for one in found.values():
-        whole += [round(one.total_s, 3), 100]
-    return Grid("growth-of-time", "What makes an epoch longer", tuple(columns), (*rows, tuple(whole)))
+        columns += [f"{name} (s an epoch)", f"{name} (share, %)"]
+    parts = GROWTH_NAMES | {"total_s": "the whole"}
+    rows = tuple(
+        (
+            name,
+            *(cell for one in found.values() for cell in (_exact(getattr(one, part)), _share(one, part))),
+        )
+        for part, name in parts.items()
+    )
+    return Grid("growth-of-time", "What makes an epoch longer", tuple(columns), rows)
+
+
+def _share(one: Growth, part: str) -> float | None:
+    return _exact(100 * getattr(one, part) / one.total_s) if one.one_sided else None
+
+
+def _exact(value: float) -> float:
+    return round(value, 3) + 0.0  # no -0
 
 
 def verdicts(judged: list[Verdict]) -> Grid:

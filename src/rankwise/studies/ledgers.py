@@ -126,6 +126,11 @@ class Growth:
         """The whole change."""
         return float(sum(astuple(self)))
 
+    @property
+    def one_sided(self) -> bool:
+        """Whether it is a growth that shares say something about: most of it is not undone by other parts."""
+        return bool(self.total_s > sum(abs(part) for part in astuple(self)) / 2)
+
 
 def growth(before: Breakdown, after: Breakdown) -> Growth:
     """Share out the change of the epoch's time; the parts add up to it."""

@@ -87,10 +87,9 @@ def _three_halve_the_time(results: Results) -> Finding | None:
     if in_all and an_epoch:
         theirs = paper.TABLE_1[FEW].time_s / paper.BASELINE.time_s
         evidence += (
-            f" The paper compares {scale.epochs} epochs at batch 16 with {scale.baseline_epochs} of one "
-            f"process at batch 4: that gives {times(in_all)} here, {theirs:.2f} there. Epoch against epoch "
-            f"of these runs it is {times(an_epoch)} here, "
-            f"{theirs * paper.BASELINE_EPOCHS / paper.EPOCHS:.2f} there."
+            f" Compared as the paper does, {scale.epochs} epochs at batch 16 with {scale.baseline_epochs} of "
+            f"one process at batch 4: {times(in_all)} here, {theirs:.2f} there. Epoch against epoch of these "
+            f"runs: {times(an_epoch)} here, {theirs * paper.BASELINE_EPOCHS / paper.EPOCHS:.2f} there."
         )
     return _answer(same_batch.below(0.6), same_batch.above(0.6)), evidence
 
