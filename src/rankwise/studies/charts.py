@@ -149,11 +149,8 @@ def paper_figure_2() -> Chart:
     return Chart(_stacked(values, parts, "seconds"), caption, f"{caption} Training is nearly all.")
 
 
-def breakdowns(found: Mapping[int, Breakdown], epochs: int, caption: str, most_s: float = 0.0) -> Chart:
-    """Where the mean worker's time goes by the ledger, a bar for each number of processes.
-
-    Charts that are to be compared are given the longest of all their bars.
-    """
+def breakdowns(found: Mapping[int, Breakdown], epochs: int, caption: str) -> Chart:
+    """Where the mean worker's time goes by the ledger, a bar for each number of processes."""
     values = [
         {"processes": ranks, "part": name, "order": order, "seconds": epochs * getattr(one, part)}
         for ranks, one in found.items()
@@ -161,9 +158,7 @@ def breakdowns(found: Mapping[int, Breakdown], epochs: int, caption: str, most_s
     ]
     unit = "seconds" if epochs > 1 else "seconds an epoch"
     parts = dict(zip(PART_NAMES.values(), _PART_COLOURS, strict=True))
-    spec = _stacked(values, parts, unit)
-    spec["encoding"]["y"]["scale"] = {"domainMax": most_s} if most_s else {}
-    return Chart(spec, caption, f"Stacked bars. {caption}")
+    return Chart(_stacked(values, parts, unit), caption, f"Stacked bars. {caption}")
 
 
 def _stacked(values: Sequence[Mapping[str, Any]], parts: Mapping[str, str], unit: str) -> Spec:

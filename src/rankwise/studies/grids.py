@@ -251,41 +251,51 @@ def mechanism(results: Results) -> Grid:
     return Grid("mechanism-of-accuracy", "Shards and steps told apart", columns, tuple(rows))
 
 
-def timed(results: Results, threads: str) -> dict[int, Breakdown]:
-    """The epoch of the mean worker in the timed runs, by the number of processes."""
-    scale = results.scale
-    runs = {
-        ranks: [record for trial in scale.timed_turns(ranks, threads) for record in results.of(trial)]
-        for ranks in scale.timed
-    }
-    return {ranks: mean_breakdown(records) for ranks, records in runs.items() if records}
-
-
 THREADS = {"auto": "cores shared out", "all": "all cores for every process"}
 """The two ways to give threads to ranks, in words."""
 
 
-def threads(results: Results) -> Grid:
-    """An epoch under both ways to give threads, by the number of processes."""
+def by_processes(results: Results) -> dict[int, Breakdown]:
+    """The mean worker's epoch in the runs of Table 1, by the number of processes."""
+    runs = {ranks: results.of(results.scale.averaging(ranks)) for ranks in results.scale.processes}
+    return {ranks: mean_breakdown(records) for ranks, records in runs.items() if records}
+
+
+def by_threads(results: Results, threads: str) -> dict[int, Breakdown]:
+    """The same in the runs that compare threads, which train on a part of the samples."""
+    scale = results.scale
+    runs = {
+        ranks: [record for trial in scale.threads_turns(ranks, threads) for record in results.of(trial)]
+        for ranks in scale.threads
+    }
+    return {ranks: mean_breakdown(records) for ranks, records in runs.items() if records}
+
+
+def epochs(results: Results) -> Grid:
+    """An epoch by all its parts: of Table 1's runs, and of those that compare threads."""
+    sources = {
+        f"{THREADS['auto']}, all samples": by_processes(results),
+        **{f"{words}, a part of the samples": by_threads(results, name) for name, words in THREADS.items()},
+    }
     rows: list[tuple[Cell, ...]] = [
         (
-            ranks,
             words,
+            ranks,
             _rounded(one.epoch_s),
             *(_rounded(getattr(one, part)) for part in PARTS),
             _rounded(one.off_cpu_s),
         )
-        for name, words in THREADS.items()
-        for ranks, one in timed(results, name).items()
+        for words, found in sources.items()
+        for ranks, one in found.items()
     ]
     columns = (
+        "runs",
         "processes",
-        "threads",
         "epoch (s)",
         *(f"{name} (s)" for name in PART_NAMES.values()),
-        "of data and training in line for a core (s)",
+        "data and training off the CPU (s)",
     )
-    return Grid("threads", "An epoch of the mean worker, by its ledger", columns, tuple(rows))
+    return Grid("epochs", "An epoch of the mean worker, by its ledger", columns, tuple(rows))
 
 
 GROWTH_NAMES = {
@@ -297,15 +307,14 @@ GROWTH_NAMES = {
 
 def growths(results: Results) -> dict[str, Growth]:
     """What makes an epoch longer: from few to many processes, and from shared cores to all for each."""
-    shared, every = timed(results, "auto"), timed(results, "all")
-    found = {}
-    if FEW in shared and MANY in shared:
-        found[f"{FEW} to {MANY} processes, {THREADS['auto']}"] = growth(shared[FEW], shared[MANY])
-    if FEW in every and MANY in every:
-        found[f"{FEW} to {MANY} processes, {THREADS['all']}"] = growth(every[FEW], every[MANY])
-    if MANY in shared and MANY in every:
-        found[f"{MANY} processes, from the one to the other"] = growth(shared[MANY], every[MANY])
-    return found
+    table = by_processes(results)
+    shared, every = by_threads(results, "auto"), by_threads(results, "all")
+    pairs = {
+        f"{FEW} to {MANY} processes, {THREADS['auto']}": (table.get(FEW), table.get(MANY)),
+        f"{FEW} to {MANY} processes, {THREADS['all']}": (every.get(FEW), every.get(MANY)),
+        f"{MANY} processes, from shared cores to all": (shared.get(MANY), every.get(MANY)),
+    }
+    return {name: growth(before, after) for name, (before, after) in pairs.items() if before and after}
 
 
 def growth_shares(results: Results) -> Grid:
@@ -348,7 +357,7 @@ def all_grids(results: Results, judged: list[Verdict]) -> list[Grid]:
         figure_1,
         figure_2,
         mechanism,
-        threads,
+        epochs,
         growth_shares,
     )
     return [verdicts(judged), *(make(results) for make in made)]

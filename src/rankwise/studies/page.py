@@ -11,7 +11,7 @@ from rankwise.report.page import Block, Notice, Number, Numbers, Page, Paragraph
 from rankwise.report.runs import Run
 from rankwise.report.words import count
 from rankwise.studies import charts, grids, paper
-from rankwise.studies.ledgers import Growth, communication, mean_breakdown
+from rankwise.studies.ledgers import Growth, communication
 from rankwise.studies.results import Results
 from rankwise.studies.statistics import TIME_SPREAD
 from rankwise.studies.verdicts import FEW, MANY, Answer, Verdict, points
@@ -124,7 +124,8 @@ def _accuracy(results: Results) -> Iterable[Block]:
         f"{FEW} processes": few,
         f"{MANY}, more epochs": as_long,
         f"{MANY}, shards dealt anew": scale.averaging(MANY, shards="redealt"),
-        f"{MANY} processes": many,  # the last is drawn over the first epochs of the longer run, which are its own
+        # Drawn last, over the longer run, which begins with the very same epochs.
+        f"{MANY} processes": many,
     }
     runs = {name: records[0] for name, trial in shown.items() if (records := results.of(trial))}
     if len(runs) < len(shown):
@@ -198,11 +199,7 @@ def _figure_1(results: Results) -> Iterable[Block]:
 
 def _figure_2(results: Results) -> Iterable[Block]:
     scale = results.scale
-    found = {
-        ranks: mean_breakdown(records)
-        for ranks in scale.processes
-        if (records := results.of(scale.averaging(ranks)))
-    }
+    found = grids.by_processes(results)
     ours = f"Here: the mean worker by its ledger, {scale.epochs} epochs."
     yield Row((charts.paper_figure_2(), *([charts.breakdowns(found, scale.epochs, ours)] if found else [])))
     yield grids.figure_2(results).table()
@@ -219,13 +216,16 @@ def _growth(results: Results) -> Iterable[Block]:
     if not found:
         yield Notice("Not run here: rankwise reproduce timing.")
         return
-    timed = {words: grids.timed(results, name) for name, words in grids.THREADS.items()}
-    most_s = max(one.epoch_s for epochs in timed.values() for one in epochs.values())
-    bars = [
-        charts.breakdowns(epochs, 1, f"{words[:1].upper()}{words[1:]}: an epoch of the mean worker.", most_s)
-        for words, epochs in timed.items()
-    ]
-    yield Row(tuple(bars))
+    limit = results.scale.threads_limits["train_limit"]
+    shared, every = grids.by_processes(results), grids.by_threads(results, "all")
+    yield Row(
+        (
+            charts.breakdowns(shared, 1, "Cores shared out: an epoch of the mean worker, all samples."),
+            charts.breakdowns(
+                every, 1, f"All cores for every process, as in the paper: the same on {limit:,} samples."
+            ),
+        )
+    )
     yield Paragraph(
         "An epoch trains the same samples whatever the number of processes, and it is as long for every "
         "rank, so the parts of the mean worker's epoch add up to it. When cores are used as well as before, "
@@ -233,10 +233,14 @@ def _growth(results: Results) -> Iterable[Block]:
         "work). What it changes beyond that is oversubscription: more threads than cores take turns, and "
         "wait for each other."
     )
+    yield Paragraph(
+        f"Both ways to give threads to ranks were compared on {limit:,} samples, in turn: with all cores for "
+        "every process an epoch of all samples takes too long."
+    )
     for name, one in found.items():
         yield Paragraph(_in_words(one), lead=f"{name}.")
     yield grids.growth_shares(results).table()
-    yield grids.threads(results).table(folded=True)
+    yield grids.epochs(results).table(folded=True)
     few, many = paper.FIGURE_2[FEW], paper.FIGURE_2[MANY]
     longer_s = paper.TABLE_1[MANY].time_s - paper.TABLE_1[FEW].time_s
     yield Paragraph(

@@ -49,6 +49,7 @@ class Trial:
         words = [strategy, f"r{given['ranks']}", f"b{given['batch_size']}", f"e{given['epochs']}"]
         words += ["redealt"] * (given.get("shards") == "redealt")
         words += ["all-threads"] * (given["threads"] == "all")
+        words += [f"n{given.get('train_limit')}"] if given.get("train_limit") else []
         words += [f"turn{self.turn}"] * (self.turn > 1)
         return "-".join(words)
 
@@ -69,10 +70,13 @@ class Scale:
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     redealt: tuple[int, ...] = (3, 4, 6, 8)
     as_many_updates: tuple[tuple[int, str], ...] = ((5, "fixed"), (8, "fixed"), (8, "redealt"))
-    timed: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
-    timing_epochs: int = 3
     turns: int = 2
+    timing_epochs: int = 3
     stopwatch: tuple[int, ...] = (4, 8)
+    threads: tuple[int, ...] = (3, 4, 6, 8)
+    threads_epochs: int = 2
+    threads_limits: Options = field(default_factory=lambda: {"train_limit": 2500, "val_limit": 500})
+    """With all cores for every process an epoch of CIFAR-10 takes minutes on a few cores: a part must do."""
 
     def alone(self) -> Trial:
         """The baseline: one process, batch 4, 15 epochs."""
@@ -97,22 +101,26 @@ class Scale:
         epochs = math.ceil(self.epochs * (ranks - 1) / 2)
         return self._trial(ranks, AVERAGED | {"shards": shards, "epochs": epochs})
 
-    def timed_run(self, ranks: int, threads: str, turn: int) -> Trial:
-        """A few epochs, for their time alone; one rank is the single process with the same batch."""
+    def timed_turns(self, ranks: int) -> list[Trial]:
+        """A few epochs for their time alone, once a turn; one rank is the single process at batch 16."""
         options = AVERAGED if ranks > 1 else PAPER | {"strategy": "single", "batch_size": 16}
-        return self._trial(ranks, options | {"epochs": self.timing_epochs, "threads": threads}, turn)
+        return self._turns(ranks, options | {"epochs": self.timing_epochs})
 
-    def timed_turns(self, ranks: int, threads: str) -> list[Trial]:
-        """All turns of a timed run."""
-        return [self.timed_run(ranks, threads, turn) for turn in range(1, self.turns + 1)]
+    def threads_turns(self, ranks: int, threads: str) -> list[Trial]:
+        """A part of the samples with the cores shared out (auto), or all cores for every process (all)."""
+        options = AVERAGED | {"epochs": self.threads_epochs, "threads": threads}
+        return self._turns(ranks, options | self.threads_limits)
 
     def stopwatch_run(self, ranks: int) -> Trial:
         """The author's own exchange, with his stopwatches where he had them."""
         options = AVERAGED | {"strategy": "paper-stopwatch", "epochs": self.timing_epochs}
         return self._trial(ranks, options)
 
+    def _turns(self, ranks: int, options: Options) -> list[Trial]:
+        return [self._trial(ranks, options, turn) for turn in range(1, self.turns + 1)]
+
     def _trial(self, ranks: int, options: Options, turn: int = 1) -> Trial:
-        return Trial(options | self.limits | {"ranks": ranks}, turn)
+        return Trial(self.limits | options | {"ranks": ranks}, turn)
 
 
 FULL = Scale()
@@ -126,10 +134,11 @@ QUICK = Scale(
     batch_sizes=(8, 16, 64),
     redealt=(8,),
     as_many_updates=((8, "fixed"),),
-    timed=(3, 8),
-    timing_epochs=2,
     turns=1,
+    timing_epochs=2,
     stopwatch=(4,),
+    threads=(3, 8),
+    threads_limits={"train_limit": 400, "val_limit": 100},
 )
 """A few minutes, to see what the study does; too short to judge the paper by."""
 
@@ -155,12 +164,12 @@ def _batch_size(scale: Scale) -> list[Trial]:
 
 def _timing(scale: Scale) -> list[Trial]:
     # What is compared stands side by side, and all of it again in the next turn: drift hits both alike.
-    trials = [scale.stopwatch_run(ranks) for ranks in scale.stopwatch]
-    for turn in range(1, scale.turns + 1):
-        trials.append(scale.timed_run(1, "auto", turn))
-        for ranks in scale.timed:
-            trials += [scale.timed_run(ranks, threads, turn) for threads in ("auto", "all")]
-    return trials
+    settings = [scale.timed_turns(1), scale.timed_turns(3)]
+    for ranks in scale.threads:
+        settings += [scale.threads_turns(ranks, threads) for threads in ("auto", "all")]
+    turns = zip(*settings, strict=True)
+    watched = [scale.stopwatch_run(ranks) for ranks in scale.stopwatch]
+    return watched + [trial for trials in turns for trial in trials]
 
 
 _PARTS: dict[str, Callable[[Scale], list[Trial]]] = {
@@ -185,8 +194,11 @@ def expected_s(config: TrainConfig, samples_per_epoch: int, cores: int) -> float
     """Seconds that a run of the paper's network takes, roughly: a weight for the study's progress.
 
     Measured on a server of 2024: 4 s of start-up and 2 s of a core for each rank, then 140 microseconds
-    of a core for each sample and 660 for each step.
+    of a core for each sample and 660 for each step. Several processes that each compute on all cores
+    take many times as long.
     """
     sample_s = 140e-6 + 660e-6 / config.batch_size
+    if config.threads == "all" and cores > 1:
+        sample_s *= 4 * config.workers
     start_s = 4 + 2 * config.ranks / cores
     return start_s + config.epochs * samples_per_epoch * sample_s / min(config.workers, cores)
