@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import html
+import json
 import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rankwise.config import read_preset
-from rankwise.record import RunFolder
+from rankwise.record import Record, RunFolder
 from rankwise.studies import plan, runner
 from rankwise.studies.board import Pace, in_words
 
@@ -143,6 +147,37 @@ def test_records_name_no_place() -> None:
     (record,) = Path("study/records").iterdir()
     assert str(Path.cwd()) not in record.read_text()
     assert '"out": null' in record.read_text()
+
+
+@pytest.mark.mpi
+@pytest.mark.timeout(300)
+def test_from_the_command_to_the_page(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One command runs real ranks and ends with a page, tables and records; and the author's stopwatch, in a
+    real run, does not show the waiting that the ledger counts."""
+    monkeypatch.setattr(plan, "QUICK", replace(plan.QUICK, threads=(3,)))
+    assert call("reproduce", "timing", *QUICK, "--format", "json") == 0
+    done = json.loads(capsys.readouterr().out)
+    page = Path(done["page"]).read_text()
+    verdicts = {verdict["claim"]: verdict for verdict in done["verdicts"]}
+    assert verdicts["Communication takes less than 1 s"]["answer"] != "undecided"
+    assert "Not run" in verdicts["Batch 8 is the sweet spot"]["evidence"]
+    assert all(html.escape(verdict["answer"]) in page for verdict in verdicts.values())
+    names = {trial.name for trial in plan.trials("timing", plan.QUICK)}
+    assert {path.stem for path in Path("study/records").iterdir()} == {f"{name}-seed0" for name in names}
+    record = Record.model_validate_json(
+        Path(f"study/records/{plan.QUICK.stopwatch_run(4).name}-seed0.json").read_bytes()
+    )
+    stopwatch_s = [row.measured["author_communication_s"] for row in record.ranks]
+    assert all(stopwatch_s)
+    assert sum(stopwatch_s) < sum(row.phases_ns["wait"] for row in record.ranks) / 1e9
+    rows = list(csv.DictReader(Path("study/tables/epochs.csv").read_text().splitlines()))
+    for runs in (
+        "cores shared out, a part of the samples",
+        "all cores for every process, a part of the samples",
+    ):
+        assert (runs, "3") in {(row["runs"], row["processes"]) for row in rows}
 
 
 @pytest.mark.mpi

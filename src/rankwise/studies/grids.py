@@ -179,11 +179,11 @@ PART_NAMES = {
     "training_s": "training",
     "worker_wait_s": "waiting for workers",
     "evaluation_wait_s": "waiting for evaluation",
-    "master_wait_s": "waiting for the master",
+    "master_wait_s": "waiting for the master else",
     "exchange_s": "exchange",
     "rest_s": "rest",
 }
-"""The parts of an epoch in words; waiting for the master's evaluation is not in waiting for the master."""
+"""The parts of an epoch in words: the master is waited for while it evaluates, and else."""
 
 
 def figure_2(results: Results) -> Grid:

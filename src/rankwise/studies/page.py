@@ -239,16 +239,24 @@ def _growth(results: Results) -> Iterable[Block]:
     )
     for name, one in found.items():
         yield Paragraph(_in_words(one), lead=f"{name}.")
+    for words, epochs in (("cores shared out", shared), ("all cores for every process", every)):
+        if MANY in epochs:
+            many = epochs[MANY]
+            yield Paragraph(
+                f"The ledger shows the turns that are taken: with {MANY} processes and {words} the mean "
+                f"worker's main thread was on no core for {many.off_cpu_s / many.computing_s:.0%} of the "
+                "time in which it had something to compute."
+            )
     yield grids.growth_shares(results).table()
     yield grids.epochs(results).table(folded=True)
-    few, many = paper.FIGURE_2[FEW], paper.FIGURE_2[MANY]
+    before, after = paper.FIGURE_2[FEW], paper.FIGURE_2[MANY]
     longer_s = paper.TABLE_1[MANY].time_s - paper.TABLE_1[FEW].time_s
     yield Paragraph(
         f"In the paper the run gets {longer_s:.0f} s longer from {FEW} to {MANY} processes. One worker's "
-        f"stopwatch for training alone gets {many.training_s - few.training_s:.0f} s longer, that for "
-        f"evaluation {many.evaluation_s - few.evaluation_s:.1f} s. Its training contains no exchange, and "
-        f"all workers together train as many samples as before: {MANY - 1} workers, each with threads for "
-        f"{paper.CORES} cores and a process that loads images, get in each other's way."
+        f"stopwatch for training alone gets {after.training_s - before.training_s:.0f} s longer, that for "
+        f"evaluation {after.evaluation_s - before.evaluation_s:.1f} s. Its training contains no exchange, "
+        f"and all workers together train as many samples as before: {MANY - 1} workers, each with threads "
+        f"for {paper.CORES} cores and a process that loads images, get in each other's way."
     )
 
 
@@ -269,9 +277,13 @@ def _in_words(one: Growth) -> str:
 
 
 def _how(records: list[Record], command: str) -> Iterable[Block]:
-    yield Paragraph(f"{command} runs what is missing here, and writes this page anew.")
+    yield Paragraph(
+        f"{command}, with --output and this folder, keeps what is finished here, runs what is missing, and "
+        "writes this page anew."
+    )
     if records:
-        yield from run_tables.environment([Run("all runs", records[0])])
+        largest = max(records, key=lambda record: len(record.ranks))
+        yield from run_tables.environment([Run("all runs", largest)])
     yield Paragraph(
         "The tables stand as CSV files in tables/, the record of each run in records/: all its options, its "
         "epochs, and the time of each rank."

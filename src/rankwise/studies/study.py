@@ -89,8 +89,8 @@ class Study:
 
     @property
     def command(self) -> str:
-        """What a user types to run it again."""
-        words = ["rankwise", "reproduce", self.experiment, "--output", str(self.output)]
+        """What anybody types to run the same."""
+        words = ["rankwise", "reproduce", self.experiment]
         words += ["--dataset", self.dataset] if self.dataset != "cifar10" else []
         words += ["--repeats", str(self.repeats)] if self.repeats > 1 else []
         words += ["--quick"] if self.quick else []
