@@ -32,8 +32,10 @@ def check(world: World) -> None:
     world.allreduce(empty)
     world.broadcast(empty)
     world.barrier()
-    wall_ns, phases_ns = world.ledger.close()
-    assert sum(phases_ns.values()) == wall_ns
+    world.settle()
+    totals = world.ledger.close()
+    assert sum(totals.phases_ns.values()) == totals.wall_ns
+    assert sum(world.wait_on_ns.values()) == totals.phases_ns["wait"]
     assert size == 1 or world.traffic.bytes_sent > 0
 
 

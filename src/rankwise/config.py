@@ -89,6 +89,11 @@ class TrainConfig(BaseModel):
     target_accuracy: float | None = Field(
         None, gt=0, le=1, description="Stop after the epoch that reaches this validation accuracy (fraction)."
     )
+    cross_check: bool = Field(
+        False,
+        description="Put a barrier before each exchange and time it, to check the ledger's waiting by it "
+        "(slower; ranks[].barrier_wait_ns in the record).",
+    )
     checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints.")
     checkpoint_keep: int = Field(2, ge=2, description="Checkpoints kept, the newest ones.")
     out: _PathAsText | None = Field(None, description="Run folder; otherwise runs/<time>-<name>.")

@@ -8,6 +8,7 @@
     │   ├── DataError             a dataset that is unknown, missing, damaged or unfit
     │   ├── ModelError            a model that is unknown or does not fit the images
     │   ├── ResumeError           a run folder that cannot be resumed
+    │   ├── TimelineError         a timeline that cannot be read
     │   └── LaunchError           ranks that cannot be started
     ├── TrainingError             exit code 1: a failure after training began
     │   ├── DivergedError         a loss that is no number
@@ -51,6 +52,10 @@ class ModelError(UsageError):
 
 class ResumeError(UsageError):
     """A run folder cannot be resumed."""
+
+
+class TimelineError(UsageError):
+    """A rank's timeline is missing or damaged."""
 
 
 class LaunchError(UsageError):

@@ -26,6 +26,7 @@ from rankwise.record import (
     Outcome,
     Rank,
     Record,
+    Role,
     RunFolder,
     Samples,
     utc_before,
@@ -63,8 +64,9 @@ class Keeper:
         self._job = job
         self._threads = threads
         self._start = start
+        self._role: Role = "master" if job.worker is None else "worker"
         self._environment = _environment(world, hosts)
-        self._started_at = utc_before(world.ledger.close()[0] / 1e9)
+        self._started_at = utc_before(world.ledger.close().wall_ns / 1e9)
         notes = start.notes if start else {"epochs": [], "samples": {}}
         self._epochs = [Epoch.model_validate(row) for row in notes["epochs"]]
         self._tally = _Tally(**notes["samples"])
@@ -85,7 +87,7 @@ class Keeper:
             self._epochs[-1] = result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s})
         if self._world.rank == 0:
             self._folder.append_metrics(self._epochs[-1])
-        self.write("running")
+        self.write("running", ended=number)
 
     def save_checkpoint(self, epoch: int) -> None:
         """Write the checkpoint of `epoch`; all ranks together."""
@@ -107,9 +109,13 @@ class Keeper:
                 },
             )
 
-    def write(self, outcome: Outcome, message: str | None = None) -> Record:
-        """Gather all ranks' ledgers and write the record; all ranks together."""
+    def write(self, outcome: Outcome, message: str | None = None, *, ended: int | None = None) -> Record:
+        """Gather all ranks' ledgers and write record and timelines; all ranks together.
+
+        `ended` is the epoch that ends with it.
+        """
         self._world.settle()
+        self._save_timeline(ended)
         rows = [Rank(**row) for row in self._world.allgather_object(self._rank_row())]
         record = Record(
             schema_version=SCHEMA_VERSION,
@@ -123,7 +129,8 @@ class Keeper:
             environment=self._environment,
             epochs=self._epochs,
             ranks=rows,
-            clock=Clock(error_bound_ns=0, violations=self._world.clock_violations),
+            clock=Clock(error_bound_ns=self._world.clock_error_ns, violations=self._world.clock_violations),
+            cpu_percent=_cpu_percent(rows, self._environment.hosts),
             efficiency=_efficiency(rows),
             samples=Samples(**vars(self._tally)),
             faults=[],
@@ -135,21 +142,39 @@ class Keeper:
                 self._folder.progress.unlink(missing_ok=True)
         return record
 
+    def _save_timeline(self, ended: int | None) -> None:
+        world, ledger = self._world, self._world.ledger
+        if ended is not None:
+            world.timeline.epoch(ended, ledger.close())
+        with ledger.phase("instrument"):
+            world.timeline.save(
+                self._folder.timeline_of(world.rank),
+                rank=world.rank,
+                role=self._role,
+                host=machine.host_name(),
+                to_common=world.since_start,
+            )
+
     def _rank_row(self) -> dict[str, Any]:
-        wall_ns, phases_ns = self._world.ledger.close()
+        world = self._world
+        totals = world.ledger.close()
         cpu_s = machine.cpu_seconds()
-        traffic = self._world.traffic
+        traffic = world.traffic
         return {
-            "rank": self._world.rank,
-            "role": "master" if self._job.worker is None else "worker",
+            "rank": world.rank,
+            "role": self._role,
             "host": machine.host_name(),
             "threads": self._threads,
-            "wall_ns": wall_ns,
-            "phases_ns": phases_ns,
-            "wait_on_ns": {str(rank): ns for rank, ns in sorted(self._world.wait_on_ns.items())},
-            "hidden_ns": 0,
+            "wall_ns": totals.wall_ns,
+            "phases_ns": totals.phases_ns,
+            "off_cpu_ns": totals.off_cpu_ns,
+            "wait_on_ns": {str(rank): ns for rank, ns in sorted(world.wait_on_ns.items())},
+            "hidden_ns": world.hidden_ns,
+            "ideal_ns": world.ideal_ns,
+            "barrier_wait_ns": world.barrier_wait_ns if world.cross_check else None,
+            "measured": dict(self._job.synchroniser.state.measured),
             "cpu_s": cpu_s,
-            "cpu_percent": 100e9 * cpu_s / max(wall_ns, 1),
+            "cpu_percent": 100e9 * cpu_s / max(totals.wall_ns, 1),
             "bytes_sent": traffic.bytes_sent,
             "bytes_received": traffic.bytes_received,
             "messages_sent": traffic.messages_sent,
@@ -158,15 +183,31 @@ class Keeper:
         }
 
 
+def _cpu_percent(rows: list[Rank], hosts: list[Host]) -> float:
+    """CPU time of all ranks in percent of what all cores of their hosts had in the same time."""
+    cores = sum(host.cores for host in hosts)
+    return 100e9 * sum(row.cpu_s for row in rows) / (max(row.wall_ns for row in rows) * cores)
+
+
 def _efficiency(rows: list[Rank]) -> Efficiency:
-    """POP's parallel efficiency (mean useful time over wall time) and load balance (mean over largest)."""
-    workers = [row for row in rows if row.role == "worker"]
-    useful = [sum(row.phases_ns[phase] for phase in USEFUL) for row in workers]
-    wall = [row.wall_ns for row in workers]
-    if not useful or not max(useful):
+    """The POP efficiencies, over the time since start-up (https://pop-coe.eu/node/69).
+
+    With U the useful time of each rank, T the time that all took, and T_ideal what they would have
+    taken on a network that costs nothing: load balance = mean U / max U, serialization =
+    max U / T_ideal, transfer = T_ideal / T, and parallel efficiency is their product, mean U / T.
+    """
+    useful = [sum(row.phases_ns[phase] for phase in USEFUL) for row in rows]
+    time_ns = max(row.wall_ns - row.phases_ns["startup"] for row in rows)
+    ideal_ns = max(row.ideal_ns for row in rows)
+    if not max(useful):
         return Efficiency()
     mean = sum(useful) / len(useful)
-    return Efficiency(parallel=mean / (sum(wall) / len(wall)), load_balance=mean / max(useful))
+    return Efficiency(
+        parallel=mean / time_ns,
+        load_balance=mean / max(useful),
+        serialization=max(useful) / ideal_ns,
+        transfer=ideal_ns / time_ns,
+    )
 
 
 def _environment(world: World, hosts: list[Host]) -> Environment:

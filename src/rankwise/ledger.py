@@ -7,8 +7,10 @@ there is no second stopwatch whose total could differ.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 PHASES = (
     "startup",
@@ -26,30 +28,75 @@ PHASES = (
     "instrument",
 )
 
-USEFUL = ("data", "forward", "backward", "optimizer")
-"""Phases of a worker that train; the numerator of its parallel efficiency."""
+TRAINING = ("data", "forward", "backward", "optimizer")
+"""Phases of a worker that train."""
+
+USEFUL = (*TRAINING, "evaluation")
+"""Phases that would be there without parallelism too: the useful time of the POP efficiencies."""
+
+EXCHANGE = ("transfer", "wait")
+"""Phases inside exchanges with other ranks; in all others a rank computes."""
+
+MOST_SPANS = 256
+"""Spans that a ledger remembers until somebody takes them."""
+
+Clock = Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A ledger's sums, in ns. `phases_ns` adds up to `wall_ns` exactly.
+
+    `off_cpu_ns` holds the part of each phase outside exchanges in which the ledger's thread was not on
+    a CPU: waiting for a core or a disk, or stopped.
+    """
+
+    wall_ns: int
+    phases_ns: dict[str, int]
+    off_cpu_ns: dict[str, int]
 
 
 class Ledger:
     """The phases of one rank, in ns.
 
     `clock` counts integer ns and never goes back; `start_ns` is the start of the process on that
-    clock, so that what came before this object is charged to ``startup``.
+    clock, so that what came before this object is charged to ``startup``. `cpu_clock` counts the CPU
+    time of the thread that uses the ledger. `cost_ns` is what one change of phase takes (`measure_cost`):
+    so much for each goes from the phase in which it happened to ``instrument``.
     """
 
-    def __init__(self, clock: Callable[[], int] = time.monotonic_ns, start_ns: int | None = None) -> None:
-        self._clock = clock
-        self._start_ns = clock() if start_ns is None else start_ns
-        self._mark_ns = self._start_ns
+    def __init__(
+        self,
+        clock: Clock = time.monotonic_ns,
+        start_ns: int | None = None,
+        *,
+        cpu_clock: Clock = time.thread_time_ns,
+        cost_ns: int = 0,
+    ) -> None:
+        self.clock = clock
+        self._cpu_clock = cpu_clock
+        self._cost_ns = cost_ns
+        self.start_ns = clock() if start_ns is None else start_ns
+        self._mark_ns = self.start_ns
+        # A thread's CPU time counts from the thread's start, as `start_ns` does if it is given.
+        self._cpu_mark_ns = cpu_clock() if start_ns is None else 0
         self._phase = "startup"
         self._totals_ns = dict.fromkeys(PHASES, 0)
+        self._cpu_ns = dict.fromkeys(PHASES, 0)
+        self._visits = dict.fromkeys(PHASES, 0)
+        self._spans: deque[tuple[str, int, int]] = deque(maxlen=MOST_SPANS)
 
     def enter(self, phase: str) -> str:
         """Close the running phase, start `phase`, and return the name of the one that was closed."""
-        now = self._clock()
+        now = self.clock()
+        cpu = self._cpu_clock()
         before = self._phase
         self._totals_ns[before] += now - self._mark_ns
+        self._cpu_ns[before] += cpu - self._cpu_mark_ns
+        self._visits[before] += 1
+        self._spans.append((before, self._mark_ns, now))
         self._mark_ns = now
+        self._cpu_mark_ns = cpu
         self._phase = phase
         return before
 
@@ -57,6 +104,12 @@ class Ledger:
     def mark_ns(self) -> int:
         """When the running phase began, on this ledger's clock."""
         return self._mark_ns
+
+    @property
+    def busy_ns(self) -> int:
+        """Time outside exchanges, since the end of start-up until the running phase began."""
+        totals = self._totals_ns
+        return self._mark_ns - self.start_ns - totals["startup"] - totals["transfer"] - totals["wait"]
 
     def move(self, source: str, target: str, duration_ns: int) -> None:
         """Charge time that went to phase `source` to `target` after all; the sum stays."""
@@ -72,10 +125,32 @@ class Ledger:
         finally:
             self.enter(before)
 
-    def close(self) -> tuple[int, dict[str, int]]:
-        """Wall time since the start and the time of each phase, both in ns; they add up exactly.
+    def take_spans(self) -> deque[tuple[str, int, int]]:
+        """Phase, start and end of what was closed since the last call (the last MOST_SPANS of it)."""
+        spans, self._spans = self._spans, deque(maxlen=MOST_SPANS)
+        return spans
 
-        The ledger stays open: a later call tells what came to it since.
-        """
+    def close(self) -> Totals:
+        """The sums until now. The ledger stays open: a later call tells what came to it since."""
         self.enter(self._phase)
-        return self._mark_ns - self._start_ns, dict(self._totals_ns)
+        phases_ns = dict(self._totals_ns)
+        off_cpu_ns = {
+            phase: max(0, phases_ns[phase] - self._cpu_ns[phase]) for phase in PHASES if phase not in EXCHANGE
+        }
+        for phase, visits in self._visits.items():
+            cost_ns = min(visits * self._cost_ns, phases_ns[phase])
+            phases_ns[phase] -= cost_ns
+            phases_ns["instrument"] += cost_ns
+        return Totals(self._mark_ns - self.start_ns, phases_ns, off_cpu_ns)
+
+
+def measure_cost() -> int:
+    """What one change of phase costs on this machine, in ns: the least of several trials."""
+    trials = []
+    for _ in range(5):
+        ledger = Ledger()
+        started_ns = time.monotonic_ns()
+        for _ in range(200):
+            ledger.enter("forward")
+        trials.append((time.monotonic_ns() - started_ns) // 200)
+    return min(trials)

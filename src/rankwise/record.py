@@ -74,6 +74,17 @@ class Rank(_Row):
     messages_sent: int
     max_rss_bytes: int
     died_at_s: float | None
+    off_cpu_ns: dict[str, int] = Field(
+        default_factory=dict,
+        description="part of each phase outside exchanges in which the main thread was not on a CPU",
+    )
+    ideal_ns: int = Field(
+        default=0, description="time after start-up if exchanges took no time, and were only waited for"
+    )
+    barrier_wait_ns: int | None = Field(
+        default=None, description="waiting by the stopwatch of --cross-check, beside that of the logs"
+    )
+    measured: dict[str, float] = Field(default_factory=dict, description="what the strategy measured")
 
 
 class Clock(_Row):
@@ -116,6 +127,7 @@ class Record(_Row):
     epochs: list[Epoch]
     ranks: list[Rank]
     clock: Clock
+    cpu_percent: float = Field(default=0.0, description="CPU time of all ranks, of all cores of their hosts")
     efficiency: Efficiency
     samples: Samples
     faults: list[dict[str, Any]]
@@ -137,6 +149,10 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.failure = path / "failure.json"
         self.progress = path / ".progress"
+
+    def timeline_of(self, rank: int) -> Path:
+        """The timeline of one rank."""
+        return self.timeline / f"rank-{rank:04d}.npz"
 
     def create(self) -> list[Path]:
         """Make the folder; returns the folders that were not there before, the innermost first.

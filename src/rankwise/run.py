@@ -41,6 +41,7 @@ def run(
     announce = _announcer(say)
     say = say if world.rank == 0 else silent
     _agree_on_options(config, world)
+    world.cross_check = config.cross_check
     ledger.enter("data")
     dataset = data.prepare(
         config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir, on_progress=announce
@@ -59,6 +60,7 @@ def run(
         start.restore(job.synchroniser.replica, job.worker)
     keeper.write("running")
     ledger.enter("other")
+    world.timeline.begin(ledger.close())
     try:
         train(job, start.epoch + 1 if start else 1, keeper.after_epoch)
     except Interrupted as stop:

@@ -19,7 +19,7 @@ from rankwise.errors import Interrupted, LaunchError, RankwiseError, UsageError,
 from rankwise.launch import preflight
 from rankwise.launch.order import Order, discard, open_folder
 from rankwise.launch.signals import handling
-from rankwise.ledger import Ledger
+from rankwise.ledger import Ledger, measure_cost
 from rankwise.record import Record, RunFolder
 from rankwise.run import Say, run, silent
 from rankwise.world import World, solo_world
@@ -115,7 +115,7 @@ def _train(order: Order, config: TrainConfig, world: World, folder: RunFolder, s
 
 
 def _ledger() -> Ledger:
-    return Ledger(start_ns=machine.process_start_ns())
+    return Ledger(start_ns=machine.process_start_ns(), cost_ns=measure_cost())
 
 
 @contextlib.contextmanager

@@ -6,12 +6,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.ledger import USEFUL
+from rankwise.ledger import TRAINING
 from rankwise.record import Record
 
 GROUPS = {
     "start": ("startup",),
-    "train": USEFUL,
+    "train": TRAINING,
     "wait": ("wait", "recovery"),
     "sync": ("pack", "transfer"),
     "eval": ("evaluation",),

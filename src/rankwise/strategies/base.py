@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from rankwise.data.sampler import Batch
@@ -19,11 +20,13 @@ class State:
 
     A sample counts as trained once its update is in a committed synchronisation: `pending` samples
     are trained but not yet committed, `committed` ones are. Both count this rank's own samples.
+    `measured` is what the strategy wants in the record of its rank, by name with unit.
     """
 
     rounds: int = 0
     committed: int = 0
     pending: int = 0
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def trained(self, samples: int) -> State:
         """After `samples` more were trained here."""

@@ -49,7 +49,7 @@ class Synchroniser:
                 # Go straight to the round's end, where the others learn that the run is to stop.
                 batch = Batch(epoch, batch.indices[:0], True, np.zeros(self.world.size))
             if not len(batch):
-                self.state = self._strategy.step(self.state, self.replica, batch, self.world)
+                self._step(batch)
                 continue
             self._batch = batch
             yield batch
@@ -61,7 +61,11 @@ class Synchroniser:
         if self._batch is None:
             raise RuntimeError("step() stands alone: call it once in each turn of a loop over batches()")
         batch, self._batch = self._batch, None
+        self._step(batch)
+
+    def _step(self, batch: Batch) -> None:
         self.state = self._strategy.step(self.state, self.replica, batch, self.world)
+        self.world.timeline.step(batch.epoch, len(batch))
 
 
 def shards_of(config: TrainConfig, pool: partition.Indices, labels: partition.Indices) -> Any:

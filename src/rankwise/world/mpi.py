@@ -7,26 +7,59 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from rankwise import machine
 from rankwise.errors import LaunchError, one_line
 from rankwise.ledger import Ledger
-from rankwise.world.world import Buffer, Op, World
+from rankwise.world.transport import Buffer, Ended, Op, Pending
+from rankwise.world.world import World
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SPIN_S = 0.0005
+SPIN_NS = 500_000
 """How long a waiting rank yields its core between polls before it starts to sleep between them."""
 
-LONGEST_NAP_S = 0.001
+LONGEST_NAP_NS = 1_000_000
+
+LAPSE_NS = 5_000_000
+"""A rank that polls and was not back after so long did not run: somebody stopped it, or had its core."""
+
+
+class _Pending:
+    """An exchange of MPI's that is polled: at once, then yielding, then with short naps.
+
+    A rank inside a blocking MPI call burns its core, which on a machine with more ranks than cores
+    is another rank's. `receives` asks the request whose message it brought.
+    """
+
+    def __init__(self, mpi: Any, request: MPI.Request, *, receives: bool = False) -> None:
+        self._request = request
+        self._status = mpi.Status() if receives else None
+
+    def wait(self) -> Ended:
+        started_ns = seen_ns = time.monotonic_ns()
+        seen_cpu_ns = time.thread_time_ns()
+        nap_ns, lapse_ns, lapse_end_ns = 0, 0, 0
+        while True:
+            done = self._request.Test(self._status)
+            now_ns, now_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+            absent_ns = now_ns - seen_ns - nap_ns - (now_cpu_ns - seen_cpu_ns)
+            if absent_ns > max(LAPSE_NS, lapse_ns):
+                lapse_ns, lapse_end_ns = absent_ns, now_ns
+            seen_ns, seen_cpu_ns = now_ns, now_cpu_ns
+            if done:
+                break
+            if now_ns - started_ns < SPIN_NS:
+                os.sched_yield()
+            else:
+                nap_ns = min(2 * nap_ns, LONGEST_NAP_NS) or 50_000
+                time.sleep(nap_ns / 1e9)
+        source = -1 if self._status is None else self._status.Get_source()
+        return Ended(source, lapse_end_ns - lapse_ns, lapse_end_ns)
 
 
 class MpiTransport:
-    """Collectives of MPI_COMM_WORLD that never spin for long.
-
-    A rank inside a blocking MPI call burns its core, which on a machine with more ranks than cores
-    is another rank's. So each exchange is non-blocking, and the rank polls: at once, then yielding,
-    then with short naps.
-    """
+    """MPI_COMM_WORLD, by exchanges that do not block."""
 
     def __init__(self, mpi: Any) -> None:
         self._mpi = mpi
@@ -34,22 +67,27 @@ class MpiTransport:
         self._ops = {"sum": mpi.SUM, "max": mpi.MAX}
         self.rank = self._comm.Get_rank()
         self.size = self._comm.Get_size()
-        neighbours = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
-        self.one_clock = neighbours.Get_size() == self.size
-        neighbours.Free()
+        clocks = self._comm.allgather(machine.clock_name())
+        self.clock_of = [clocks.index(name) for name in clocks]
 
-    def allreduce(self, buffer: Buffer, op: Op) -> None:
-        self._complete(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer, op=self._ops[op]))
+    def allreduce(self, buffer: Buffer, op: Op) -> Pending:
+        return self._pending(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer, op=self._ops[op]))
 
-    def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> None:
-        self._complete(self._comm.Igather(buffer, into, root=root))
+    def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> Pending:
+        return self._pending(self._comm.Igather(buffer, into, root=root))
 
-    def broadcast(self, buffer: Buffer, root: int) -> None:
-        self._complete(self._comm.Ibcast(buffer, root=root))
+    def broadcast(self, buffer: Buffer, root: int) -> Pending:
+        return self._pending(self._comm.Ibcast(buffer, root=root))
 
-    def allgather_object(self, value: Any) -> list[Any]:
-        self._complete(self._comm.Ibarrier())  # the pickled form below can only block, and would spin
-        return self._comm.allgather(value)
+    def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
+        return self._pending(self._comm.Iallgather(buffer, into))
+
+    def send(self, buffer: Buffer, dest: int) -> Pending:
+        return self._pending(self._comm.Isend(buffer, dest))
+
+    def receive(self, buffer: Buffer, source: int | None) -> Pending:
+        request = self._comm.Irecv(buffer, self._mpi.ANY_SOURCE if source is None else source)
+        return _Pending(self._mpi, request, receives=True)
 
     def describe(self) -> str:
         return library_version(self._mpi)
@@ -60,18 +98,11 @@ class MpiTransport:
         self._comm.Abort(code)
 
     def close(self) -> None:
-        self._complete(self._comm.Ibarrier())
+        self._pending(self._comm.Ibarrier()).wait()
         self._mpi.Finalize()
 
-    def _complete(self, request: MPI.Request) -> None:
-        deadline = time.monotonic() + SPIN_S
-        nap_s = 0.00005
-        while not request.Test():
-            if time.monotonic() < deadline:
-                os.sched_yield()
-            else:
-                time.sleep(nap_s)
-                nap_s = min(2 * nap_s, LONGEST_NAP_S)
+    def _pending(self, request: MPI.Request) -> Pending:
+        return _Pending(self._mpi, request)
 
 
 def load_mpi() -> Any:

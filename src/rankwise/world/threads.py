@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import threading
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,65 +12,148 @@ import numpy as np
 
 from rankwise.errors import RankLost
 from rankwise.ledger import Ledger
-from rankwise.world.world import Buffer, Op, World
+from rankwise.world.transport import Buffer, Ended, Op
+from rankwise.world.world import World
 
 T = TypeVar("T")
 
 
 class _Board:
-    """Where the threads of one world meet: a slot a rank, and a barrier before and after reading."""
+    """Where the threads of one world meet: what each rank brought to each collective exchange, and
+    messages on their way."""
 
     def __init__(self, size: int) -> None:
-        self.slots: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size)
+        self.size = size
+        self.changed = threading.Condition()
+        self.brought: dict[int, dict[int, Any]] = defaultdict(dict)
+        self.gone: dict[int, int] = defaultdict(int)
+        self.messages: dict[int, deque[tuple[int, Buffer]]] = defaultdict(deque)
+        self.broken = False
 
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        try:
-            self.slots[rank] = value
-            self.barrier.wait()
-            seen = list(self.slots)
-            self.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise RankLost(f"rank {rank} waited for a rank that has ended") from None
-        return seen
+    def bring(self, number: int, rank: int, value: Any) -> None:
+        """Bring a value to the collective exchange of this number."""
+        with self.changed:
+            self.brought[number][rank] = value
+            self.changed.notify_all()
+
+    def take(self, number: int, rank: int, needed: range) -> dict[int, Any]:
+        """What the needed ranks bring, as soon as they have; each rank takes part once."""
+        with self.changed:
+            self._until(rank, lambda: self.brought[number].keys() >= set(needed))
+            found = dict(self.brought[number])
+            self.gone[number] += 1
+            if self.gone[number] == self.size:
+                del self.brought[number], self.gone[number]
+            return found
+
+    def post(self, source: int, dest: int, value: Buffer) -> None:
+        """Send a message."""
+        with self.changed:
+            self.messages[dest].append((source, value))
+            self.changed.notify_all()
+
+    def fetch(self, rank: int, source: int | None) -> tuple[int, Buffer]:
+        """The first message for a rank, from `source` or from anybody."""
+        inbox = self.messages[rank]
+        with self.changed:
+            self._until(rank, lambda: any(source in (None, sender) for sender, _ in inbox))
+            message = next(message for message in inbox if source in (None, message[0]))
+            # By identity: comparing messages would compare arrays.
+            del inbox[next(place for place, other in enumerate(inbox) if other is message)]
+            return message
+
+    def abort(self) -> None:
+        """Release everybody who waits."""
+        with self.changed:
+            self.broken = True
+            self.changed.notify_all()
+
+    def _until(self, rank: int, ready: Callable[[], bool]) -> None:
+        self.changed.wait_for(lambda: self.broken or ready())
+        if self.broken:
+            raise RankLost(f"rank {rank} waited for a rank that has ended")
+
+
+class _Pending:
+    """An exchange of which `finish` is what is left to do; it returns whose message came, or -1."""
+
+    def __init__(self, finish: Callable[[], int]) -> None:
+        self._finish = finish
+
+    def wait(self) -> Ended:
+        return Ended(self._finish())
 
 
 class ThreadTransport:
     """One thread's place at the board."""
 
-    one_clock = True
-
     def __init__(self, rank: int, size: int, board: _Board) -> None:
         self.rank = rank
         self.size = size
+        self.clock_of = [0] * size
         self._board = board
+        self._number = 0
 
-    def allreduce(self, buffer: Buffer, op: Op) -> None:
+    def allreduce(self, buffer: Buffer, op: Op) -> _Pending:
         combine = np.add if op == "sum" else np.maximum
-        parts = self._board.exchange(self.rank, buffer.copy())
-        buffer[...] = parts[0]
-        for part in parts[1:]:
-            combine(buffer, part, out=buffer)
 
-    def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> None:
-        rows = self._board.exchange(self.rank, buffer.copy())
-        if into is not None:
-            into[...] = rows
+        def finish(parts: dict[int, Buffer]) -> None:
+            buffer[...] = parts[0]
+            for rank in range(1, self.size):
+                combine(buffer, parts[rank], out=buffer)
 
-    def broadcast(self, buffer: Buffer, root: int) -> None:
-        buffer[...] = self._board.exchange(self.rank, buffer.copy() if self.rank == root else None)[root]
+        return self._collective(buffer.copy(), range(self.size), finish)
 
-    def allgather_object(self, value: Any) -> list[Any]:
-        return self._board.exchange(self.rank, value)
+    def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> _Pending:
+        def finish(parts: dict[int, Buffer]) -> None:
+            if into is not None:
+                into[...] = [parts[rank] for rank in range(self.size)]
+
+        return self._collective(buffer.copy(), range(self.size if self.rank == root else 0), finish)
+
+    def broadcast(self, buffer: Buffer, root: int) -> _Pending:
+        def finish(parts: dict[int, Buffer]) -> None:
+            buffer[...] = parts[root]
+
+        mine = buffer.copy() if self.rank == root else None
+        return self._collective(mine, range(root, root + 1), finish)
+
+    def allgather(self, buffer: Buffer, into: Buffer) -> _Pending:
+        def finish(parts: dict[int, Buffer]) -> None:
+            into[...] = [parts[rank] for rank in range(self.size)]
+
+        return self._collective(buffer.copy(), range(self.size), finish)
+
+    def send(self, buffer: Buffer, dest: int) -> _Pending:
+        self._board.post(self.rank, dest, buffer.copy())
+        return _Pending(lambda: -1)
+
+    def receive(self, buffer: Buffer, source: int | None) -> _Pending:
+        def finish() -> int:
+            sender, content = self._board.fetch(self.rank, source)
+            buffer[...] = content
+            return sender
+
+        return _Pending(finish)
 
     def describe(self) -> str:
         return f"threads of Python {platform.python_version()}"
 
     def abort(self, code: int) -> None:
-        self._board.barrier.abort()
+        self._board.abort()
 
     def close(self) -> None:
         """Nothing to leave: the threads end by themselves."""
+
+    def _collective(self, mine: Any, needed: range, finish: Callable[[dict[int, Buffer]], None]) -> _Pending:
+        number, self._number = self._number, self._number + 1
+        self._board.bring(number, self.rank, mine)
+
+        def take() -> int:
+            finish(self._board.take(number, self.rank, needed))
+            return -1
+
+        return _Pending(take)
 
 
 def solo_world(ledger: Ledger | None = None) -> World:
@@ -92,7 +176,7 @@ def run_in_threads(size: int, program: Callable[[World], T]) -> list[T]:
             results[rank] = program(World(ThreadTransport(rank, size, board)))
         except BaseException as error:  # handed to the caller below, whatever it is
             failures.append(error)
-            board.barrier.abort()
+            board.abort()
 
     threads = [threading.Thread(target=work, args=(rank,), name=f"rank-{rank}") for rank in range(size)]
     for thread in threads:

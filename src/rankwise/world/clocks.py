@@ -1,0 +1,74 @@
+"""One clock for all ranks, where hosts have clocks of their own.
+
+Offsets are bounded by ping-pongs as in SKaMPI (Worsch, Reussner, Augustin 2002): if rank 0 sends at s1,
+the other host reads c, and rank 0 has the answer at s2, then its clock is ahead by at least c - s2 and
+at most c - s1. The tightest bounds of several rounds are taken; the offset is their midpoint and its
+error at most half their width. Between two measurements a clock is taken to drift evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from rankwise.world.transport import Transport
+from rankwise.world.waits import Times
+
+ROUNDS = 16
+
+
+class CommonClock:
+    """Translates this rank's clock to rank 0's. Where all ranks read one clock it changes nothing."""
+
+    def __init__(self, transport: Transport, clock: Callable[[], int]) -> None:
+        self._transport = transport
+        self._clock = clock
+        self._readings: list[tuple[int, int]] = []
+        self.error_bound_ns = 0
+
+    def measure(self) -> None:
+        """Measure the offset to rank 0 now; all ranks together."""
+        leaders = sorted({leader for leader in self._transport.clock_of if leader != 0})
+        if not leaders:
+            return
+        mine = self._transport.rank
+        bounds = np.zeros((len(leaders), 2), np.int64)
+        for place, leader in enumerate(leaders):
+            if mine in (0, leader):
+                bounds[place] = self._ping_pong(leader)
+        self._transport.broadcast(bounds, 0).wait()
+        low, high = dict(zip(leaders, bounds.tolist(), strict=True)).get(
+            self._transport.clock_of[mine], (0, 0)
+        )
+        self._readings.append((self._clock(), (low + high) // 2))
+        self.error_bound_ns = max(self.error_bound_ns, (high - low + 1) // 2)
+
+    def to_common(self, times_ns: Times) -> Times:
+        """Times of this rank's clock on rank 0's."""
+        if not self._readings:
+            return times_ns
+        # Relative to the first reading, so that a float's 53 bits are enough.
+        at, offset = np.array(self._readings, np.int64).T
+        ahead = np.interp(times_ns - at[0], at - at[0], offset - offset[0])
+        return np.asarray(times_ns - offset[0] - np.rint(ahead).astype(np.int64))
+
+    def _ping_pong(self, leader: int) -> tuple[int, int]:
+        """Bounds on how far the leader's clock is ahead; on the leader itself they mean nothing."""
+        here = self._transport.rank == 0
+        low, high = -(2**62), 2**62
+        reading = np.zeros(1, np.int64)
+        for _ in range(ROUNDS):
+            if here:
+                sent_ns = self._clock()
+                self._transport.send(reading, leader).wait()
+                self._transport.receive(reading, leader).wait()
+                low, high = (
+                    max(low, int(reading[0]) - self._clock()),
+                    min(high, int(reading[0]) - sent_ns),
+                )
+            else:
+                self._transport.receive(reading, 0).wait()
+                reading[0] = self._clock()
+                self._transport.send(reading, 0).wait()
+        return low, high

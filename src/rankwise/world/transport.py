@@ -1,0 +1,68 @@
+"""What carries bytes between ranks: the contract that MPI and the threads of one process fulfil."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from numpy.typing import NDArray
+
+Buffer = NDArray[Any]
+Op = Literal["sum", "max"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an exchange ended: whose message came (a receive's source, else -1), and the longest stretch,
+    in ns on the monotonic clock, in which this rank did not run though it wanted to."""
+
+    source: int = -1
+    lapse_start_ns: int = 0
+    lapse_end_ns: int = 0
+
+
+class Pending(Protocol):
+    """An exchange that goes on; its buffers are the transport's until `wait` returns."""
+
+    def wait(self) -> Ended:
+        """Come to its end. Called once."""
+
+
+class Transport(Protocol):
+    """What carries bytes between ranks.
+
+    Collective calls are made by all ranks in the same order. Every call but the last three starts an
+    exchange and returns at once.
+    """
+
+    rank: int
+    size: int
+    clock_of: list[int]
+    """For each rank the lowest rank that reads the same monotonic clock, as all those of one host do."""
+
+    def allreduce(self, buffer: Buffer, op: Op) -> Pending:
+        """Combine the buffers of all ranks element by element, in place on every rank."""
+
+    def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> Pending:
+        """Put rank k's buffer into row k of `into`, which only the root has."""
+
+    def broadcast(self, buffer: Buffer, root: int) -> Pending:
+        """Overwrite every rank's buffer with the root's."""
+
+    def send(self, buffer: Buffer, dest: int) -> Pending:
+        """Send to one rank."""
+
+    def receive(self, buffer: Buffer, source: int | None) -> Pending:
+        """Overwrite the buffer with the next message from `source`, or from whoever comes first."""
+
+    def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
+        """Put rank k's buffer into row k of `into` on every rank."""
+
+    def describe(self) -> str:
+        """The library behind this transport, with its version."""
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once, this one included, without waiting for anybody."""
+
+    def close(self) -> None:
+        """Leave in good order, all ranks together."""
