@@ -110,7 +110,7 @@ def _warnings(names: Sequence[str], records: Sequence[Record]) -> list[str]:
 
 
 _DEFAULTS = TrainConfig().model_dump(mode="json")
-_PLACES = {"out", "data_dir", "cache_dir"}
+_PLACES = {"out", "data_dir", "cache_dir", "track"}
 """Options that say where things lie, and nothing about the run."""
 
 
@@ -216,7 +216,7 @@ RESULTS = (
         _of_epochs(lambda r: median(row.train_samples / row.train_s for row in r.epochs)),
         "{:,.0f}".format,
     ),
-    Column("cpu_percent", "CPU", lambda r: getattr(r, "cpu_percent", None), "{:.0f}%".format),
+    Column("cpu_percent", "CPU", lambda r: r.cpu_percent or None, "{:.0f}%".format),
     Column("parallel_efficiency", "parallel eff.", lambda r: r.efficiency.parallel, _percent),
     Column("load_balance", "load balance", lambda r: r.efficiency.load_balance, _percent),
     Column("wait_share", "waiting", _share("wait"), _percent),
