@@ -149,6 +149,23 @@ def compare(
 
 
 @app.command
+def trace(
+    run: Annotated[Path, Parameter(help="Run folder.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="JSON file to write the trace into.")] = Path("trace.json"),
+    debug: Debug = False,
+) -> None:
+    """Write what each rank did when as a trace to look at in Perfetto, https://ui.perfetto.dev."""
+    from rankwise.report.trace import write_trace
+
+    written = write_trace(run, output)
+    for remark in written.remarks:
+        print(f"rankwise: {remark}", file=sys.stderr)
+    print(written.about)
+
+
+@app.command
 def doctor(*, cache_dir: CacheDir = None, format: Format = "text", debug: Debug = False) -> None:
     """Tell in one page what MPI there is and whether it can survive failures, cores, threads, datasets."""
     from rankwise import doctor as physician
