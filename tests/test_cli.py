@@ -128,6 +128,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         ["data", "prepare"],
         ["data", "show"],
         ["compare"],
+        ["trace"],
         ["doctor"],
     ):
         assert call(*words, "--help") == 0
