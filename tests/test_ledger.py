@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.ledger import PHASES, Ledger
+from rankwise.ledger import EXCHANGE, PHASES, Ledger, measure_cost
 
 
 class FakeClock:
@@ -60,3 +60,60 @@ def test_a_phase_gives_the_cursor_back() -> None:
     clock.now_ns += 7
     phases_ns = ledger.close().phases_ns
     assert (phases_ns["transfer"], phases_ns["forward"]) == (5, 7)
+
+
+LENGTHS = st.integers(0, 10**9)
+
+
+@given(st.lists(st.tuples(st.sampled_from(PHASES), LENGTHS, LENGTHS), min_size=1, max_size=50))
+def test_time_off_the_cpu_is_wall_time_without_cpu_time(story: list[tuple[str, int, int]]) -> None:
+    """In each phase outside exchanges the ledger tells how long its thread was not on a CPU."""
+    clock, cpu = FakeClock(), FakeClock()
+    ledger = Ledger(clock, cpu_clock=cpu)
+    for phase, on_ns, off_ns in story:
+        ledger.enter(phase)
+        clock.now_ns += on_ns + off_ns
+        cpu.now_ns += on_ns
+    off_cpu_ns = ledger.close().off_cpu_ns
+    for phase in set(PHASES) - set(EXCHANGE):
+        assert off_cpu_ns[phase] == sum(off for name, _, off in story if name == phase)
+    assert not off_cpu_ns.keys() & set(EXCHANGE)
+
+
+@given(st.lists(st.tuples(st.sampled_from(PHASES[1:]), LENGTHS), max_size=50), st.integers(0, 10**8))
+def test_its_own_cost_is_shown_and_the_sum_stays(story: list[tuple[str, int]], cost_ns: int) -> None:
+    """What changes of phase cost is moved from where they happened to `instrument`, and none gets
+    negative."""
+    clock = FakeClock()
+    ledger = Ledger(clock, cost_ns=cost_ns)
+    for phase, duration_ns in story:
+        ledger.enter(phase)
+        clock.now_ns += duration_ns
+    totals = ledger.close()
+    assert sum(totals.phases_ns.values()) == totals.wall_ns
+    assert min(totals.phases_ns.values()) >= 0
+    spent_ns = sum(duration for name, duration in story if name == "instrument")
+    shown_ns = totals.phases_ns["instrument"] - spent_ns
+    assert 0 <= shown_ns <= (len(story) + 1) * cost_ns
+    if all(duration_ns >= len(story) * cost_ns for _, duration_ns in story):
+        others = [name for name, _ in story if name != "instrument"]
+        assert shown_ns == len(others) * cost_ns
+
+
+def test_busy_is_what_is_neither_startup_nor_exchange() -> None:
+    """Busy time counts computing since start-up, whatever was found out about exchanges meanwhile."""
+    clock = FakeClock()
+    ledger = Ledger(clock)
+    clock.now_ns += 100
+    for phase, duration_ns in (("forward", 20), ("transfer", 30), ("other", 4)):
+        ledger.enter(phase)
+        clock.now_ns += duration_ns
+    ledger.enter("data")
+    assert ledger.busy_ns == 24
+    ledger.move("transfer", "wait", 10)
+    assert ledger.busy_ns == 24
+
+
+def test_measuring_the_cost_gives_a_small_number() -> None:
+    """A change of phase costs something, and less than a tenth of a millisecond."""
+    assert 0 < measure_cost() < 100_000

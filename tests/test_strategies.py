@@ -133,6 +133,21 @@ def test_averaging_over_one_worker_is_single(topology: str) -> None:
     assert np.array_equal(momentum, together[1])
 
 
+@pytest.mark.parametrize("optimizer_state", ["keep", "average", "reset"])
+def test_the_stopwatch_changes_nothing(optimizer_state: str, ranks: int) -> None:
+    """The paper's exchange with its author's stopwatch ends with the bits of the master's average, and each
+    rank's stopwatch has run, for less than the rank was there."""
+    if ranks == 1:
+        return  # a master has nobody to train
+    options = {"topology": "master", "optimizer_state": optimizer_state}
+    plain = run_in_threads(ranks, lambda world: train(world, strategy="parameter-averaging", **options))
+    timed = run_in_threads(ranks, lambda world: (train(world, strategy="paper-stopwatch", **options), world))
+    for rank, ((weights, momentum, state), world) in enumerate(timed):
+        assert np.array_equal(weights, plain[rank][0])
+        assert np.array_equal(momentum, plain[rank][1])
+        assert 0 < state.measured["author_communication_s"] < world.ledger.close().wall_ns / 1e9
+
+
 @pytest.mark.parametrize("sync_every", [1, 3, 7, 100])
 @pytest.mark.parametrize(("topology", "ranks"), TEAMS)
 def test_rounds_commit_every_sample(sync_every: int, topology: str, ranks: int) -> None:

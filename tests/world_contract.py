@@ -28,6 +28,11 @@ def check(world: World) -> None:
                 world.broadcast(copy, root)
                 assert np.array_equal(copy, np.arange(length) + root)
     assert world.allgather_object({"rank": rank}) == [{"rank": r} for r in range(size)]
+    for length in (1, 7, 100_003):
+        messages(world, length)
+        started = [world.start_allreduce(np.full(length, rank + turn)) for turn in range(3)]
+        for exchange in started:
+            exchange.wait()
     empty = np.empty(0)
     world.allreduce(empty)
     world.broadcast(empty)
@@ -37,6 +42,26 @@ def check(world: World) -> None:
     assert sum(totals.phases_ns.values()) == totals.wall_ns
     assert sum(world.wait_on_ns.values()) == totals.phases_ns["wait"]
     assert size == 1 or world.traffic.bytes_sent > 0
+
+
+def messages(world: World, length: int) -> None:
+    """Messages come to whom they were sent, in order, from one rank or from whoever is first."""
+    size, rank = world.size, world.rank
+    others = [other for other in range(size) if other != rank]
+    sent = [world.start_send(np.full(length, 10 * rank + turn), other) for turn in (0, 1) for other in others]
+    buffer = np.zeros(length, np.int64)
+    for other in others:
+        assert world.receive(buffer, other) == other
+        assert (buffer == 10 * other).all()
+    came = set()
+    for _ in others:
+        source = world.receive(buffer)
+        assert (buffer == 10 * source + 1).all()
+        came.add(source)
+    assert came == set(others)
+    for exchange in sent:
+        exchange.wait()
+    world.barrier()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rankwise.strategies.synchroniser import Synchroniser as Synchroniser
     from rankwise.strategies.synchroniser import synchronise as synchronise
     from rankwise.world import World as World
-    from rankwise.world import join as join
     from rankwise.world import run_in_threads as run_in_threads
+    from rankwise.world.join import join as join
 
 _HOMES = {
     "Record": "rankwise.record",
@@ -28,7 +28,7 @@ _HOMES = {
     "Synchroniser": "rankwise.strategies.synchroniser",
     "TrainConfig": "rankwise.config",
     "World": "rankwise.world",
-    "join": "rankwise.world",
+    "join": "rankwise.world.join",
     "run_in_threads": "rankwise.world",
     "synchronise": "rankwise.strategies.synchroniser",
     "train": "rankwise.api",

@@ -10,6 +10,7 @@ from rankwise.errors import ConfigError, unknown_name
 from rankwise.strategies.averaging import ParameterAveraging, Replication
 from rankwise.strategies.base import State, Strategy
 from rankwise.strategies.single import Single
+from rankwise.strategies.stopwatch import PaperStopwatch
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ STRATEGIES: dict[str, Entry] = {
     "single": Entry(Single, topologies=(), sync_every=None),
     "replication": Entry(Replication, **_AVERAGING),  # type: ignore[arg-type]
     "parameter-averaging": Entry(ParameterAveraging, **_AVERAGING),  # type: ignore[arg-type]
+    "paper-stopwatch": Entry(PaperStopwatch, **_AVERAGING | {"topologies": ("master",)}),  # type: ignore[arg-type]
 }
 
 

@@ -42,10 +42,7 @@ class ParameterAveraging(Strategy):
         return State()
 
     def step(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
-        if len(batch):
-            with world.ledger.phase("optimizer"):
-                replica.optimizer.step()
-            state = state.trained(len(batch))
+        state = self.train(state, replica, batch, world)
         if not batch.ends_round:
             return state
         assert batch.weights is not None
@@ -59,8 +56,20 @@ class ParameterAveraging(Strategy):
             raise Interrupted(f"stopped in epoch {batch.epoch}")
         with world.ledger.phase("pack"):
             replica.unpack(flat)
-            if self.optimizer_state == "reset":
-                replica.reset_optimizer()
+        return self.close_round(state, replica, world)
+
+    def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
+        """A worker's own step, without the others."""
+        if not len(batch):
+            return state
+        with world.ledger.phase("optimizer"):
+            replica.optimizer.step()
+        return state.trained(len(batch))
+
+    def close_round(self, state: State, replica: Replica, world: World) -> State:
+        """What is left to do once all replicas hold the mean."""
+        if self.optimizer_state == "reset":
+            replica.reset_optimizer()
         integers = replica.pack_integers()
         if len(integers):
             world.allreduce(integers, op="max")
@@ -86,7 +95,7 @@ def average_by_master(flat: Flat, weights: NDArray[np.float64], world: World) ->
         with world.ledger.phase("optimizer"):
             stops = rows[:, -1].any()
             if not stops:
-                _mean_of_rows(rows, weights, out=flat)
+                mean_of_rows(rows, weights, out=flat)
             flat[-1] = stops
     world.broadcast(flat, root=0)
     return bool(flat[-1])
@@ -100,7 +109,7 @@ def average_by_allreduce(flat: Flat, weights: NDArray[np.float64], world: World)
     return bool(flat[-1])
 
 
-def _mean_of_rows(rows: Flat, weights: NDArray[np.float64], out: Flat) -> None:
+def mean_of_rows(rows: Flat, weights: NDArray[np.float64], out: Flat) -> None:
     """The weighted mean of `rows` [ranks, n], added in rank order whoever arrived first."""
     first, *rest = np.flatnonzero(weights)
     np.multiply(rows[first], rows.dtype.type(weights[first]), out=out)

@@ -29,11 +29,15 @@ class _Pending:
     """An exchange of MPI's that is polled: at once, then yielding, then with short naps.
 
     A rank inside a blocking MPI call burns its core, which on a machine with more ranks than cores
-    is another rank's. `receives` asks the request whose message it brought.
+    is another rank's. `receives` asks the request whose message it brought. The buffers are held here:
+    MPI works on their memory, whatever becomes of the caller's names for them.
     """
 
-    def __init__(self, mpi: Any, request: MPI.Request, *, receives: bool = False) -> None:
+    def __init__(
+        self, mpi: Any, request: MPI.Request, *buffers: Buffer | None, receives: bool = False
+    ) -> None:
         self._request = request
+        self._buffers = buffers
         self._status = mpi.Status() if receives else None
 
     def wait(self) -> Ended:
@@ -71,23 +75,23 @@ class MpiTransport:
         self.clock_of = [clocks.index(name) for name in clocks]
 
     def allreduce(self, buffer: Buffer, op: Op) -> Pending:
-        return self._pending(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer, op=self._ops[op]))
+        return self._pending(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer, op=self._ops[op]), buffer)
 
     def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> Pending:
-        return self._pending(self._comm.Igather(buffer, into, root=root))
+        return self._pending(self._comm.Igather(buffer, into, root=root), buffer, into)
 
     def broadcast(self, buffer: Buffer, root: int) -> Pending:
-        return self._pending(self._comm.Ibcast(buffer, root=root))
+        return self._pending(self._comm.Ibcast(buffer, root=root), buffer)
 
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
-        return self._pending(self._comm.Iallgather(buffer, into))
+        return self._pending(self._comm.Iallgather(buffer, into), buffer, into)
 
     def send(self, buffer: Buffer, dest: int) -> Pending:
-        return self._pending(self._comm.Isend(buffer, dest))
+        return self._pending(self._comm.Isend(buffer, dest), buffer)
 
     def receive(self, buffer: Buffer, source: int | None) -> Pending:
         request = self._comm.Irecv(buffer, self._mpi.ANY_SOURCE if source is None else source)
-        return _Pending(self._mpi, request, receives=True)
+        return _Pending(self._mpi, request, buffer, receives=True)
 
     def describe(self) -> str:
         return library_version(self._mpi)
@@ -101,8 +105,8 @@ class MpiTransport:
         self._pending(self._comm.Ibarrier()).wait()
         self._mpi.Finalize()
 
-    def _pending(self, request: MPI.Request) -> Pending:
-        return _Pending(self._mpi, request)
+    def _pending(self, request: MPI.Request, *buffers: Buffer | None) -> Pending:
+        return _Pending(self._mpi, request, *buffers)
 
 
 def load_mpi() -> Any:

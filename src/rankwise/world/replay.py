@@ -9,6 +9,7 @@ imbalance; what the real run took longer is transfer.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rankwise.world.waits import Log, Pattern, Times
 
@@ -22,25 +23,23 @@ class Replay:
         self._sent_ns: dict[tuple[int, int, int], int] = {}
 
     def add(self, collective: Log, messages: list[Log]) -> None:
-        """Replay collective exchanges [ranks, exchanges], and each rank's messages before them.
-
-        Messages between two collective exchanges are taken in order of time; those that ended after
-        the last exchange come at its end.
-        """
-        pieces = [
-            np.searchsorted(log["left_ns"], collective[rank]["entered_ns"])
-            for rank, log in enumerate(messages)
+        """Replay collective exchanges [ranks, exchanges] and each rank's messages, in the order in which
+        the rank made them."""
+        moments = [np.where(_is_send(log), log["posted_ns"], log["left_ns"]) for log in messages]
+        orders = [np.argsort(moment, kind="stable") for moment in moments]
+        logs = [log[order] for log, order in zip(messages, orders, strict=True)]
+        cuts = [
+            np.searchsorted(moment[order], row["entered_ns"], side="right")
+            for moment, order, row in zip(moments, orders, collective, strict=True)
         ]
-        done = [0] * len(messages)
-        some = any(len(log) for log in messages)
+        done = [0] * len(logs)
         for number in range(collective.shape[1]):
-            if some:
-                until = [int(piece[number]) for piece in pieces]
-                self._messages([log[a:b] for log, a, b in zip(messages, done, until, strict=True)])
+            until = [int(cut[number]) for cut in cuts]
+            if until != done:
+                self._messages([log[a:b] for log, a, b in zip(logs, done, until, strict=True)])
                 done = until
             self._collective(collective[:, number])
-        if some:
-            self._messages([log[a:] for log, a in zip(messages, done, strict=True)])
+        self._messages([log[a:] for log, a in zip(logs, done, strict=True)])
 
     def ideal_ns(self, rank: int, busy_ns: int) -> int:
         """A rank's ideal clock, now that it has computed for `busy_ns` in all."""
@@ -59,17 +58,29 @@ class Replay:
         self.clock_ns, self._busy_ns = here, row["entered_busy_ns"].copy()
 
     def _messages(self, logs: list[Log]) -> None:
-        ends = sorted(
-            (int(row["posted_ns"] if row["pattern"] == Pattern.SEND else row["left_ns"]), rank, place)
-            for rank, log in enumerate(logs)
-            for place, row in enumerate(log)
-        )
-        for _, rank, place in ends:
-            row = logs[rank][place]
-            peer, number = int(row["peer"]), int(row["number"])
-            here = self.ideal_ns(rank, int(row["entered_busy_ns"]))
-            if row["pattern"] == Pattern.SEND:
-                self._sent_ns[rank, peer, number] = self.ideal_ns(rank, int(row["posted_busy_ns"]))
-            else:
-                here = max(here, self._sent_ns.pop((peer, rank, number)))
-            self.clock_ns[rank], self._busy_ns[rank] = here, row["entered_busy_ns"]
+        """Go on with any rank whose next message can be replayed, a receive only after its send."""
+        left = [list(log) for log in logs]
+        moved = True
+        while moved:
+            moved = False
+            for rank, rows in enumerate(left):
+                while rows and self._message(rank, rows[0]):
+                    rows.pop(0)
+                    moved = True
+
+    def _message(self, rank: int, row: Log) -> bool:
+        peer, number = int(row["peer"]), int(row["number"])
+        if row["pattern"] == Pattern.SEND:
+            busy_ns = int(row["posted_busy_ns"])
+            here = self._sent_ns[rank, peer, number] = self.ideal_ns(rank, busy_ns)
+        elif (peer, rank, number) in self._sent_ns:
+            busy_ns = int(row["entered_busy_ns"])
+            here = max(self.ideal_ns(rank, busy_ns), self._sent_ns.pop((peer, rank, number)))
+        else:
+            return False
+        self.clock_ns[rank], self._busy_ns[rank] = here, busy_ns
+        return True
+
+
+def _is_send(log: Log) -> NDArray[np.bool_]:
+    return np.asarray(log["pattern"] == Pattern.SEND)

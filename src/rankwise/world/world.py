@@ -221,7 +221,7 @@ class World:
             self._messages = [entry for entry in self._messages if not entry["left_ns"]]
             unfinished = (number for number, entry in enumerate(self._log) if not entry["left_ns"])
             own = _table(self._log[: next(unfinished, None)])
-            own_messages = np.sort(_table(finished), order="left_ns")
+            own_messages = _table(finished)
             start_ns = np.array([self.ledger.start_ns])
             mine = [self._on_common_clock(own), self._on_common_clock(own_messages)]
             told = (*mine, self._clock.to_common(start_ns)[0])
