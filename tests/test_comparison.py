@@ -94,7 +94,7 @@ def test_options_that_differ_become_columns() -> None:
 
 def test_shared_settings_are_said_once() -> None:
     """Settings that all runs share stand in one line, and not in the table; results always stand in the
-    table, alike or not."""
+    table, alike or not. A run alone shares nothing: all stands in the table."""
     found = compared(a=records.record(3), b=records.record(5))
     lines = screen(found)
     assert "dataset digits" in lines[0]
@@ -104,11 +104,13 @@ def test_shared_settings_are_said_once() -> None:
     assert [line.split() for line in lines if line.startswith("ranks")] == [["ranks", "3", "5"]]
     assert "best accuracy" in table
     assert "to target" not in table, "a column without any value"
+    alone = screen(compare([Path("a")]))
+    assert [line.split() for line in alone if line.startswith("dataset")] == [["dataset", "digits"]]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    names=st.lists(st.text("abc-_0123", min_size=1, max_size=40), min_size=1, max_size=12, unique=True),
+    names=st.lists(st.text("abc-_0123", min_size=1, max_size=70), min_size=1, max_size=12, unique=True),
     width=st.integers(60, 200),
 )
 def test_a_table_fits_any_terminal(names: list[str], width: int) -> None:
@@ -173,6 +175,14 @@ def test_different_datasets_are_named(capsys: pytest.CaptureFixture[str]) -> Non
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert "digits: a, c; cifar10: b" in err
+
+
+def test_a_resumed_run_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    """The time of a resumed run is that of its last sitting, and one line says so."""
+    compared(a=records.record(), b=records.record(resumed_from_epoch=2))
+    assert call("compare", "a", "b") == 0
+    err = capsys.readouterr().err
+    assert err == "rankwise: b was resumed after epoch 2: its time and shares are those since then\n"
 
 
 def test_a_run_given_twice(capsys: pytest.CaptureFixture[str]) -> None:

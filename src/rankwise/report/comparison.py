@@ -106,6 +106,9 @@ def _warnings(names: Sequence[str], records: Sequence[Record]) -> list[str]:
         if record.outcome != "completed":
             why = f": {record.message}" if record.message else ""
             found.append(f"{name} is not complete, it is {record.outcome}{why}")
+        if record.resumed_from_epoch is not None:
+            since = record.resumed_from_epoch
+            found.append(f"{name} was resumed after epoch {since}: its time and shares are those since then")
     return found
 
 
