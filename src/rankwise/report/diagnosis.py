@@ -67,9 +67,8 @@ class Diagnosis:
 def diagnose(record: Record) -> Diagnosis:
     """Say what holds a run back."""
     ranks = [row for row in record.ranks if row.role == "worker" and _time_ns(row) > 0]
-    useful = _share(ranks, TRAINING)
-    if not useful:
-        return Diagnosis("The run ended before it trained: there is no time to explain.", ())
+    if not record.epochs or not ranks:
+        return Diagnosis("No epoch was completed: that is too little time to judge.", ())
     rules = (
         *_waiting(record, ranks),
         *_exchange(record, ranks),
@@ -79,6 +78,7 @@ def diagnose(record: Record) -> Diagnosis:
         *_master(record),
     )
     findings = tuple(sorted(rules, key=lambda finding: finding.share, reverse=True))
+    useful = _share(ranks, TRAINING)
     summary = f"{useful:.0%} of the {_who(record).lower()}' time after start-up went into training. "
     if useful >= HEALTHY:
         return Diagnosis(summary + "Nothing much holds this run back.", findings)

@@ -206,9 +206,8 @@ class Page:
         )
         templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
         templates.filters |= {"cell": _cell, "is_number": _is_number, "parts": _parts}
-        drawing, _, _ = templates.loader.get_source(templates, "page.js")  # type: ignore[union-attr]
-        script = vl_convert.javascript_bundle(snippet=drawing)
-        return templates.get_template("page.html").render(page=self, script=script)
+        library = vl_convert.javascript_bundle()
+        return templates.get_template("page.html").render(page=self, library=library)
 
     def write(self, path: Path) -> None:
         """Write the page into a file. Raises UsageError if it cannot be written."""
