@@ -119,6 +119,12 @@ def test_nothing_holds_it_back() -> None:
     )
 
 
+def test_training_without_a_core_is_not_healthy() -> None:
+    """A run that seems to train all the time, but without its core, is not told that all is well."""
+    ranks = [rank(n, phases_s=work(), off_cpu_ns={"forward": 2 * 10**9}) for n in (0, 1)]
+    assert "Ranks were without a core for 20% of the time" in diagnose(record(ranks)).summary
+
+
 @pytest.mark.parametrize("content", [{"ranks": 2, "epochs": []}, {"ranks": 0}])
 def test_no_time_no_diagnosis(content: dict[str, Any]) -> None:
     """A run without an epoch, or without ranks, is not judged."""

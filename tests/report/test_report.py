@@ -11,7 +11,7 @@ import pytest
 
 from rankwise.cli import main
 from rankwise.record import Efficiency
-from rankwise.report.page import Block, Chart, Notice, Page, Row
+from rankwise.report.page import Block, Chart, Notice, Page, Row, Table
 from rankwise.report.run_page import run_page
 from rankwise.report.runs import read_runs
 from tests.records import rank, record, run_folder
@@ -178,6 +178,34 @@ def test_several_runs_are_compared() -> None:
         "Run on-2",
         "Run on-4",
     ]
+
+
+def test_what_was_measured_beside_the_ledger_is_shown() -> None:
+    """Barriers' stopwatches, what a strategy measured, and faults are shown where a record has them."""
+    ranks = [
+        rank(0, wait_on_s={1: 2.0}, barrier_wait_ns=2_500_000_000, measured={"send_s": 0.125}),
+        rank(1, barrier_wait_ns=0),
+    ]
+    fault = {"rank": 1, "kind": "kill", "epoch": 2, "recovered_after_s": 0.25}
+    run_folder(Path("run"), record(ranks, faults=[fault]))
+    rows = [row for block in blocks(page_of("run")) if isinstance(block, Table) for row in block.rows]
+    assert (0, 2.0, 2.5) in rows
+    assert (1, 0.0, 0.0) in rows
+    assert (0, 0.125) in rows
+    assert (1, None) in rows
+    assert ("1", "kill", "2", "0.25") in rows
+
+
+def test_options_that_differ() -> None:
+    """A comparison shows in which options runs differ, with every digit, and no others."""
+    run_folder(Path("a"), record(1, config={"lr": 0.1}))
+    run_folder(Path("b"), record(1, config={"lr": 0.123456789, "out": "b"}))
+    (table,) = [
+        block
+        for block in blocks(page_of("a", "b"))
+        if isinstance(block, Table) and block.caption == "Options that differ"
+    ]
+    assert table.rows == (("lr", "0.1", "0.123456789"),)
 
 
 def test_runs_of_one_name_are_told_apart() -> None:

@@ -7,6 +7,7 @@ written into the page. Whatever comes from outside is text: no block takes HTML.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -206,8 +207,7 @@ class Page:
         )
         templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
         templates.filters |= {"cell": _cell, "is_number": _is_number, "parts": _parts}
-        library = vl_convert.javascript_bundle()
-        return templates.get_template("page.html").render(page=self, library=library)
+        return templates.get_template("page.html").render(page=self, library=_library())
 
     def write(self, path: Path) -> None:
         """Write the page into a file. Raises UsageError if it cannot be written."""
@@ -215,6 +215,12 @@ class Page:
             write_atomically(path, self.to_html().encode())
         except StorageError as error:
             raise UsageError(f"{error}; choose another --output") from None
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as JavaScript that makes `vegaEmbed` known. It takes a second to make."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _parts(text: Text) -> tuple[str | Link, ...]:
