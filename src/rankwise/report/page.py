@@ -6,7 +6,7 @@ written into the page. Whatever comes from outside is text: no block takes HTML.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -194,7 +194,7 @@ class Page:
 
     title: str
     lead: Text
-    sections: tuple[Section, ...] = field(default=())
+    sections: tuple[Section, ...] = ()
 
     def to_html(self) -> str:
         """The page as one HTML document."""
@@ -219,7 +219,7 @@ class Page:
 
 @cache
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as JavaScript that makes `vegaEmbed` known. It takes a second to make."""
+    """Vega, Vega-Lite and Vega-Embed as JavaScript that makes `vegaEmbed` known; a second's work."""
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
@@ -240,7 +240,7 @@ def _cell(cell: Cell) -> str:
         case int():
             return f"{cell:,}"
         case float():
-            return f"{cell:,.0f}" if abs(cell) >= 10_000 else f"{cell:.4g}"
+            return f"{cell:,.0f}" if abs(cell) >= 1_000 else f"{cell:.4g}"
         case Link():
             return cell.text
     return cell
