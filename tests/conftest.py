@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -151,12 +152,21 @@ def mpiexec_words(ranks: int) -> list[str]:
     return [str(mpiexec.path), *crowd, "-n", str(ranks)]
 
 
+@contextlib.contextmanager
+def launched(folder: Path) -> Iterator[Command]:
+    """Programs run in a folder, and are ended at the end."""
+    runner = Command(folder)
+    try:
+        yield runner
+    finally:
+        runner.end_all()
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[Command]:
     """Programs run in the test's own folder, and are ended with the test."""
-    runner = Command(tmp_path)
-    yield runner
-    runner.end_all()
+    with launched(tmp_path) as runner:
+        yield runner
 
 
 @pytest.fixture(params=MPI_SIZES)

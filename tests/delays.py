@@ -1,15 +1,16 @@
-"""One rank of a real training into which delays are built; prints what its ledger says of them.
+"""One rank of a real training into which delays are built; prints what its ledger says of each.
 
-    delays.py TOPOLOGY KIND RANK LENGTH_S
+    delays.py TOPOLOGY KIND:RANK:LENGTH_S ...
 
-An epoch without any warms up. In the next, RANK is held up by LENGTH_S: in each round of KIND data, forward,
-pack or optimizer (a master's work); or it is stopped from outside once, in KIND stop-training at any moment,
-in KIND stop-exchange in a loop that does nothing but exchange. KIND none holds nobody up, with a
-barrier before each exchange.
+Each case is an epoch in which RANK is held up by LENGTH_S: in each round in KIND data, forward, pack or
+optimizer (a master's work); or it is stopped from outside once, in KIND stop-training at any moment, in
+KIND stop-exchange in a loop that does nothing but exchange. In KIND barriers it is held up in forward,
+and there is a barrier before each exchange.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,7 +36,8 @@ from rankwise.run import _make_job
 from rankwise.strategies import averaging, resolve
 from rankwise.world import World, join
 
-ROUNDS = 8
+ROUNDS = 3
+LATEST_STOP_S = 0.4
 
 
 def late(function: Callable[..., Any], length_s: float) -> Callable[..., Any]:
@@ -47,30 +50,33 @@ def late(function: Callable[..., Any], length_s: float) -> Callable[..., Any]:
     return held_up
 
 
-def hold_up(kind: str, length_s: float) -> None:
-    """Build the delay into the code of this rank."""
+def late_each(feed: Callable[..., Any], length_s: float) -> Callable[..., Any]:
+    """The generator function, held up before each item."""
+
+    def held_up(*arguments: Any, **options: Any) -> Any:
+        for item in feed(*arguments, **options):
+            time.sleep(length_s)
+            yield item
+
+    return held_up
+
+
+def held_up(kind: str, length_s: float) -> contextlib.AbstractContextManager[Any]:
+    """While inside, this rank is held up."""
     if kind == "data":
         feed = rankwise.training.feed
-
-        def slow_feed(*arguments: Any, **options: Any) -> Any:
-            for batch in feed(*arguments, **options):
-                time.sleep(length_s)
-                yield batch
-
-        rankwise.training.feed = slow_feed  # type: ignore[assignment]
-    elif kind == "forward":
-        rankwise.training.F.cross_entropy = late(rankwise.training.F.cross_entropy, length_s)
-    elif kind == "pack":
-        Replica.pack = late(Replica.pack, length_s)  # type: ignore[method-assign]
-    elif kind == "optimizer":
-        averaging.mean_of_rows = late(averaging.mean_of_rows, length_s)
-
-
-def stop_soon(length_s: float) -> None:
-    """Let somebody else stop this process in a moment, for so long."""
-    me, moment_s = os.getpid(), random.uniform(0.05, 0.4)
+        return mock.patch.object(rankwise.training, "feed", late_each(feed, length_s))
+    if kind in ("forward", "barriers"):
+        loss = rankwise.training.F.cross_entropy
+        return mock.patch.object(rankwise.training.F, "cross_entropy", late(loss, length_s))
+    if kind == "pack":
+        return mock.patch.object(Replica, "pack", late(Replica.pack, length_s))
+    if kind == "optimizer":
+        return mock.patch.object(averaging, "mean_of_rows", late(averaging.mean_of_rows, length_s))
+    # Somebody else stops this process in a moment, for so long.
+    me, moment_s = os.getpid(), random.uniform(0.05, LATEST_STOP_S)
     script = f"sleep {moment_s}; kill -STOP {me}; sleep {length_s}; kill -CONT {me}"
-    subprocess.Popen(["sh", "-c", script])
+    return subprocess.Popen(["sh", "-c", script])
 
 
 def told(world: World) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def told(world: World) -> dict[str, Any]:
     return {name: ns / 1e9 for name, ns in said.items()}
 
 
-def main(topology: str, kind: str, rank: int, length_s: float) -> None:
+def main(topology: str, *cases: str) -> None:
     world = join()
     torch.set_num_threads(1)
     dataset = prepare("digits")
@@ -104,32 +110,48 @@ def main(topology: str, kind: str, rank: int, length_s: float) -> None:
         )
     )
     model = models.build("mlp", dataset.image_shape, len(dataset.classes))
-    job = _make_job(config, dataset, model, world, RunFolder(Path("run")))
-    rankwise.training.train_epoch(job, 1)
-    before = told(world)
-    if world.rank == rank and not kind.startswith("stop"):
-        hold_up(kind, length_s)
-    world.cross_check = kind == "none"
-    if world.rank == rank and kind.startswith("stop"):
-        stop_soon(length_s)
+    job = _make_job(config, dataset, model, world, RunFolder(Path(".")))
+    rankwise.training.train_epoch(job, 1)  # warms up
+    for case in cases:
+        kind, rank, length_s = case.split(":")
+        before, started_s = told(world), time.monotonic()
+        mine = world.rank == int(rank)
+        with held_up(kind, float(length_s)) if mine else contextlib.nullcontext():
+            live(job, kind, float(length_s))
+        said = {"case": case, "rank": world.rank, "elapsed": time.monotonic() - started_s}
+        after = told(world)
+        print(json.dumps(said | {name: after[name] - before[name] for name in after}), flush=True)
+
+
+def live(job: rankwise.training.Job, kind: str, length_s: float) -> None:
+    """What goes on while a rank is held up."""
+    world, topology = job.synchroniser.world, job.config.topology
+    started_s = time.monotonic()
+    world.cross_check = kind == "barriers"
     if kind == "stop-exchange":
-        # Until the stop is surely over: all ranks agree on it in the exchange itself.
-        weights, started_s = np.zeros(100_000), time.monotonic()
-        while weights[0] == 0:
-            weights[0] = time.monotonic() - started_s > 1 + length_s
-            if topology == "allreduce":
-                world.allreduce(weights)
-            else:
-                averaging.average_by_master(weights, np.eye(1, world.size)[0], world)
-    else:
-        epochs = 60 if kind == "stop-training" else 20 if kind == "none" else 1
-        for epoch in range(2, 2 + epochs):
+        weights = np.zeros(100_000)
+        while not over(world, started_s, length_s):
+            for _ in range(50):
+                if topology == "allreduce":
+                    world.allreduce(weights)
+                else:
+                    averaging.average_by_master(weights, np.eye(1, world.size)[0], world)
+    elif kind == "stop-training":
+        epoch = 1
+        while not over(world, started_s, length_s):
+            epoch += 1
             rankwise.training.train_epoch(job, epoch)
+    else:
+        rankwise.training.train_epoch(job, 2)
     world.cross_check = False
-    after = told(world)
-    said = {name: after[name] - before[name] for name in after}
-    print(json.dumps({"rank": world.rank, **said}), flush=True)
+
+
+def over(world: World, started_s: float, length_s: float) -> bool:
+    """Whether the stop is surely over; all ranks find the same."""
+    latest_s = np.array([time.monotonic() - started_s])
+    world.allreduce(latest_s, op="max")
+    return bool(latest_s[0] > LATEST_STOP_S + length_s)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    main(*sys.argv[1:])

@@ -109,7 +109,7 @@ def test_a_stop_is_passed_on_by_a_master() -> None:
         ],
         ENTRY,
     )
-    log["posted_ns"][1, 1] = log["entered_ns"][1, 1] = log["left_ns"][1, 1] = 2_030
+    log["posted_ns"][1, 1] = log["entered_ns"][1, 1] = log["left_ns"][1, 1] = 2_040
     assert split(log, 0).charged_ns == {1: 1_990}
     assert split(log, 1).stopped_ns == 1_990
     found = split(log, 2)

@@ -29,7 +29,7 @@ class Replay:
         orders = [np.argsort(moment, kind="stable") for moment in moments]
         logs = [log[order] for log, order in zip(messages, orders, strict=True)]
         cuts = [
-            np.searchsorted(moment[order], row["entered_ns"])
+            np.searchsorted(moment[order], row["entered_ns"], side="right")
             for moment, order, row in zip(moments, orders, collective, strict=True)
         ]
         done = [0] * len(logs)

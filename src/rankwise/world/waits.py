@@ -12,6 +12,10 @@ without took part:
 - a receive ("Late Sender"): when its sender came, whoever that was if any would do;
 - a send ("Late Receiver"): when the receiver came, if the sender was still there (it was synchronous).
 
+What algorithm an MPI library uses is its own affair: a root may be unable to send before a receiver has
+come, and a receiver may get its data through another. So whoever came later than those that a rank
+needs, but while it was still there, is taken to have held it up from then on.
+
 A rank comes to an exchange when it posts it. It waits from when it has nothing else to do: for an
 exchange in the background only from its `wait()`; what went on before was hidden behind computing.
 The rest of an exchange is transfer.
@@ -90,46 +94,77 @@ class Split:
 
 def split(log: Log, rank: int) -> Split:
     """Split collective exchanges for one rank; `log` [ranks, exchanges], all ranks took part in all."""
-    ranks, exchanges = log.shape
-    posted, entered, left = log["posted_ns"], log["entered_ns"], log["left_ns"]
-    latest = posted.argmax(axis=0)
-    pattern, root = log["pattern"], log["peer"]
-    is_root = root == np.arange(ranks)[:, None]
-    for_all = (pattern == Pattern.ALL_TO_ALL) | ((pattern == Pattern.ALL_TO_ONE) & is_root)
-    late = np.where(for_all, latest, root)
-    until = np.take_along_axis(posted, late, axis=0)
-    wait = _wait(until, entered, left)
-    # One lapse an exchange: the one that ended last is what everybody had to sit through.
-    lapsed = log["lapse_end_ns"].argmax(axis=0)
-    columns = np.arange(exchanges)
-    lapse_start = np.maximum(log["lapse_start_ns"][lapsed, columns], entered + wait)
-    lapse = _overlap(lapse_start, left, lapse_start, log["lapse_end_ns"][lapsed, columns])
-
-    charged = np.zeros(ranks, np.int64)
-    np.add.at(charged, late[rank], wait[rank])
-    others = lapsed != rank
-    np.add.at(charged, lapsed, lapse[rank] * others)
-    # The parts of each wait in which the late one was waiting itself, in the exchange before.
-    now, before = columns[1:], columns[:-1]
-    by = late[rank, now]
-    starts, ends = entered[rank, now], entered[rank, now] + wait[rank, now]
-    for start, length, cause in (
-        (entered[by, before], wait[by, before], late[by, before]),
-        (lapse_start[by, before], lapse[by, before], lapsed[before]),
-    ):
-        shared = np.where(cause != rank, _overlap(starts, ends, start, start + length), 0)
+    held_up = _held_up(log)
+    wait = sum((stage.length * (stage.cause != np.arange(len(log))[:, None]) for stage in held_up), start=0)
+    mine = [_Stage(*(part[rank] for part in (stage.start, stage.length, stage.cause))) for stage in held_up]
+    charged = np.zeros(len(log), np.int64)
+    for stage in mine:
+        np.add.at(charged, stage.cause, stage.length)
+    stopped_ns, charged[rank] = int(charged[rank]), 0
+    # The parts of each wait in which the late one was held up itself, in the exchange before.
+    first = mine[0]
+    now, before = np.arange(1, log.shape[1]), np.arange(log.shape[1] - 1)
+    by = first.cause[now]
+    starts, ends = first.start[now], (first.start + first.length)[now]
+    for stage in held_up:
+        start, cause = stage.start[by, before], stage.cause[by, before]
+        shared = _overlap(starts, ends, start, start + stage.length[by, before])
+        shared = np.where((cause != rank) & (by != rank), shared, 0)
         np.subtract.at(charged, by, shared)
         np.add.at(charged, cause, shared)
 
-    all_wait = wait[rank] + lapse[rank] * others
-    blamed = np.where(others & (lapse[rank] > wait[rank]), lapsed, late[rank])
+    longest = np.argmax([stage.length * (stage.cause != rank) for stage in mine], axis=0)
+    blamed = np.choose(longest, [stage.cause for stage in mine])
     return Split(
-        wait_ns=all_wait,
-        late=np.where(all_wait > 0, blamed, rank),
+        wait_ns=wait[rank],
+        late=np.where(wait[rank] > 0, blamed, rank),
         charged_ns={r: int(ns) for r, ns in enumerate(charged) if ns},
-        stopped_ns=int((lapse[rank] * ~others).sum()),
-        hidden_ns=int(_hidden(until[rank], log[rank]).sum()),
+        stopped_ns=stopped_ns,
+        hidden_ns=int(_hidden(_until(log, _late(log))[rank], log[rank]).sum()),
     )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Stretches [ranks, exchanges] in which ranks were held up, and by whom; by itself a rank was stopped."""
+
+    start: Times
+    length: Times
+    cause: Times
+
+
+def _held_up(log: Log) -> tuple[_Stage, _Stage, _Stage]:
+    """What held up each rank in each exchange, one after the other: whom it could not do without and who
+    was not there yet; who came even later, though before it could leave; whose lapse it sat through."""
+    ranks, exchanges = log.shape
+    posted, entered, left = log["posted_ns"], log["entered_ns"], log["left_ns"]
+    late = _late(log)
+    needed = _Stage(entered, _wait(_until(log, late), entered, left), late)
+
+    start = needed.start + needed.length
+    latest, until = np.zeros_like(late), start.copy()
+    for other in range(ranks):
+        later = (posted[other] > until) & (posted[other] <= left)
+        latest, until = np.where(later, other, latest), np.where(later, posted[other], until)
+    sat_through = _Stage(start, until - start, latest)
+
+    # One lapse an exchange: the one that ended last is what everybody had to sit through.
+    lapsed, columns = log["lapse_end_ns"].argmax(axis=0), np.arange(exchanges)
+    start = np.maximum(until, log["lapse_start_ns"][lapsed, columns])
+    length = _overlap(start, left, start, log["lapse_end_ns"][lapsed, columns])
+    return needed, sat_through, _Stage(start, length, np.broadcast_to(lapsed, log.shape))
+
+
+def _late(log: Log) -> Times:
+    """Whom each rank could not do without and who came last [ranks, exchanges]."""
+    pattern, root = log["pattern"], log["peer"]
+    is_root = root == np.arange(len(log))[:, None]
+    for_all = (pattern == Pattern.ALL_TO_ALL) | ((pattern == Pattern.ALL_TO_ONE) & is_root)
+    return np.where(for_all, log["posted_ns"].argmax(axis=0), root)
+
+
+def _until(log: Log, late: Times) -> Times:
+    return np.take_along_axis(log["posted_ns"], late, axis=0)
 
 
 def split_messages(logs: list[Log], rank: int, unreceived: dict[tuple[int, int, int], Log]) -> Split:
