@@ -11,8 +11,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from rankwise import Record, RunFolder
-from rankwise.report.summary import GROUPS
+from rankwise import RunFolder
+from rankwise.report.summary import GROUPS, group_seconds
 
 COLOURS = {
     "start": "#b0b0b0",
@@ -42,7 +42,7 @@ def main(target: str, *runs: str) -> None:
         left.axhline(float(paper), color=colour, ls=":", lw=1)
         side = "bottom" if number % 2 == 0 else "top"
         left.text(1, float(paper), f"the paper: {paper}%", color=colour, size=8, va=side)
-        bars += [(f"{name}: {row.role} {row.rank}", seconds(record, row.rank)) for row in record.ranks]
+        bars += [(f"{name}: {row.role} {row.rank}", group_seconds(row)) for row in record.ranks]
     left.set(xlabel="epoch", ylabel="accuracy on the test set, %", title="CIFAR-10, the paper's network")
     left.legend(loc="lower right", frameon=False)
     bars.reverse()
@@ -66,12 +66,6 @@ def main(target: str, *runs: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None}, facecolor="white")
-
-
-def seconds(record: Record, rank: int) -> dict[str, float]:
-    """Seconds of a rank in each group of phases."""
-    phases = record.ranks[rank].phases_ns
-    return {group: sum(phases[phase] for phase in members) / 1e9 for group, members in GROUPS.items()}
 
 
 if __name__ == "__main__":

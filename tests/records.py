@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rankwise.config import TrainConfig
-from rankwise.ledger import PHASES, USEFUL
+from rankwise.ledger import PHASES, TRAINING, Ledger
 from rankwise.record import (
     SCHEMA_VERSION,
     Clock,
@@ -20,6 +22,9 @@ from rankwise.record import (
     RunFolder,
     Samples,
 )
+from rankwise.timeline import EXCHANGE, Timeline
+
+MS = 1_000_000
 
 WORK_S = {"startup": 4.0, "data": 0.5, "forward": 4.0, "backward": 5.0, "optimizer": 0.5, "transfer": 0.25}
 """What a rank does unless a test says otherwise, in seconds."""
@@ -40,7 +45,7 @@ def rank(
     phases_ns = dict.fromkeys(PHASES, 0) | {name: round(s * 1e9) for name, s in phases_s.items()}
     phases_ns["wait"] += sum(wait_on_ns.values())
     wall_ns = sum(phases_ns.values())
-    cpu_s = sum(phases_ns[phase] for phase in USEFUL) / 1e9
+    cpu_s = sum(phases_ns[phase] for phase in TRAINING) / 1e9
     values: dict[str, Any] = {
         "rank": number,
         "role": role,
@@ -91,7 +96,7 @@ def record(
     rows = [rank(number) for number in range(ranks)] if isinstance(ranks, int) else list(ranks)
     several = len(rows) > 1
     options = {
-        "ranks": len(rows),
+        "ranks": max(len(rows), 1),
         "dataset": "digits",
         "strategy": "parameter-averaging" if several else "single",
         "topology": "allreduce" if several else None,
@@ -125,17 +130,54 @@ def record(
         "epochs": epochs,
         "ranks": rows,
         "clock": Clock(error_bound_ns=0, violations=0),
-        "efficiency": Efficiency(parallel=0.9, load_balance=0.95),
+        "efficiency": Efficiency(parallel=0.684, load_balance=0.9, serialization=0.8, transfer=0.95),
+        "cpu_percent": 71.5,
         "samples": Samples(expected=trained, trained=trained, duplicated=0, lost=0),
         "faults": [],
     }
     return Record(**values | more)
 
 
-def run_folder(path: Path, content: Record) -> RunFolder:
-    """A run folder that holds a record and its metrics."""
+def run_folder(path: Path, content: Record, *, steps: int = 0) -> RunFolder:
+    """A run folder that holds a record and its metrics, and timelines of some steps if asked for."""
     folder = RunFolder(path)
     folder.create()
     folder.write(content)
     folder.keep_metrics(content.epochs)
+    for row in content.ranks if steps else ():
+        _write_timeline(folder, row, content.ranks, steps)
     return folder
+
+
+def compute_ms(number: int, step: int) -> int:
+    """How long a rank of `run_folder` computes in a step, before all meet in an allreduce of 1 ms."""
+    return 3 + (number + step) % 3
+
+
+def _write_timeline(folder: RunFolder, row: Rank, ranks: list[Rank], steps: int) -> None:
+    """One epoch of one rank. What it shows: data 1 ms, forward, wait for the latest, transfer, save 2 ms."""
+    now_ns = 0
+    ledger = Ledger(clock=lambda: now_ns, start_ns=0, cpu_clock=lambda: now_ns)
+    timeline = Timeline(ledger)
+    exchanges = []
+    for step in range(1, steps + 1):
+        ledger.enter("data")
+        now_ns += MS
+        ledger.enter("forward")
+        entered_ns = now_ns + compute_ms(row.rank, step) * MS
+        late = max(ranks, key=lambda other: compute_ms(other.rank, step)).rank
+        late_ns = now_ns + compute_ms(late, step) * MS
+        now_ns = entered_ns
+        ledger.enter("transfer")
+        now_ns = late_ns + MS
+        wait_ns = late_ns - entered_ns
+        exchanges.append((0, step, -1, entered_ns, entered_ns, now_ns, wait_ns, late, 1000))
+        ledger.enter("other")
+        timeline.step(1, samples=16)
+    timeline.add_exchanges(np.array(exchanges, EXCHANGE))
+    ledger.enter("checkpoint")
+    now_ns += 2 * MS
+    timeline.epoch(1, ledger.close())
+    timeline.save(
+        folder.timeline_of(row.rank), rank=row.rank, role=row.role, host=row.host, to_common=lambda ns: ns
+    )

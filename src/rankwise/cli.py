@@ -73,6 +73,22 @@ def train(
         _console().print(summary(result.record, str(result.folder)))
 
 
+@app.command
+def report(
+    runs: Annotated[list[Path], Parameter(help="Run folders; several are compared.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="HTML file to write.")] = Path("report.html"),
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page about one run or several: curves, each rank's time, diagnosis."""
+    from rankwise.report.run_page import write_report
+
+    for line in write_report(runs, output):
+        print(f"rankwise: {line}", file=sys.stderr)
+    print(f"report: {output}")
+
+
 @data_app.command(name="list")
 def list_datasets(*, cache_dir: CacheDir = None, format: Format = "text", debug: Debug = False) -> None:
     """The datasets there are, and those that stand ready in the cache."""

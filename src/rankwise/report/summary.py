@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.ledger import TRAINING
-from rankwise.record import Record
+from rankwise.record import Rank, Record
 
 GROUPS = {
     "start": ("startup",),
@@ -19,6 +19,13 @@ GROUPS = {
     "other": ("other", "instrument"),
 }
 """Phases as the table shows them, several to a column so that it fits a terminal."""
+
+
+def group_seconds(row: Rank) -> dict[str, float]:
+    """Seconds of a rank in each group of phases; they add up to its wall time."""
+    return {
+        group: sum(row.phases_ns.get(phase, 0) for phase in phases) / 1e9 for group, phases in GROUPS.items()
+    }
 
 
 def summary(record: Record, folder: str) -> RenderableType:
@@ -69,7 +76,7 @@ def _ranks(record: Record) -> Table:
     for row in record.ranks:
         table.add_row(
             f"{row.rank} {row.role}",
-            *(f"{sum(row.phases_ns[phase] for phase in phases) / 1e9:.2f}" for phases in GROUPS.values()),
+            *(f"{seconds:.2f}" for seconds in group_seconds(row).values()),
             f"{row.wall_ns / 1e9:.2f}",
             f"{row.bytes_sent / 1e6:.1f}",
         )

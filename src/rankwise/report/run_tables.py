@@ -1,0 +1,176 @@
+"""What a page about runs says in numbers and tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import Any
+
+from rankwise.record import Record
+from rankwise.report.charts.scaling import strategy
+from rankwise.report.page import Cell, Number, Numbers, Table
+from rankwise.report.runs import Run
+from rankwise.report.words import percent
+
+EFFICIENCIES = {
+    "parallel": "Useful time of all ranks, training and evaluation, over all their time since start-up, a "
+    "master's included; the product of the other three.",
+    "load_balance": "The mean useful time of a rank over that of the busiest one.",
+    "serialization": "What remains when ranks wait for each other's work, however fast the network is.",
+    "transfer": "What remains when messages take their time.",
+}
+"""What each of POP's efficiencies says."""
+
+MOST_WAITED_FOR = 8
+
+
+def numbers(record: Record) -> Numbers:
+    """The few numbers of a run that come first."""
+    found = [Number("wall time", f"{record.wall_s:,.1f} s", "start-up included")]
+    if record.epochs:
+        best = max(record.epochs, key=lambda row: row.val_accuracy)
+        where = f"in epoch {best.epoch} of {record.epochs[-1].epoch}"
+        found.insert(0, Number("best accuracy", f"{best.val_accuracy:.2%}", where))
+        found.append(Number("samples a second", f"{_samples_per_s(record):,.0f}", "median of the epochs"))
+    if record.efficiency.parallel is not None:
+        efficiency = percent(record.efficiency.parallel)
+        found.append(Number("parallel efficiency", efficiency, "useful time of all ranks"))
+    if record.cpu_percent:
+        found.append(Number("CPU use", f"{record.cpu_percent:.0f}%", "of all cores of the hosts"))
+    found.append(_samples(record))
+    return Numbers(tuple(found))
+
+
+def overview(runs: Sequence[Run]) -> Table:
+    """A row a run."""
+    columns = ("run", "strategy", "ranks", "outcome", "best accuracy", "wall, s", "an epoch, s", "samples/s")
+    rows = []
+    for run in runs:
+        record = run.record
+        trained = bool(record.epochs)
+        rows.append(
+            (
+                run.name,
+                strategy(record),
+                len(record.ranks),
+                record.outcome,
+                f"{max(row.val_accuracy for row in record.epochs):.2%}" if trained else None,
+                record.wall_s,
+                median(row.wall_s for row in record.epochs) if trained else None,
+                _samples_per_s(record) if trained else None,
+                _known(record.efficiency.parallel, percent),
+            )
+        )
+    return Table((*columns, "parallel efficiency"), tuple(rows))
+
+
+def efficiencies(runs: Sequence[Run]) -> Table:
+    """POP's efficiencies of each run, and what each of them says."""
+    values = [run.record.efficiency.model_dump() for run in runs]
+    rows = tuple(
+        (name.replace("_", " "), *(_known(value[name], percent) for value in values), about)
+        for name, about in EFFICIENCIES.items()
+    )
+    return Table(("POP efficiency", *_headings(runs), "what it says"), rows)
+
+
+def stopwatches(record: Record) -> Iterable[Table]:
+    """What a barrier or a strategy measured beside the ledger, where one did."""
+    if any(row.barrier_wait_ns is not None for row in record.ranks):
+        rows = tuple(
+            (row.rank, row.phases_ns["wait"] / 1e9, _known(row.barrier_wait_ns, lambda ns: ns / 1e9))
+            for row in record.ranks
+        )
+        yield Table(("rank", "waiting, s", "at barriers, s"), rows, "Waiting by the ledger and by barriers")
+    names = tuple(dict.fromkeys(name for row in record.ranks for name in row.measured))
+    if names:
+        measured = tuple((row.rank, *(row.measured.get(name) for name in names)) for row in record.ranks)
+        yield Table(("rank", *names), measured, "What the strategy measured itself")
+
+
+def waited_for(record: Record) -> Table:
+    """The ranks that the others waited for most."""
+    by_rank_ns: Counter[str] = Counter()
+    for row in record.ranks:
+        by_rank_ns.update(row.wait_on_ns)
+    all_ns = by_rank_ns.total()
+    most = by_rank_ns.most_common(MOST_WAITED_FOR)
+    rows = tuple((int(rank), ns / 1e9, percent(ns / all_ns)) for rank, ns in most)
+    return Table(("rank waited for", "seconds", "part"), rows)
+
+
+def faults(record: Record) -> Iterable[Table]:
+    """What befell the ranks of a run, if anything did."""
+    if record.faults:
+        columns = tuple(dict.fromkeys(key for fault in record.faults for key in fault))
+        rows = tuple(tuple(_text(fault.get(key)) for key in columns) for fault in record.faults)
+        yield Table(columns, rows, "Faults")
+
+
+def options(runs: Sequence[Run]) -> Table:
+    """Every option of each run."""
+    names = dict.fromkeys(name for run in runs for name in run.record.config)
+    rows = tuple((name, *(_text(run.record.config.get(name)) for run in runs)) for name in names)
+    return Table(("option", *_headings(runs)), rows, "All options", folded=True)
+
+
+def differences(runs: Sequence[Run]) -> Table:
+    """The options in which the runs differ, but for their folders."""
+    every = options(runs)
+    rows = tuple(row for row in every.rows if len(set(row[1:])) > 1 and row[0] != "out")
+    return Table(every.columns, rows, "Options that differ")
+
+
+def environment(runs: Sequence[Run]) -> tuple[Table, Table]:
+    """Versions and clocks, and hosts."""
+    facts = [_facts(run.record) for run in runs]
+    rows = tuple((name, *(fact[name] for fact in facts)) for name in facts[0])
+    hosts = tuple(
+        (run.name, host.name, host.cores, host.ranks, host.cpu_model)
+        for run in runs
+        for host in run.record.environment.hosts
+    )
+    return (
+        Table(("environment", *_headings(runs)), rows),
+        Table(("run", "host", "cores", "ranks", "processor"), hosts),
+    )
+
+
+def _facts(record: Record) -> dict[str, Cell]:
+    versions = record.environment
+    return {
+        "rankwise": record.rankwise_version,
+        "Python": versions.python,
+        "torch": versions.torch,
+        "mpi4py": versions.mpi4py,
+        "MPI": versions.mpi,
+        "git commit": versions.git_commit and versions.git_commit[:12],
+        "clocks agree to, ns": str(record.clock.error_bound_ns),
+        "clock violations": str(record.clock.violations),
+    }
+
+
+def _samples(record: Record) -> Number:
+    samples = record.samples
+    if samples.lost or samples.duplicated:
+        amiss = f"{samples.lost:,} lost, {samples.duplicated:,} twice"
+        return Number("samples", amiss, f"{samples.trained:,} of {samples.expected:,} trained")
+    return Number("samples", f"{samples.trained:,}", "none lost, none trained twice")
+
+
+def _samples_per_s(record: Record) -> float:
+    return median(row.train_samples / row.train_s for row in record.epochs)
+
+
+def _headings(runs: Sequence[Run]) -> tuple[str, ...]:
+    return ("",) if len(runs) == 1 else tuple(run.name for run in runs)
+
+
+def _text(value: Any) -> str | None:
+    """A value as it is written in a configuration: no digit of it is rounded away."""
+    return None if value is None else str(value)
+
+
+def _known(value: float | None, told: Callable[[float], Cell]) -> Cell:
+    return None if value is None else told(value)

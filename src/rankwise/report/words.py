@@ -1,0 +1,18 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things: 1 rank, 2 ranks."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def percent(share: float) -> str:
+    """A fraction in percent, with a decimal where it is small: 31%, 7.5%."""
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds with three digits, below one as milliseconds: 7.22 s, 34.2 ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
