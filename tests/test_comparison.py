@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -113,6 +113,7 @@ def test_shared_settings_are_said_once() -> None:
     names=st.lists(st.text("abc-_0123", min_size=1, max_size=70), min_size=1, max_size=12, unique=True),
     width=st.integers(60, 200),
 )
+@example(names=["20261122-150405-paper-cnn-on-eight-hosts-of-the-old-cluster", "b"], width=60)
 def test_a_table_fits_any_terminal(names: list[str], width: int) -> None:
     """Any number of runs with names of any length fit a terminal: no line is too long, no value is cut,
     each run has its column."""
