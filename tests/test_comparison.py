@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rankwise.record import Record
+from rankwise.record import Efficiency, Record
 from rankwise.report.comparison import Comparison, compare
 from rankwise.report.comparison_formats import terminal
 
@@ -56,7 +56,13 @@ def test_the_numbers_of_a_run() -> None:
         records.rank(0, phases_s={"forward": 6.0, "transfer": 2.0}),
         records.rank(1, phases_s={"forward": 9.0}, wait_on_s={"0": 3.0}),
     ]
-    record = records.record(ranks, epochs=epochs, config={"target_accuracy": 0.65}, cpu_percent=87.5)
+    record = records.record(
+        ranks,
+        epochs=epochs,
+        config={"target_accuracy": 0.65},
+        cpu_percent=87.5,
+        efficiency=Efficiency(parallel=0.9, load_balance=0.95),
+    )
     row = compared(run=record).rows[0]
     assert (row["best_accuracy"], row["best_epoch"]) == (0.8, 3)
     assert row["final_val_loss"] == epochs[3].val_loss
