@@ -7,6 +7,7 @@
    SGD). Both are timed in turn with `rankwise`, so a drifting machine touches all alike.
 2. Two workers under `parameter-averaging` against two single ranks that run side by side.
 3. Launch to first step of 3 ranks, and the share of an epoch spent on data.
+4. One rank with its ledger and timeline against one without any.
 
 Nothing else may run beside it. Without --data-dir it trains on made images of CIFAR-10's shape.
 """
@@ -32,10 +33,11 @@ from torch.nn import functional as F
 from rankwise import data, strategies
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Split
+from rankwise.ledger import PHASES, Ledger, Totals
 from rankwise.models.paper_cnn import PaperCNN
 from rankwise.record import RunFolder
 from rankwise.run import run
-from rankwise.world import solo_world
+from rankwise.world import World, solo_world
 
 
 class TutorialCNN(PaperCNN):
@@ -69,7 +71,26 @@ def plain_loop(model: nn.Module, split: Split, order: np.ndarray, batch: int, *,
     return time.perf_counter() - start
 
 
-def rankwise_epoch(batch: int, samples: int, dataset: str, data_dir: Path | None) -> float:
+class NoLedger(Ledger):
+    """Reads no clock and keeps nothing."""
+
+    def enter(self, phase: str) -> str:
+        return phase
+
+    def close(self) -> Totals:
+        return Totals(1, dict.fromkeys(PHASES, 0), {})
+
+
+def unmeasured_world() -> World:
+    """The world of one rank, without ledger and timeline."""
+    world = solo_world(NoLedger())
+    world.timeline.step = lambda epoch, samples: None  # type: ignore[method-assign]
+    return world
+
+
+def rankwise_epoch(
+    batch: int, samples: int, dataset: str, data_dir: Path | None, world: Callable[[], World] = solo_world
+) -> float:
     """Seconds of one epoch of a real run, evaluation and checkpoint left out."""
     config = strategies.resolve(
         TrainConfig(
@@ -85,7 +106,7 @@ def rankwise_epoch(batch: int, samples: int, dataset: str, data_dir: Path | None
     with tempfile.TemporaryDirectory() as scratch:
         folder = RunFolder(Path(scratch) / "run")
         folder.create()
-        record = run(config, solo_world(), folder, say=print)
+        record = run(config, world(), folder, say=print)
     return record.epochs[0].train_s
 
 
@@ -110,6 +131,20 @@ def one_rank(arguments: argparse.Namespace) -> None:
             + " ".join(f"{spread(c):>22}" for c in columns)
             + f" {ratios[0]:>14.2f} {ratios[1]:>10.2f}"
         )
+
+
+def ledger_cost(arguments: argparse.Namespace) -> None:
+    print(f"\nWith the ledger against without, one rank, {arguments.samples} images a turn")
+    for batch in (4, 16, 128):
+        ratios, worlds = [], (solo_world, unmeasured_world)
+        for turn in range(arguments.repeats):
+            order = worlds if turn % 2 else worlds[::-1]  # the other one begins each turn
+            times = {
+                world: rankwise_epoch(batch, arguments.samples, arguments.dataset, arguments.data_dir, world)
+                for world in order
+            }
+            ratios.append(times[solo_world] / times[unmeasured_world])
+        print(f"{batch:>5} {spread(ratios, 4)}")
 
 
 def command(arguments: argparse.Namespace, *options: object, out: Path) -> list[str]:
@@ -205,13 +240,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--only", choices=("rank", "workers", "start"))
+    parser.add_argument("--only", choices=("rank", "workers", "start", "ledger"))
     arguments = parser.parse_args()
     arguments.dataset = "cifar10" if arguments.data_dir else "synthetic:50000"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.only in (None, "rank"):
             one_rank(arguments)
+        if arguments.only in (None, "ledger"):
+            ledger_cost(arguments)
         if arguments.only in (None, "workers"):
             two_workers(arguments, Path(scratch))
         if arguments.only in (None, "start"):

@@ -96,7 +96,7 @@ def record(
     rows = [rank(number) for number in range(ranks)] if isinstance(ranks, int) else list(ranks)
     several = len(rows) > 1
     options = {
-        "ranks": len(rows),
+        "ranks": max(len(rows), 1),
         "dataset": "digits",
         "strategy": "parameter-averaging" if several else "single",
         "topology": "allreduce" if several else None,

@@ -121,7 +121,16 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     for name, field in TrainConfig.model_fields.items():
         assert f"--{name.replace('_', '-')}" in page
         assert field.description
-    for words in ([], ["data"], ["data", "list"], ["data", "prepare"], ["data", "show"], ["doctor"]):
+    for words in (
+        [],
+        ["data"],
+        ["data", "list"],
+        ["data", "prepare"],
+        ["data", "show"],
+        ["compare"],
+        ["trace"],
+        ["doctor"],
+    ):
         assert call(*words, "--help") == 0
         assert "Usage: rankwise" in capsys.readouterr().out
 

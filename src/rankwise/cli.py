@@ -168,6 +168,49 @@ def show(
 
 
 @app.command
+def compare(
+    runs: Annotated[
+        list[Path], Parameter(negative="", help="Run folders. The first is what the others are measured by.")
+    ],
+    /,
+    *,
+    format: Annotated[
+        Literal["text", "markdown", "csv", "json"],
+        Parameter(help="text for people; the others put that, and only that, on stdout."),
+    ] = "text",
+    debug: Debug = False,
+) -> None:
+    """Compare runs in a table: what they were, what they reached, how fast, and where their time went."""
+    from rankwise.report import comparison_formats as formats
+    from rankwise.report.comparison import compare
+
+    found = compare(runs)
+    for warning in found.warnings:
+        print(f"rankwise: {warning}", file=sys.stderr)
+    if format == "text":
+        _console().print(formats.terminal(found, _console().width))
+    else:
+        print(formats.WRITERS[format](found))
+
+
+@app.command
+def trace(
+    run: Annotated[Path, Parameter(help="Run folder.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="JSON file to write the trace into.")] = Path("trace.json"),
+    debug: Debug = False,
+) -> None:
+    """Write what each rank did when as a trace to look at in Perfetto, https://ui.perfetto.dev."""
+    from rankwise.report.trace import write_trace
+
+    written = write_trace(run, output)
+    for remark in written.remarks:
+        print(f"rankwise: {remark}", file=sys.stderr)
+    print(written.about)
+
+
+@app.command
 def doctor(*, cache_dir: CacheDir = None, format: Format = "text", debug: Debug = False) -> None:
     """Tell in one page what MPI there is and whether it can survive failures, cores, threads, datasets."""
     from rankwise import doctor as physician

@@ -94,6 +94,11 @@ class TrainConfig(BaseModel):
         description="Put a barrier before each exchange and time it, to check the ledger's waiting by it "
         "(slower; ranks[].barrier_wait_ns in the record).",
     )
+    track: Literal["none", "tensorboard", "mlflow"] = Field(
+        "none",
+        description="Write metrics where you look for them too: tensorboard (in the run folder) or mlflow "
+        "(where its environment variables say).",
+    )
     checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints.")
     checkpoint_keep: int = Field(2, ge=2, description="Checkpoints kept, the newest ones.")
     out: _PathAsText | None = Field(None, description="Run folder; otherwise runs/<time>-<name>.")

@@ -31,6 +31,7 @@ from rankwise.record import (
     Samples,
     utc_before,
 )
+from rankwise.tracking import NoTracker, Say, open_tracker
 from rankwise.training import EpochResult, Job
 from rankwise.world import World
 
@@ -57,6 +58,7 @@ class Keeper:
         threads: int,
         hosts: list[Host],
         start: Checkpoint | None,
+        say: Say,
     ) -> None:
         self._config = config
         self._world = world
@@ -72,6 +74,7 @@ class Keeper:
         self._tally = _Tally(**notes["samples"])
         if world.rank == 0:
             folder.keep_metrics(self._epochs)
+        self._tracker = open_tracker(config, folder, self._epochs, say) if world.rank == 0 else NoTracker()
 
     def after_epoch(self, result: EpochResult, start_s: float) -> None:
         """Count the epoch in, save it, and write it down; all ranks together."""
@@ -87,6 +90,8 @@ class Keeper:
             self._epochs[-1] = result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s})
         if self._world.rank == 0:
             self._folder.append_metrics(self._epochs[-1])
+            with self._world.ledger.phase("instrument"):
+                self._tracker.epoch(self._epochs[-1])
         self.write("running", ended=number)
 
     def save_checkpoint(self, epoch: int) -> None:
@@ -140,6 +145,7 @@ class Keeper:
                 self._folder.write(record)
             if outcome != "running":
                 self._folder.progress.unlink(missing_ok=True)
+                self._tracker.finish(record)
         return record
 
     def _save_timeline(self, ended: int | None) -> None:

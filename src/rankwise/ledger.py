@@ -88,8 +88,10 @@ class Ledger:
 
     def enter(self, phase: str) -> str:
         """Close the running phase, start `phase`, and return the name of the one that was closed."""
-        now = self.clock()
+        # The CPU clock first: it is a system call, at which a rank that has used up its turn loses its
+        # core, and that belongs to the phase that used it up.
         cpu = self._cpu_clock()
+        now = self.clock()
         before = self._phase
         self._totals_ns[before] += now - self._mark_ns
         self._cpu_ns[before] += cpu - self._cpu_mark_ns

@@ -53,7 +53,7 @@ def run(
         model = models.build(config.model, dataset.image_shape, len(dataset.classes))
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     job = _make_job(config, dataset, model, world, folder)
-    keeper = Keeper(config, world, folder, job, threads, hosts, start)
+    keeper = Keeper(config, world, folder, job, threads, hosts, start, say)
     if start is None:
         keeper.save_checkpoint(0)
     else:

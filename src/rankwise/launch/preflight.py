@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rankwise import data, models, strategies
+from rankwise import data, models, strategies, tracking
 from rankwise.config import TrainConfig
 from rankwise.data.partition import parse_shards
 from rankwise.data.selection import select
@@ -25,6 +25,7 @@ def check(config: TrainConfig) -> TrainConfig:
     models.check(config.model)
     parse_shards(config.shards)
     data.check(config.dataset, config.data_dir)
+    tracking.check(config.track)
     return config
 
 

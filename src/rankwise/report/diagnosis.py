@@ -19,7 +19,7 @@ WORTH_TELLING = 0.02
 """The smallest share of the time that is told."""
 
 HEALTHY = 0.9
-"""With this share of the time in training, nothing much holds a run back."""
+"""With this share of the time in training, and on a core, nothing much holds a run back."""
 
 COMPUTING = ("forward", "backward", "optimizer")
 """Phases that need nothing but a core."""
@@ -67,9 +67,8 @@ class Diagnosis:
 def diagnose(record: Record) -> Diagnosis:
     """Say what holds a run back."""
     ranks = [row for row in record.ranks if row.role == "worker" and _time_ns(row) > 0]
-    useful = _share(ranks, TRAINING)
-    if not useful:
-        return Diagnosis("The run ended before it trained: there is no time to explain.", ())
+    if not record.epochs or not ranks:
+        return Diagnosis("No epoch was completed: that is too little time to judge.", ())
     rules = (
         *_waiting(record, ranks),
         *_exchange(record, ranks),
@@ -79,8 +78,9 @@ def diagnose(record: Record) -> Diagnosis:
         *_master(record),
     )
     findings = tuple(sorted(rules, key=lambda finding: finding.share, reverse=True))
+    useful = _share(ranks, TRAINING)
     summary = f"{useful:.0%} of the {_who(record).lower()}' time after start-up went into training. "
-    if useful >= HEALTHY:
+    if useful - _off_cpu_share(ranks) >= HEALTHY:
         return Diagnosis(summary + "Nothing much holds this run back.", findings)
     return Diagnosis(summary + (findings[0].headline if findings else "The rest is spread thin."), findings)
 
@@ -164,7 +164,7 @@ def _exchange(record: Record, ranks: Sequence[Rank]) -> Iterable[Finding]:
 
 def _off_cpu(record: Record, ranks: Sequence[Rank]) -> Iterable[Finding]:
     lost_s = {row.rank: _off_cpu_s(row) for row in ranks}
-    share = sum(lost_s.values()) * 1e9 / sum(map(_time_ns, ranks))
+    share = _off_cpu_share(ranks)
     if share < WORTH_TELLING:
         return
     begin = f"{_who(record)} were without a core for {percent(share)} of the time while they computed"
@@ -272,3 +272,7 @@ def _share(ranks: Sequence[Rank], phases: Iterable[str]) -> float:
 def _off_cpu_s(row: Rank) -> float:
     """Seconds in which a rank should have computed and had no core."""
     return sum(row.off_cpu_ns.get(phase, 0) for phase in COMPUTING) / 1e9
+
+
+def _off_cpu_share(ranks: Sequence[Rank]) -> float:
+    return sum(map(_off_cpu_s, ranks)) * 1e9 / max(sum(map(_time_ns, ranks)), 1)

@@ -6,7 +6,8 @@ written into the page. Whatever comes from outside is text: no block takes HTML.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -193,7 +194,7 @@ class Page:
 
     title: str
     lead: Text
-    sections: tuple[Section, ...] = field(default=())
+    sections: tuple[Section, ...] = ()
 
     def to_html(self) -> str:
         """The page as one HTML document."""
@@ -206,9 +207,7 @@ class Page:
         )
         templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
         templates.filters |= {"cell": _cell, "is_number": _is_number, "parts": _parts}
-        drawing, _, _ = templates.loader.get_source(templates, "page.js")  # type: ignore[union-attr]
-        script = vl_convert.javascript_bundle(snippet=drawing)
-        return templates.get_template("page.html").render(page=self, script=script)
+        return templates.get_template("page.html").render(page=self, library=_library())
 
     def write(self, path: Path) -> None:
         """Write the page into a file. Raises UsageError if it cannot be written."""
@@ -216,6 +215,12 @@ class Page:
             write_atomically(path, self.to_html().encode())
         except StorageError as error:
             raise UsageError(f"{error}; choose another --output") from None
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as JavaScript that makes `vegaEmbed` known; a second's work."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _parts(text: Text) -> tuple[str | Link, ...]:
@@ -235,7 +240,7 @@ def _cell(cell: Cell) -> str:
         case int():
             return f"{cell:,}"
         case float():
-            return f"{cell:,.0f}" if abs(cell) >= 10_000 else f"{cell:.4g}"
+            return f"{cell:,.0f}" if abs(cell) >= 1_000 else f"{cell:.4g}"
         case Link():
             return cell.text
     return cell

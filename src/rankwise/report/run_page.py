@@ -43,7 +43,7 @@ def _page_of_one(runs: Sequence[Run], notices: Iterable[Notice]) -> Page:
             Section("At a glance", (*notices, run_tables.numbers(record))),
             Section("What holds it back", tuple(_diagnosis(record))),
             Section("Learning", tuple(_learning(runs))),
-            Section("Where the time of each rank went", tuple(_times(record))),
+            Section("Where the time of each rank went", (*_times(record), run_tables.efficiencies(runs))),
             Section("Who waits for whom", tuple(_waits(record))),
             Section("A few steps", tuple(_steps(run))),
             Section("Throughput", tuple(_throughput(runs))),
@@ -63,7 +63,7 @@ def _page_of_several(runs: Sequence[Run], notices: Iterable[Notice]) -> Page:
             Section("At a glance", (*notices, run_tables.overview(runs))),
             Section("Learning", tuple(_learning(runs))),
             Section("Speedup and efficiency over ranks", tuple(_scaling(runs))),
-            Section("Where the time went", (times.run_bars(runs),)),
+            Section("Where the time went", (times.run_bars(runs), run_tables.efficiencies(runs))),
             Section("Throughput", tuple(_throughput(runs))),
             *(Section(f"Run {run.name}", tuple(_one_of_several(run))) for run in runs),
             Section(
@@ -115,7 +115,6 @@ def _learning(runs: Sequence[Run]) -> Iterable[Block]:
 
 def _times(record: Record) -> Iterable[Block]:
     yield times.rank_bars(record)
-    yield run_tables.efficiencies(record)
     yield from run_tables.stopwatches(record)
 
 

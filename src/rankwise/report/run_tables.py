@@ -65,13 +65,14 @@ def overview(runs: Sequence[Run]) -> Table:
     return Table((*columns, "parallel efficiency"), tuple(rows))
 
 
-def efficiencies(record: Record) -> Table:
-    """POP's efficiencies, and what each of them says."""
-    values = record.efficiency.model_dump()
+def efficiencies(runs: Sequence[Run]) -> Table:
+    """POP's efficiencies of each run, and what each of them says."""
+    values = [run.record.efficiency.model_dump() for run in runs]
     rows = tuple(
-        (name.replace("_", " "), _known(values[name], percent), about) for name, about in EFFICIENCIES.items()
+        (name.replace("_", " "), *(_known(value[name], percent) for value in values), about)
+        for name, about in EFFICIENCIES.items()
     )
-    return Table(("POP efficiency", "", "what it says"), rows)
+    return Table(("POP efficiency", *_headings(runs), "what it says"), rows)
 
 
 def stopwatches(record: Record) -> Iterable[Table]:
@@ -103,14 +104,14 @@ def faults(record: Record) -> Iterable[Table]:
     """What befell the ranks of a run, if anything did."""
     if record.faults:
         columns = tuple(dict.fromkeys(key for fault in record.faults for key in fault))
-        rows = tuple(tuple(_cell(fault.get(key)) for key in columns) for fault in record.faults)
+        rows = tuple(tuple(_text(fault.get(key)) for key in columns) for fault in record.faults)
         yield Table(columns, rows, "Faults")
 
 
 def options(runs: Sequence[Run]) -> Table:
     """Every option of each run."""
     names = dict.fromkeys(name for run in runs for name in run.record.config)
-    rows = tuple((name, *(_cell(run.record.config.get(name)) for run in runs)) for name in names)
+    rows = tuple((name, *(_text(run.record.config.get(name)) for run in runs)) for name in names)
     return Table(("option", *_headings(runs)), rows, "All options", folded=True)
 
 
@@ -144,9 +145,9 @@ def _facts(record: Record) -> dict[str, Cell]:
         "torch": versions.torch,
         "mpi4py": versions.mpi4py,
         "MPI": versions.mpi,
-        "git commit": versions.git_commit,
-        "error bound of the clocks, ns": record.clock.error_bound_ns,
-        "exchanges in which the clocks disagree": record.clock.violations,
+        "git commit": versions.git_commit and versions.git_commit[:12],
+        "clocks agree to, ns": str(record.clock.error_bound_ns),
+        "clock violations": str(record.clock.violations),
     }
 
 
@@ -166,8 +167,9 @@ def _headings(runs: Sequence[Run]) -> tuple[str, ...]:
     return ("",) if len(runs) == 1 else tuple(run.name for run in runs)
 
 
-def _cell(value: Any) -> Cell:
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+def _text(value: Any) -> str | None:
+    """A value as it is written in a configuration: no digit of it is rounded away."""
+    return None if value is None else str(value)
 
 
 def _known(value: float | None, told: Callable[[float], Cell]) -> Cell:

@@ -68,7 +68,7 @@ def throughput(runs: Sequence[Run]) -> Chart:
         for row in run.record.epochs
     ]
     return Chart(
-        line_chart(values, "epoch", "samples a second", "run", ",", from_zero=True),
+        line_chart(values, "epoch", "samples a second", "run", ",.0f", from_zero=True),
         "Training samples a second, of all ranks together, without evaluation and checkpoints.",
         "Throughput over epochs.",
     )

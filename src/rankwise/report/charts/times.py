@@ -73,7 +73,7 @@ def wait_map(record: Record) -> Chart:
         "mark": {"type": "rect", "stroke": "currentColor", "strokeOpacity": 0.15 if few else 0},
         "encoding": {"color": colour, "tooltip": [{"field": name} for name in ("waiting", "for", "seconds")]},
     }
-    on_full_colour = {"condition": {"test": f"datum.seconds > {most_s / 2}", "value": "#1a1a1a"}}
+    on_full_colour = {"condition": {"test": f"datum.seconds > {0.7 * most_s}", "value": "#1a1a1a"}}
     words: Spec = {
         "mark": "text",
         "encoding": {

@@ -1,0 +1,227 @@
+"""Runs side by side: one list of columns, which every format of `comparison_formats` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rankwise.config import TrainConfig
+from rankwise.record import Record, RunFolder
+
+Value = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One thing to compare. `key` is its name with unit in CSV and JSON, where values are raw; tables
+    show it under `title` as `text` puts it. A setting that all runs share is said once, above the table."""
+
+    key: str
+    title: str
+    value: Callable[[Record], Value] = field(repr=False)
+    text: Callable[[Any], str] = str
+    setting: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`rows` hold each run's values by column key, None where a run has none; `warnings` what a reader
+    should know before comparing, a line each."""
+
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[dict[str, Value], ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def shared(self) -> list[Column]:
+        """Settings that several runs have in common."""
+        return [column for column in self.columns if self._is_shared(column)]
+
+    @property
+    def shown(self) -> list[Column]:
+        """Columns that a table needs: neither shared nor empty."""
+        return [
+            column
+            for column in self.columns
+            if not self._is_shared(column) and any(row[column.key] is not None for row in self.rows)
+        ]
+
+    def text(self, column: Column, row: dict[str, Value]) -> str:
+        """A value as tables show it."""
+        value = row[column.key]
+        return "-" if value is None else column.text(value)
+
+    def shared_line(self) -> str:
+        """The shared settings as one line, empty if there are none."""
+        settings = [c for c in self.shared if self.rows[0][c.key] is not None]
+        if not settings:
+            return ""
+        return "All runs: " + ", ".join(f"{c.title} {self.text(c, self.rows[0])}" for c in settings)
+
+    def _is_shared(self, column: Column) -> bool:
+        values = [row[column.key] for row in self.rows]
+        return column.setting and len(values) > 1 and all(value == values[0] for value in values)
+
+
+def compare(paths: Iterable[Path]) -> Comparison:
+    """The runs in these folders, in the order given; the first one is what the others are measured by.
+
+    Raises UsageError for a folder without a record, or with one that is damaged or of a newer version.
+    """
+    given: dict[Path, list[Path]] = {}
+    for path in paths:
+        given.setdefault(path.resolve(), []).append(path)
+    folders = [same[0] for same in given.values()]
+    records = [RunFolder(folder).read() for folder in folders]
+    names = _names(folders)
+    columns = (*SETTINGS, *_differing_options(records), *RESULTS, _speedup(records[0]))
+    rows = tuple({column.key: column.value(record) for column in columns} for record in records)
+    warnings = [
+        f"{same[0]} was given more than once: it is shown once" for same in given.values() if len(same) > 1
+    ]
+    return Comparison(names, columns, rows, (*warnings, *_warnings(names, records)))
+
+
+def _names(folders: list[Path]) -> tuple[str, ...]:
+    """The folders' own names, or whole paths where two are called alike."""
+    names = [folder.resolve().name for folder in folders]
+    return tuple(
+        name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
+    )
+
+
+def _warnings(names: Sequence[str], records: Sequence[Record]) -> list[str]:
+    by_dataset: dict[str, list[str]] = {}
+    for name, record in zip(names, records, strict=True):
+        by_dataset.setdefault(str(_option("dataset")(record)), []).append(name)
+    found = []
+    if len(by_dataset) > 1:
+        sets = "; ".join(f"{dataset}: {', '.join(runs)}" for dataset, runs in by_dataset.items())
+        found.append(f"these runs have different datasets, so their results do not compare: {sets}")
+    for name, record in zip(names, records, strict=True):
+        if record.outcome != "completed":
+            why = f": {record.message}" if record.message else ""
+            found.append(f"{name} is not complete, it is {record.outcome}{why}")
+        if record.resumed_from_epoch is not None:
+            since = record.resumed_from_epoch
+            found.append(f"{name} was resumed after epoch {since}: its time and shares are those since then")
+    return found
+
+
+_DEFAULTS = TrainConfig().model_dump(mode="json")
+_PLACES = {"out", "data_dir", "cache_dir", "track"}
+"""Options that say where things lie, and nothing about the run."""
+
+
+def _option(name: str) -> Callable[[Record], Value]:
+    # A record of an earlier version lacks the options that came later: they had their defaults.
+    def value(record: Record) -> Value:
+        return record.config.get(name, _DEFAULTS[name])  # type: ignore[no-any-return]
+
+    return value
+
+
+def _differing_options(records: list[Record]) -> list[Column]:
+    """Options other than the usual settings in which these runs differ."""
+    usual = {column.key for column in SETTINGS} | _PLACES
+    columns = [
+        Column(name, name.replace("_", " "), _option(name), setting=True)
+        for name in _DEFAULTS
+        if name not in usual
+    ]
+    return [c for c in columns if any(c.value(record) != c.value(records[0]) for record in records)]
+
+
+def _speedup(first: Record) -> Column:
+    """How much faster than the first run, by median seconds an epoch (evaluation and checkpoint included).
+
+    None where an epoch is not the same work: another dataset, or another part of it.
+    """
+
+    def value(record: Record) -> Value:
+        same = all(
+            _option(name)(record) == _option(name)(first)
+            for name in ("dataset", "train_limit", "val_limit", "validation_split")
+        )
+        return (
+            _median_epoch_s(first) / _median_epoch_s(record)
+            if same and first.epochs and record.epochs
+            else None
+        )
+
+    return Column("speedup", "speedup", value, "{:.2f}".format)
+
+
+def _median_epoch_s(record: Record) -> float:
+    """Median wall time of an epoch, evaluation and checkpoint included, in seconds."""
+    return median(row.wall_s for row in record.epochs)
+
+
+def _time_to_target_s(record: Record) -> Value:
+    """Wall time of the epochs up to the one that reached the target accuracy, without start-up."""
+    target = record.config.get("target_accuracy")
+    spent_s = 0.0
+    for row in record.epochs:
+        spent_s += row.wall_s
+        if target is not None and row.val_accuracy >= target:
+            return spent_s
+    return None
+
+
+def _share(phase: str) -> Callable[[Record], Value]:
+    """Part of all ranks' wall time that went to a phase."""
+
+    def value(record: Record) -> Value:
+        wall_ns = sum(row.wall_ns for row in record.ranks)
+        return sum(row.phases_ns[phase] for row in record.ranks) / wall_ns if wall_ns else None
+
+    return value
+
+
+def _of_epochs(value: Callable[[Record], Value]) -> Callable[[Record], Value]:
+    """None as long as no epoch is done."""
+    return lambda record: value(record) if record.epochs else None
+
+
+def _best(record: Record) -> Any:
+    return max(record.epochs, key=lambda row: row.val_accuracy)
+
+
+_percent: Callable[[float], str] = "{:.1%}".format
+_seconds: Callable[[float], str] = "{:.1f}".format
+
+SETTINGS = (
+    Column("outcome", "outcome", lambda r: r.outcome, setting=True),
+    Column("dataset", "dataset", _option("dataset"), setting=True),
+    Column("model", "model", _option("model"), setting=True),
+    Column("strategy", "strategy", _option("strategy"), setting=True),
+    Column("topology", "topology", _option("topology"), setting=True),
+    Column("ranks", "ranks", lambda r: len(r.ranks), setting=True),
+    Column("batch_size", "batch size", _option("batch_size"), setting=True),
+    Column("epochs", "epochs done", lambda r: len(r.epochs), setting=True),
+    Column("target_accuracy", "target accuracy", _option("target_accuracy"), _percent, setting=True),
+)
+
+RESULTS = (
+    Column("best_accuracy", "best accuracy", _of_epochs(lambda r: _best(r).val_accuracy), "{:.2%}".format),
+    Column("best_epoch", "in epoch", _of_epochs(lambda r: _best(r).epoch)),
+    Column("final_val_loss", "last val loss", _of_epochs(lambda r: r.epochs[-1].val_loss), "{:.4f}".format),
+    Column("wall_s", "time (s)", lambda r: r.wall_s, _seconds),
+    Column("time_to_target_s", "to target (s)", _time_to_target_s, _seconds),
+    Column("epoch_s", "an epoch (s)", _of_epochs(_median_epoch_s), "{:.2f}".format),
+    Column(
+        "samples_per_s",
+        "samples/s",
+        _of_epochs(lambda r: median(row.train_samples / row.train_s for row in r.epochs)),
+        "{:,.0f}".format,
+    ),
+    Column("cpu_percent", "CPU", lambda r: r.cpu_percent or None, "{:.0f}%".format),
+    Column("parallel_efficiency", "parallel eff.", lambda r: r.efficiency.parallel, _percent),
+    Column("load_balance", "load balance", lambda r: r.efficiency.load_balance, _percent),
+    Column("wait_share", "waiting", _share("wait"), _percent),
+    Column("transfer_share", "transfer", _share("transfer"), _percent),
+)
