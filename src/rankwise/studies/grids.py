@@ -121,7 +121,7 @@ def table_1(results: Results) -> Grid:
     return _beside_the_paper(
         results,
         "table-1-processes",
-        "Table 1: number of processes",
+        "By the number of processes, at batch 16",
         "processes",
         {ranks: (results.scale.averaging(ranks), theirs) for ranks, theirs in paper.TABLE_1.items()},
     )
@@ -132,7 +132,7 @@ def table_2(results: Results) -> Grid:
     return _beside_the_paper(
         results,
         "table-2-batch-size",
-        "Table 2: batch size, with 4 processes",
+        "By the batch size, with 4 processes",
         "batch size",
         {
             size: (results.scale.averaging(4, batch_size=size), theirs)
@@ -211,7 +211,7 @@ def figure_2(results: Results) -> Grid:
     columns = ["processes"]
     for part in ("data", "training", "communication", "evaluation", "other waiting"):
         columns += [f"{part} (s): paper", f"{part} (s): here"]
-    return Grid("figure-2-time", "Figure 2: where the time of a run goes", tuple(columns), tuple(rows))
+    return Grid("figure-2-time", "Seconds of all epochs", tuple(columns), tuple(rows))
 
 
 def _scaled(ours: Breakdown | None, epochs: int, *parts: str) -> float | None:

@@ -14,11 +14,13 @@ from dataclasses import asdict, astuple, dataclass
 
 import numpy as np
 
+from rankwise.ledger import PHASES
 from rankwise.record import Rank, Record, Role
 from rankwise.studies import paper
 
 _COMPUTING = ("data", "forward", "backward", "optimizer", "other")
 _EXCHANGE = ("pack", "transfer")
+_REST = tuple(name for name in PHASES if name not in ("startup", "wait", *_COMPUTING, *_EXCHANGE))
 _MASTER_WORKS = ("evaluation", "checkpoint", "optimizer", "pack", "other", "data", "instrument")
 
 
@@ -79,7 +81,6 @@ def breakdown(record: Record) -> Breakdown:
     for_master = mean([sum(row.wait_on_ns.get(str(m.rank), 0) for m in masters) for row in workers])
     exchange = mean([_sum(row, _EXCHANGE) for row in workers])
     waiting = mean([row.phases_ns["wait"] for row in workers])
-    whole = mean([row.wall_ns - row.phases_ns["startup"] for row in workers])
     return Breakdown(
         data_s=data,
         training_s=computing - data,
@@ -87,7 +88,7 @@ def breakdown(record: Record) -> Breakdown:
         evaluation_wait_s=for_master * evaluating,
         master_wait_s=for_master * (1 - evaluating),
         exchange_s=exchange,
-        rest_s=whole - computing - exchange - waiting,
+        rest_s=mean([_sum(row, _REST) for row in workers]),
         off_cpu_s=mean([sum(row.off_cpu_ns.get(phase, 0) for phase in _COMPUTING) for row in workers]),
         busy_cores=min(sum(row.threads for row in workers), cores),
     )

@@ -239,14 +239,15 @@ def _growth(results: Results) -> Iterable[Block]:
     )
     for name, one in found.items():
         yield Paragraph(_in_words(one), lead=f"{name}.")
-    for words, epochs in (("cores shared out", shared), ("all cores for every process", every)):
-        if MANY in epochs:
-            many = epochs[MANY]
-            yield Paragraph(
-                f"The ledger shows the turns that are taken: with {MANY} processes and {words} the mean "
-                f"worker's main thread was on no core for {many.off_cpu_s / many.computing_s:.0%} of the "
-                "time in which it had something to compute."
-            )
+    turns = [
+        f"{epochs[MANY].off_cpu_s / epochs[MANY].computing_s:.0%} with {words}"
+        for words, epochs in ((grids.THREADS["auto"], shared), (grids.THREADS["all"], every))
+        if MANY in epochs
+    ]
+    yield Paragraph(
+        f"The ledger shows the turns: of the time in which the mean worker of {MANY} processes had something "
+        f"to compute, its main thread was on no core for {' and for '.join(turns)}."
+    )
     yield grids.growth_shares(results).table()
     yield grids.epochs(results).table(folded=True)
     before, after = paper.FIGURE_2[FEW], paper.FIGURE_2[MANY]
