@@ -74,6 +74,35 @@ def train(
 
 
 @app.command
+def reproduce(
+    experiment: Annotated[
+        Literal["baseline", "replication", "processes", "batch-size", "timing", "all"],
+        Parameter(help="The paper's experiment."),
+    ],
+    /,
+    *,
+    output: Annotated[
+        Path, Parameter(help="Folder for its page, tables, records and runs; what is finished there is kept.")
+    ] = Path("reproduction"),
+    dataset: DatasetName = "cifar10",
+    data_dir: DataDir = None,
+    cache_dir: CacheDir = None,
+    repeats: Annotated[int, Parameter(help="Seeds 0, 1, ...; from 2 on results come with intervals.")] = 1,
+    quick: Annotated[bool, Parameter(negative="", help="A short form of a few minutes.")] = False,
+    format: Format = "text",
+    debug: Debug = False,
+) -> None:
+    """Run the paper's experiments with its settings, and set its results beside ours."""
+    from rankwise import studies
+
+    done = studies.reproduce(studies.Study(experiment, output, dataset, data_dir, cache_dir, repeats, quick))
+    if format == "json":
+        print(studies.to_json(done))
+    else:
+        _console().print(studies.summary(done))
+
+
+@app.command
 def report(
     runs: Annotated[list[Path], Parameter(help="Run folders; several are compared.")],
     /,

@@ -126,7 +126,7 @@ def supervise(command: list[str], show: Callable[[str], None]) -> Ending:
             stderr=subprocess.PIPE,
             env=mpi_environment(),
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     except OSError as error:
         raise LaunchError(f"cannot start {command[0]}: {error.strerror}") from None
@@ -188,7 +188,7 @@ def _pass_on(stream: IO[bytes], show: Callable[[str], None], banners: list[str])
             show(line)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to end this process with SIGTERM when its parent is gone, even by kill -9."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

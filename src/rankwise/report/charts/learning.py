@@ -22,7 +22,7 @@ def accuracy(runs: Sequence[Run]) -> Chart:
     ]
     best = max(values, key=lambda value: value["accuracy"])
     return Chart(
-        _lines(values, "epoch", "accuracy", "run", "~%"),
+        line_chart(values, "epoch", "accuracy", "run", "~%"),
         "Accuracy on the validation samples after each epoch.",
         f"Accuracy over epochs, at best {best['accuracy']:.2%} in epoch {best['epoch']} of {best['run']}.",
     )
@@ -38,7 +38,7 @@ def accuracy_over_time(runs: Sequence[Run]) -> Chart:
         )
     ]
     return Chart(
-        _lines(values, "seconds", "accuracy", "run", "~%"),
+        line_chart(values, "seconds", "accuracy", "run", "~%"),
         "The same over the seconds of all epochs so far, evaluation and checkpoints included, start-up not.",
         "Accuracy over seconds.",
     )
@@ -57,7 +57,7 @@ def loss(runs: Sequence[Run]) -> Chart:
     caption = "Loss on the validation samples."
     if alone:
         caption = "Loss in training, the mean over an epoch, and on the validation samples after it."
-    return Chart(_lines(values, "epoch", "loss", "line"), caption, "Loss over epochs.")
+    return Chart(line_chart(values, "epoch", "loss", "line"), caption, "Loss over epochs.")
 
 
 def throughput(runs: Sequence[Run]) -> Chart:
@@ -68,7 +68,7 @@ def throughput(runs: Sequence[Run]) -> Chart:
         for row in run.record.epochs
     ]
     return Chart(
-        _lines(values, "epoch", "samples a second", "run", ",.0f", from_zero=True),
+        line_chart(values, "epoch", "samples a second", "run", ",.0f", from_zero=True),
         "Training samples a second, of all ranks together, without evaluation and checkpoints.",
         "Throughput over epochs.",
     )
@@ -101,7 +101,7 @@ def epoch_seconds(run: Run) -> Chart:
     return Chart(spec, "Seconds of each epoch.", "Bars of seconds an epoch, each in two parts.")
 
 
-def _lines(
+def line_chart(
     values: Sequence[dict[str, Any]],
     x: str,
     y: str,

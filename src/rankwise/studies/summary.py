@@ -1,0 +1,27 @@
+"""A study at its end, in the terminal or as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.studies.study import Reproduction
+
+
+def summary(done: Reproduction) -> RenderableType:
+    """The verdicts, and where the page is."""
+    table = Table(box=None)
+    for column in ("the paper's claim", "verdict"):
+        table.add_column(column)
+    for verdict in done.verdicts:
+        table.add_row(verdict.claim, verdict.answer)
+    return Group(table, Text(f"page: {done.page}"))
+
+
+def to_json(done: Reproduction) -> str:
+    """The verdicts with their evidence, and the page."""
+    return json.dumps({"page": str(done.page), "verdicts": [asdict(v) for v in done.verdicts]}, indent=1)
