@@ -60,6 +60,7 @@ def run(
         start.restore(job.synchroniser.replica, job.worker)
     keeper.write("running")
     ledger.enter("other")
+    world.settle()  # so that no waiting from before is found out in the first epoch
     world.timeline.begin(ledger.close())
     try:
         train(job, start.epoch + 1 if start else 1, keeper.after_epoch)

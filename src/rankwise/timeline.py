@@ -108,8 +108,13 @@ class Timeline:
     def epoch(self, epoch: int, totals: Totals) -> None:
         """An epoch ends now, at these totals of the ledger."""
         self._keep(epoch, 0, 0)
-        spent = (totals.phases_ns[phase] - self._before.phases_ns[phase] for phase in PHASES)
-        self._epochs.append((epoch, self._epoch_start_ns, self._step_start_ns, self._samples, *spent))
+        spent = {phase: totals.phases_ns[phase] - self._before.phases_ns[phase] for phase in PHASES}
+        # Waiting in the exchange by which the epoch before ended is found out only now.
+        late_ns = min(spent["transfer"], 0)
+        spent["transfer"] -= late_ns
+        spent["wait"] += late_ns
+        row = (epoch, self._epoch_start_ns, self._step_start_ns, self._samples, *spent.values())
+        self._epochs.append(row)
         self._epoch_start_ns = self._step_start_ns
         self._before = totals
         self._step = self._samples = 0
