@@ -11,7 +11,7 @@ from rankwise.report.charts.learning import HEIGHT, line_chart
 from rankwise.report.page import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, Chart, Spec
 from rankwise.studies import paper
 from rankwise.studies.grids import PART_NAMES, Grid
-from rankwise.studies.ledgers import Breakdown, Communication
+from rankwise.studies.ledgers import Communication, mean_breakdown
 
 _PART_COLOURS = (SKY, BLUE, YELLOW, PURPLE, ORANGE, VERMILION, GREY)
 
@@ -149,11 +149,11 @@ def paper_figure_2() -> Chart:
     return Chart(_stacked(values, parts, "seconds"), caption, f"{caption} Training is nearly all.")
 
 
-def breakdowns(found: Mapping[int, Breakdown], epochs: int, caption: str) -> Chart:
+def breakdowns(runs: Mapping[int, Sequence[Record]], epochs: int, caption: str) -> Chart:
     """Where the mean worker's time goes by the ledger, a bar for each number of processes."""
     values = [
         {"processes": ranks, "part": name, "order": order, "seconds": epochs * getattr(one, part)}
-        for ranks, one in found.items()
+        for ranks, one in {ranks: mean_breakdown(records) for ranks, records in runs.items()}.items()
         for order, (part, name) in enumerate(PART_NAMES.items())
     ]
     unit = "seconds" if epochs > 1 else "seconds an epoch"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rankwise.record import Record
 from rankwise.report import page
 from rankwise.studies import paper
-from rankwise.studies.ledgers import PARTS, Breakdown, Growth, growth, mean_breakdown
+from rankwise.studies.ledgers import PARTS, Breakdown, Growth, breakdown, growth, mean_breakdown
 from rankwise.studies.plan import Trial
 from rankwise.studies.results import (
     Results,
@@ -255,43 +255,42 @@ THREADS = {"auto": "cores shared out", "all": "all cores for every process"}
 """The two ways to give threads to ranks, in words."""
 
 
-def by_processes(results: Results) -> dict[int, Breakdown]:
-    """The mean worker's epoch in the runs of Table 1, by the number of processes."""
+def by_processes(results: Results) -> dict[int, list[Record]]:
+    """The runs of Table 1, by the number of processes."""
     runs = {ranks: results.of(results.scale.averaging(ranks)) for ranks in results.scale.processes}
-    return {ranks: mean_breakdown(records) for ranks, records in runs.items() if records}
+    return {ranks: records for ranks, records in runs.items() if records}
 
 
-def by_threads(results: Results, threads: str) -> dict[int, Breakdown]:
-    """The same in the runs that compare threads, which train on a part of the samples."""
+def by_threads(results: Results, threads: str) -> dict[int, list[Record]]:
+    """The runs that compare threads, on a part of the samples."""
     scale = results.scale
     runs = {
         ranks: [record for trial in scale.threads_turns(ranks, threads) for record in results.of(trial)]
         for ranks in scale.threads
     }
-    return {ranks: mean_breakdown(records) for ranks, records in runs.items() if records}
+    return {ranks: records for ranks, records in runs.items() if records}
 
 
 def epochs(results: Results) -> Grid:
-    """An epoch by all its parts: of Table 1's runs, and of those that compare threads."""
+    """The mean worker's epoch by all its parts: of Table 1's runs, and of those that compare threads."""
     sources = {
         f"{THREADS['auto']}, all samples": by_processes(results),
         **{f"{words}, a part of the samples": by_threads(results, name) for name, words in THREADS.items()},
     }
-    rows: list[tuple[Cell, ...]] = [
-        (
-            words,
-            ranks,
-            _rounded(one.epoch_s),
-            *(_rounded(getattr(one, part)) for part in PARTS),
-            _rounded(one.off_cpu_s),
-        )
-        for words, found in sources.items()
-        for ranks, one in found.items()
-    ]
+    rows: list[tuple[Cell, ...]] = []
+    for words, found in sources.items():
+        for ranks, records in found.items():
+            mean, seconds = mean_breakdown(records), [breakdown(record).epoch_s for record in records]
+            parts = [getattr(mean, part) for part in PARTS]
+            times_s = (mean.epoch_s, min(seconds), max(seconds), *parts, mean.off_cpu_s)
+            rows.append((words, ranks, len(records), *map(_rounded, times_s)))
     columns = (
         "runs",
         "processes",
+        "measured",
         "epoch (s)",
+        "fastest (s)",
+        "slowest (s)",
         *(f"{name} (s)" for name in PART_NAMES.values()),
         "data and training off the CPU (s)",
     )
@@ -314,7 +313,11 @@ def growths(results: Results) -> dict[str, Growth]:
         f"{FEW} to {MANY} processes, {THREADS['all']}": (every.get(FEW), every.get(MANY)),
         f"{MANY} processes, from shared cores to all": (shared.get(MANY), every.get(MANY)),
     }
-    return {name: growth(before, after) for name, (before, after) in pairs.items() if before and after}
+    return {
+        name: growth(mean_breakdown(before), mean_breakdown(after))
+        for name, (before, after) in pairs.items()
+        if before and after
+    }
 
 
 def growth_shares(results: Results) -> Grid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 from rankwise.record import Record, Role
@@ -11,8 +11,8 @@ from rankwise.report.page import Block, Notice, Number, Numbers, Page, Paragraph
 from rankwise.report.runs import Run
 from rankwise.report.words import count
 from rankwise.studies import charts, grids, paper
-from rankwise.studies.ledgers import Growth, communication
-from rankwise.studies.results import Results
+from rankwise.studies.ledgers import Growth, communication, mean_breakdown
+from rankwise.studies.results import Results, epoch_s
 from rankwise.studies.statistics import TIME_SPREAD
 from rankwise.studies.verdicts import FEW, MANY, Answer, Verdict, points
 
@@ -168,10 +168,10 @@ def _claims(judged: list[Verdict]) -> Iterable[Block]:
     for verdict in judged:
         yield Paragraph(verdict.evidence, lead=f"{verdict.claim}: {verdict.answer}.")
     yield Paragraph(
-        "Brackets hold 95% intervals. From two seeds on they are Student's t over seeds. With a single seed "
-        "they say nothing about other seeds: those of accuracies are what measuring on so many samples "
-        "leaves open, and times count as different from a factor of "
-        f"{TIME_SPREAD} on, by which single runs spread on a shared machine."
+        "Brackets hold 95% intervals: Student's t, over seeds and over turns of the same measurement. Where "
+        "something was run but once they say nothing about another run: those of accuracies are what "
+        f"measuring on so many samples leaves open, and those of times are a factor of {TIME_SPREAD}, by "
+        "which single runs spread on a shared machine."
     )
     rules = tuple((verdict.claim, verdict.rule) for verdict in judged)
     yield Table(
@@ -234,15 +234,18 @@ def _growth(results: Results) -> Iterable[Block]:
         "wait for each other."
     )
     yield Paragraph(
-        f"Both ways to give threads to ranks were compared on {limit:,} samples, in turn: with all cores for "
-        "every process an epoch of all samples takes too long."
+        f"Both ways to give threads to ranks were compared on {limit:,} samples, in turn. The threads of a "
+        "process wait for each other many times in each step, and while they wait they keep their core busy. "
+        "With all cores for every process the thread that is waited for may have no core, and then the "
+        "others burn their turn until the system takes it from them. How often that happens is chance, and "
+        f"so these times spread.{_spread(every)}"
     )
     for name, one in found.items():
         yield Paragraph(_in_words(one), lead=f"{name}.")
     turns = [
-        f"{epochs[MANY].off_cpu_s / epochs[MANY].computing_s:.0%} with {words}"
-        for words, epochs in ((grids.THREADS["auto"], shared), (grids.THREADS["all"], every))
-        if MANY in epochs
+        f"{mean.off_cpu_s / mean.computing_s:.0%} with {words}"
+        for words, runs in ((grids.THREADS["auto"], shared), (grids.THREADS["all"], every))
+        if MANY in runs and (mean := mean_breakdown(runs[MANY]))
     ]
     yield Paragraph(
         f"The ledger shows the turns: of the time in which the mean worker of {MANY} processes had something "
@@ -259,6 +262,12 @@ def _growth(results: Results) -> Iterable[Block]:
         f"and all workers together train as many samples as before: {MANY - 1} workers, each with threads "
         f"for {paper.CORES} cores and a process that loads images, get in each other's way."
     )
+
+
+def _spread(runs: Mapping[int, Sequence[Record]]) -> str:
+    seconds = {ranks: sorted(epoch_s(record) for record in records) for ranks, records in runs.items()}
+    told = (f"with {ranks} processes {some[0]:.1f} to {some[-1]:.1f} s" for ranks, some in seconds.items())
+    return f" An epoch took {', '.join(told)}." if seconds else ""
 
 
 def _in_words(one: Growth) -> str:

@@ -60,14 +60,8 @@ class Results:
 
     def of(self, trial: Trial) -> list[Record]:
         """The records of a trial in the order of seeds; empty if none is finished."""
-        found = self.records.get(trial.name, {})
+        found = self._by_seed(trial)
         return [found[seed] for seed in sorted(found)]
-
-    def by_seed(self, trials: Sequence[Trial], measure: Measure) -> dict[int, float]:
-        """For each seed that all `trials` have finished: the mean of the measure over them."""
-        found = [self.records.get(trial.name, {}) for trial in trials]
-        seeds = set.intersection(*(set(records) for records in found)) if found else set()
-        return {seed: sum(measure(records[seed]) for records in found) / len(found) for seed in sorted(seeds)}
 
     def estimate(self, trial: Trial, measure: Measure) -> Estimate | None:
         """The measure over the seeds of a trial, None if no run is finished."""
@@ -82,13 +76,19 @@ class Results:
     def slowdown(
         self, ours: Sequence[Trial], others: Sequence[Trial], measure: Measure = epoch_s
     ) -> Contrast | None:
-        """How many times as long `ours` take (means over several turns); None without both."""
+        """How many times as long `ours` take, turn by turn and seed by seed; None without both."""
         one, two = self._paired(ours, others, measure)
         return time_ratio(one, two) if one else None
 
     def _paired(
         self, ours: Sequence[Trial], others: Sequence[Trial], measure: Measure
     ) -> tuple[list[float], list[float]]:
-        one, two = self.by_seed(ours, measure), self.by_seed(others, measure)
-        seeds = sorted(set(one) & set(two))
-        return [one[seed] for seed in seeds], [two[seed] for seed in seeds]
+        pairs = [
+            (measure(mine[seed]), measure(theirs[seed]))
+            for mine, theirs in zip(map(self._by_seed, ours), map(self._by_seed, others), strict=True)
+            for seed in sorted(set(mine) & set(theirs))
+        ]
+        return [one for one, _ in pairs], [two for _, two in pairs]
+
+    def _by_seed(self, trial: Trial) -> Mapping[int, Record]:
+        return self.records.get(trial.name, {})

@@ -71,9 +71,9 @@ def accuracy_difference(ours: Sequence[float], others: Sequence[float], val_samp
 
 
 def time_ratio(ours: Sequence[float], others: Sequence[float]) -> Contrast:
-    """How many times as long `ours` took, paired by seed.
+    """How many times as long `ours` took, paired by seed and turn.
 
-    From two seeds on the interval is Student's t of the logarithms. For one the bounds are a factor of
+    From two pairs on the interval is Student's t of the logarithms. For one the bounds are a factor of
     TIME_SPREAD.
     """
     logarithms = [math.log(one / other) for one, other in zip(ours, others, strict=True)]
