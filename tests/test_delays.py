@@ -93,4 +93,4 @@ def test_a_stopwatch_with_barriers_agrees(told: dict[str, list[Told]]) -> None:
     for _, _, others in chosen(told, "barriers"):
         for row in others:
             assert row["barrier"] == about(row["wait"])
-            assert row["wait"] == about(TOTAL_S)
+            assert row["wait"] > 0.95 * TOTAL_S  # there was something to agree on
