@@ -85,9 +85,9 @@ def told(world: World) -> dict[str, Any]:
     world.settle()
     totals = world.ledger.close()
     assert sum(totals.phases_ns.values()) == totals.wall_ns
-    assert sum(world.wait_on_ns.values()) == totals.phases_ns["wait"]
+    assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
     said = {phase: totals.phases_ns[phase] for phase in PHASES}
-    said |= {f"wait_on_{rank}": world.wait_on_ns[rank] for rank in range(world.size)}
+    said |= {f"wait_on_{rank}": world.logbook.wait_on_ns[rank] for rank in range(world.size)}
     said["barrier"] = world.barrier_wait_ns
     return {name: ns / 1e9 for name, ns in said.items()}
 

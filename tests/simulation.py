@@ -18,6 +18,7 @@ class Clock:
 
     def __init__(self, offset_ns: int = 0, drift: float = 0.0) -> None:
         self.now_ns = 1_000_000
+        self.stop_ns = 0
         self._offset_ns = offset_ns
         self._drift = drift
 
@@ -28,15 +29,20 @@ class Clock:
         """Compute for so long."""
         self.now_ns += duration_ns
 
+    def stop_inside(self, duration_ns: int) -> None:
+        """Be stopped for so long inside the next exchange of all ranks, as soon as it has begun."""
+        self.stop_ns = duration_ns
+
 
 class _Held:
     """An exchange that ends, in simulated time, a transfer after the last rank came that it needs."""
 
-    def __init__(self, finish: Callable[[], int]) -> None:
+    def __init__(self, finish: Callable[[], int], lapse_ns: tuple[int, int] = (0, 0)) -> None:
         self._finish = finish
+        self._lapse_ns = lapse_ns
 
     def wait(self) -> Ended:
-        return Ended(self._finish())
+        return Ended(self._finish(), *self._lapse_ns)
 
 
 class SimulatedTransport(ThreadTransport):
@@ -50,7 +56,12 @@ class SimulatedTransport(ThreadTransport):
 
     def _collective(self, mine: Any, needed: range, finish: Callable[[dict[int, Any]], None]) -> Any:
         number, self._number = self._number, self._number + 1
-        self._board.bring(number, self.rank, (self._clock.now_ns, mine))
+        clock = self._clock
+        began_ns = clock()
+        clock.now_ns, clock.stop_ns = clock.now_ns + clock.stop_ns, 0
+        lapse_ns = (began_ns, clock()) if clock() > began_ns else (0, 0)
+        # To the others it is as if this rank had come only now.
+        self._board.bring(number, self.rank, (clock.now_ns, mine))
 
         def take() -> int:
             brought = self._board.take(number, self.rank, needed)
@@ -58,7 +69,7 @@ class SimulatedTransport(ThreadTransport):
             finish({rank: value for rank, (_, value) in brought.items()})
             return -1
 
-        return _Held(take)
+        return _Held(take, lapse_ns)
 
     def send(self, buffer: Any, dest: int) -> Any:
         self._board.post(self.rank, dest, (self._clock.now_ns, buffer.copy()))

@@ -121,7 +121,7 @@ def check_sums(worlds: list[World]) -> None:
     for world in worlds:
         totals = world.ledger.close()
         assert sum(totals.phases_ns.values()) == totals.wall_ns
-        assert sum(world.wait_on_ns.values()) == totals.phases_ns["wait"]
+        assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -174,7 +174,36 @@ def test_an_injected_delay_is_charged_to_its_rank(size: int, exchange: str, host
             else:
                 assert phases_ns["forward"] == 0
                 assert phases_ns["wait"] == pytest.approx(3 * DELAY_NS, rel=1e-4, abs=near_ns)
-                assert world.wait_on_ns[slow] == pytest.approx(phases_ns["wait"], abs=near_ns)
+                assert world.logbook.wait_on_ns[slow] == pytest.approx(phases_ns["wait"], abs=near_ns)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("hosts", ["one host", "several hosts"])
+def test_a_stop_inside_an_exchange_is_charged(size: int, hosts: str) -> None:
+    """A rank that is stopped inside an exchange has that in `other`, and the others wait for it, whatever
+    clocks they read."""
+    for stopped in range(size):
+
+        def program(world: World, clock: Clock, stopped: int = stopped) -> None:
+            with world.ledger.phase("forward"):
+                clock.work(1_000_000)
+            if world.rank == stopped:
+                clock.stop_inside(DELAY_NS)
+            world.allreduce(token())
+
+        clocks = None
+        if hosts == "several hosts":
+            clocks = [Clock((4 - rank) * 10**15) for rank in range(size)]
+        worlds = simulate(size, program, clocks=clocks)
+        check_sums(worlds)
+        for world in worlds:
+            phases_ns = world.ledger.close().phases_ns
+            if world.rank == stopped:
+                assert phases_ns["other"] == pytest.approx(DELAY_NS, abs=100 * TRANSFER_NS)
+                assert phases_ns["wait"] <= 100 * TRANSFER_NS
+            else:
+                waited_ns = world.logbook.wait_on_ns[stopped]
+                assert waited_ns == pytest.approx(DELAY_NS, abs=100 * TRANSFER_NS)
 
 
 def test_what_is_hidden_stands_beside_the_sum() -> None:
@@ -194,7 +223,9 @@ def test_what_is_hidden_stands_beside_the_sum() -> None:
         assert phases_ns["backward"] == 1_000_000
         assert phases_ns["wait"] <= 50_000 + 10 * TRANSFER_NS
         # Rank 0 posted first: it has company, and something to hide, only once rank 1 has come.
-        assert world.hidden_ns == pytest.approx(950_000 if world.rank == 0 else 1_000_000, abs=TRANSFER_NS)
+        assert world.logbook.hidden_ns == pytest.approx(
+            950_000 if world.rank == 0 else 1_000_000, abs=TRANSFER_NS
+        )
 
 
 def test_a_message_may_be_received_after_the_logs_were_compared() -> None:
@@ -211,7 +242,7 @@ def test_a_message_may_be_received_after_the_logs_were_compared() -> None:
 
     worlds = simulate(2, program)
     check_sums(worlds)
-    assert worlds[1].wait_on_ns[0] == pytest.approx(DELAY_NS, abs=50 * TRANSFER_NS)
+    assert worlds[1].logbook.wait_on_ns[0] == pytest.approx(DELAY_NS, abs=50 * TRANSFER_NS)
 
 
 def test_a_synchronous_sender_waits_for_a_late_receiver() -> None:
@@ -231,7 +262,7 @@ def test_a_long_log_is_settled_on_the_way() -> None:
         for _ in range(10_000):
             clock.work(500 * world.rank)
             world.allreduce(token())
-            assert len(world._log) <= 4_100
+            assert len(world.logbook._collective) <= 4_100
 
     fast, slow = simulate(2, program)
     assert fast.ledger.close().phases_ns["wait"] == pytest.approx(10_000 * 500, rel=0.001)
@@ -307,5 +338,14 @@ def test_the_ideal_time_is_that_of_a_network_without_cost(
     real = simulate(size, program, transfer_ns=transfer_ns)
     free = simulate(size, program, transfer_ns=0)
     for slow, ideal in zip(real, free, strict=True):
-        assert slow.ideal_ns == ideal.ledger.close().wall_ns
-        assert slow.ideal_ns <= slow.ledger.close().wall_ns
+        assert slow.logbook.ideal_ns() == ideal.ledger.close().wall_ns
+        assert slow.logbook.ideal_ns() <= slow.ledger.close().wall_ns
+
+
+@settings(max_examples=30, deadline=None)
+@given(programs())
+def test_what_is_sent_is_received(made: tuple[int, Program]) -> None:
+    """Over all ranks as many bytes and messages are received as were sent."""
+    traffic = [world.traffic for world in simulate(*made)]
+    assert sum(one.bytes_sent for one in traffic) == sum(one.bytes_received for one in traffic)
+    assert sum(one.messages_sent for one in traffic) == sum(one.messages_received for one in traffic)

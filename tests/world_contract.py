@@ -40,7 +40,7 @@ def check(world: World) -> None:
     world.settle()
     totals = world.ledger.close()
     assert sum(totals.phases_ns.values()) == totals.wall_ns
-    assert sum(world.wait_on_ns.values()) == totals.phases_ns["wait"]
+    assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
     assert size == 1 or world.traffic.bytes_sent > 0
 
 

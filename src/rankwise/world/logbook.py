@@ -1,0 +1,152 @@
+"""One rank's log of its exchanges, and what comparing it with all others' tells about its time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankwise.ledger import Ledger
+from rankwise.timeline import EXCHANGE, Timeline
+from rankwise.world.clocks import CommonClock
+from rankwise.world.replay import Replay
+from rankwise.world.transport import Ended
+from rankwise.world.waits import ENTRY, TIMES, Log, Pattern, Split, split, split_messages, violations
+
+_COLUMNS = ENTRY.names or ()
+
+Entry = dict[str, int]
+"""A row of ENTRY that is being filled; `left_ns` is 0 until the exchange is over."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a rank tells all others: its exchanges that are over, and the start of its process, on the
+    common clock."""
+
+    collective: Log
+    messages: Log
+    start_ns: int
+
+
+class Logbook:
+    """Logs the exchanges of one rank; `compare` moves what was waiting in them to where it belongs.
+
+    `wait_on_ns` is the waiting by the rank that was waited for, `hidden_ns` what went on behind
+    computing, `violations` how often clocks contradicted each other, `origin_ns` the start of
+    rank 0's process on the common clock.
+    """
+
+    def __init__(self, rank: int, size: int, ledger: Ledger, timeline: Timeline, clock: CommonClock) -> None:
+        self._rank = rank
+        self._ledger = ledger
+        self._timeline = timeline
+        self._clock = clock
+        self._collective: list[Entry] = []
+        self._messages: list[Entry] = []
+        self._unreceived: dict[tuple[int, int, int], Log] = {}
+        self._sent_to: Counter[int] = Counter()
+        self._received_from: Counter[int] = Counter()
+        self._replay = Replay(size)
+        self.collectives = 0
+        self.origin_ns = ledger.start_ns
+        self.wait_on_ns: Counter[int] = Counter()
+        self.hidden_ns = 0
+        self.violations = 0
+
+    def collective(self, pattern: Pattern, root: int, size: int) -> Entry:
+        """An exchange of all ranks of so many bytes."""
+        entry = _blank(pattern, size) | {"peer": root, "number": self.collectives}
+        self.collectives += 1
+        self._collective.append(entry)
+        return entry
+
+    def send(self, dest: int, size: int) -> Entry:
+        """A message of so many bytes to one rank."""
+        entry = _blank(Pattern.SEND, size) | {"peer": dest, "number": self._sent_to[dest]}
+        self._sent_to[dest] += 1
+        self._messages.append(entry)
+        return entry
+
+    def receive(self, size: int) -> Entry:
+        """A message of so many bytes from a rank that is known when it has come."""
+        entry = _blank(Pattern.RECEIVE, size)
+        self._messages.append(entry)
+        return entry
+
+    def post(self, entry: Entry) -> None:
+        """The ledger's running phase is that in which the exchange begins."""
+        entry["posted_ns"], entry["posted_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
+
+    def enter(self, entry: Entry) -> None:
+        """The ledger's running phase is that in which the rank does nothing but this exchange."""
+        entry["entered_ns"], entry["entered_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
+
+    def leave(self, entry: Entry, ended: Ended) -> None:
+        """The exchange was over when the ledger's running phase began."""
+        entry["left_ns"] = self._ledger.mark_ns
+        entry["lapse_start_ns"], entry["lapse_end_ns"] = ended.lapse_start_ns, ended.lapse_end_ns
+        if ended.source >= 0:
+            entry["peer"], entry["number"] = ended.source, self._received_from[ended.source]
+            self._received_from[ended.source] += 1
+
+    def ideal_ns(self) -> int:
+        """Time since start-up until now, had exchanges taken none but been waited for all the same."""
+        return self._replay.ideal_ns(self._rank, self._ledger.busy_ns)
+
+    def page(self) -> Page:
+        """What is over and was not told yet. Collective exchanges are told in order, up to the first that
+        is not over."""
+        unfinished = (number for number, entry in enumerate(self._collective) if not entry["left_ns"])
+        start_ns = np.array([self._ledger.start_ns])
+        return Page(
+            self._on_common_clock(_table(self._collective[: next(unfinished, None)])),
+            self._on_common_clock(_table([entry for entry in self._messages if entry["left_ns"]])),
+            int(self._clock.to_common(start_ns)[0]),
+        )
+
+    def compare(self, pages: list[Page]) -> None:
+        """Tell waiting from transfer in what all ranks have told; `pages` in rank order."""
+        count = min(len(page.collective) for page in pages)
+        collective: Log = np.stack([page.collective[:count] for page in pages])
+        messages = [page.messages for page in pages]
+        self.origin_ns = pages[0].start_ns
+        told = [entry for entry in self._messages if entry["left_ns"]]
+        self._take(self._collective[:count], split(collective, self._rank))
+        self._take(told, split_messages(messages, self._rank, self._unreceived))
+        self.violations += violations(collective)
+        self._replay.add(collective, messages)
+        del self._collective[:count]
+        self._messages = [entry for entry in self._messages if not entry["left_ns"]]
+
+    def clear(self) -> None:
+        """Forget what is over: nobody else is there to compare it with."""
+        self._collective.clear()
+
+    def _take(self, entries: list[Entry], found: Split) -> None:
+        self._ledger.move("transfer", "wait", int(found.wait_ns.sum()))
+        self._ledger.move("transfer", "other", found.stopped_ns)
+        self.wait_on_ns.update(found.charged_ns)
+        self.hidden_ns += found.hidden_ns
+        log = _table(entries)
+        rows = np.zeros(len(log), EXCHANGE)
+        for name in set(_COLUMNS) & set(EXCHANGE.names or ()):
+            rows[name] = log[name]
+        rows["wait_ns"], rows["late"] = found.wait_ns, found.late
+        self._timeline.add_exchanges(rows)
+
+    def _on_common_clock(self, log: Log) -> Log:
+        translated = log.copy()
+        for name in TIMES:
+            # Zero is no time: most exchanges have no lapse.
+            translated[name] = np.where(log[name] > 0, self._clock.to_common(log[name]), 0)
+        return translated
+
+
+def _blank(pattern: Pattern, size: int) -> Entry:
+    return dict.fromkeys(_COLUMNS, 0) | {"pattern": pattern, "bytes": size}
+
+
+def _table(entries: list[Entry]) -> Log:
+    return np.array([tuple(entry[name] for name in _COLUMNS) for entry in entries], ENTRY)
