@@ -71,17 +71,17 @@ class SimulatedTransport(ThreadTransport):
 
         return _Held(take, lapse_ns)
 
-    def send(self, buffer: Any, dest: int) -> Any:
-        self._board.post(self.rank, dest, (self._clock.now_ns, buffer.copy()))
+    def send(self, buffer: Any, dest: int, tag: int = 0) -> Any:
+        self._board.post(self.rank, dest, tag, (self._clock.now_ns, buffer.copy()))
 
         def finish() -> int:
             return -1
 
         return _Held(finish)
 
-    def receive(self, buffer: Any, source: int | None) -> Any:
+    def receive(self, buffer: Any, source: int | None, tag: int = 0) -> Any:
         def finish() -> int:
-            sender, content = self._board.fetch(self.rank, source)
+            sender, content = self._board.fetch(self.rank, source, tag)
             sent_ns, value = content
             buffer[...] = value
             self._until(sent_ns)
@@ -112,8 +112,6 @@ def simulate(
         transport = SimulatedTransport(inner, clock, transfer_ns, one_clock=clocks is None)
         world = World(transport, Ledger(clock, cpu_clock=lambda: 0))
         world.ledger.enter("other")
-        if clocks:
-            world.settle()
         program(world, clock)
         world.settle()
         return world

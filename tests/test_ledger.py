@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.ledger import EXCHANGE, PHASES, Ledger, measure_cost
+from rankwise.ledger import EXCHANGING, PHASES, Ledger, measure_cost
 
 
 class FakeClock:
@@ -75,9 +75,9 @@ def test_time_off_the_cpu_is_wall_time_without_cpu_time(story: list[tuple[str, i
         clock.now_ns += on_ns + off_ns
         cpu.now_ns += on_ns
     off_cpu_ns = ledger.close().off_cpu_ns
-    for phase in set(PHASES) - set(EXCHANGE):
+    for phase in set(PHASES) - set(EXCHANGING):
         assert off_cpu_ns[phase] == sum(off for name, _, off in story if name == phase)
-    assert not off_cpu_ns.keys() & set(EXCHANGE)
+    assert not off_cpu_ns.keys() & set(EXCHANGING)
 
 
 @given(st.lists(st.tuples(st.sampled_from(PHASES[1:]), LENGTHS), max_size=50), st.integers(0, 10**8))
@@ -111,6 +111,7 @@ def test_busy_is_what_is_neither_startup_nor_exchange() -> None:
     ledger.enter("data")
     assert ledger.busy_ns == 24
     ledger.move("transfer", "wait", 10)
+    ledger.move("transfer", "other", 5)
     assert ledger.busy_ns == 24
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rankwise.world import World
-from rankwise.world.waits import ENTRY, Pattern, split, split_messages, violations
+from rankwise.world.waits import ENTRY, Mail, Pattern, split, violations
 
 from .simulation import Clock, Program, simulate, token
 
@@ -228,21 +228,54 @@ def test_what_is_hidden_stands_beside_the_sum() -> None:
         )
 
 
-def test_a_message_may_be_received_after_the_logs_were_compared() -> None:
-    """A receive finds its send though that stood in an earlier log."""
+@pytest.mark.parametrize("hosts", ["one host", "several hosts"])
+@pytest.mark.parametrize("late_end", ["receive", "send"])
+def test_the_ends_of_a_message_may_be_told_apart(late_end: str, hosts: str) -> None:
+    """A message whose two ends stand in different logs is split like any other, whatever the clocks, and
+    measuring those takes nobody's message."""
 
     def program(world: World, clock: Clock) -> None:
         if world.rank == 0:
             clock.work(DELAY_NS)
-            world.send(token(), 1)
-        exchange = world.start_receive(token()) if world.rank == 1 else None
-        world.settle()
-        if exchange:
+            exchange = world.start_send(token(), 1)
+        else:
+            exchange = world.start_receive(token())
+        if (world.rank == 0) != (late_end == "send"):
+            exchange.wait()
+            world.settle()
+        else:
+            world.settle()
             exchange.wait()
 
-    worlds = simulate(2, program)
+    worlds = simulate(2, program, clocks=[Clock(), Clock(10**15)] if hosts == "several hosts" else None)
     check_sums(worlds)
-    assert worlds[1].logbook.wait_on_ns[0] == pytest.approx(DELAY_NS, abs=50 * TRANSFER_NS)
+    waited_ns = worlds[1].logbook.wait_on_ns[0]
+    if late_end == "receive":
+        # It was in the settling that the receiver waited; when it came to the receive, all was there.
+        assert waited_ns == pytest.approx(DELAY_NS, abs=200 * TRANSFER_NS)
+        assert worlds[1].logbook.hidden_ns > 0
+    else:
+        assert waited_ns == pytest.approx(DELAY_NS, abs=200 * TRANSFER_NS)
+
+
+def test_a_master_passes_waiting_on_by_messages_too() -> None:
+    """Workers that wait for a message of a master that waited for a late worker's wait for that worker."""
+
+    def program(world: World, clock: Clock) -> None:
+        if world.rank == 0:
+            for _ in (1, 2):
+                world.receive(token())
+            for worker in (1, 2):
+                world.send(token(), worker)
+        else:
+            clock.work(DELAY_NS if world.rank == 2 else 0)
+            world.send(token(), 0)
+            world.receive(token(), 0)
+
+    worlds = simulate(3, program)
+    check_sums(worlds)
+    for rank in (0, 1):
+        assert worlds[rank].logbook.wait_on_ns[2] == pytest.approx(DELAY_NS, abs=50 * TRANSFER_NS)
 
 
 def test_a_synchronous_sender_waits_for_a_late_receiver() -> None:
@@ -251,8 +284,8 @@ def test_a_synchronous_sender_waits_for_a_late_receiver() -> None:
     receive = {"pattern": Pattern.RECEIVE, "peer": 0, "posted_ns": 900, "entered_ns": 900, "left_ns": 1_000}
     held, let_go = (np.array([entry(**send, left_ns=left)], ENTRY) for left in (950, 120))
     other = np.array([entry(**receive)], ENTRY)
-    assert split_messages([held, other], 0, {}).charged_ns == {1: 800}
-    assert split_messages([let_go, other], 0, {}).charged_ns == {}
+    assert Mail(0).split([held, other])[1].charged_ns == {1: 800}
+    assert Mail(0).split([let_go, other])[1].charged_ns == {}
 
 
 def test_a_long_log_is_settled_on_the_way() -> None:
@@ -296,7 +329,9 @@ def programs(draw: st.DrawFn) -> tuple[int, Program]:
     turns = draw(
         st.lists(
             st.tuples(
-                st.sampled_from(["allreduce", "background", "gather", "broadcast", "message", "settle"]),
+                st.sampled_from(
+                    ["allreduce", "background", "gather", "broadcast", "message", "later", "settle"]
+                ),
                 st.integers(0, size - 1),
                 st.lists(st.integers(0, 10**6), min_size=size, max_size=size),
             ),
@@ -319,6 +354,16 @@ def programs(draw: st.DrawFn) -> tuple[int, Program]:
                 world.broadcast(token(), root)
             elif kind == "settle":
                 world.settle()
+            elif kind == "later":
+                if world.rank == root:
+                    exchange = world.start_send(token(), (root + 1) % size)
+                    clock.work(work[root])
+                    world.settle()
+                    exchange.wait()
+                else:
+                    if world.rank == (root + 1) % size:
+                        world.receive(token(), root)
+                    world.settle()
             elif world.rank == root:
                 world.send(token(), (root + 1) % size)
             elif world.rank == (root + 1) % size:

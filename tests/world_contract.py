@@ -41,7 +41,9 @@ def check(world: World) -> None:
     totals = world.ledger.close()
     assert sum(totals.phases_ns.values()) == totals.wall_ns
     assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
-    assert size == 1 or world.traffic.bytes_sent > 0
+    traffic = world.allgather(np.array([world.traffic.bytes_sent, world.traffic.bytes_received]))
+    assert traffic[:, 0].sum() == traffic[:, 1].sum()
+    assert size == 1 or traffic.all()
 
 
 def messages(world: World, length: int) -> None:

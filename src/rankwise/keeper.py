@@ -120,6 +120,8 @@ class Keeper:
         `ended` is the epoch that ends with it.
         """
         self._world.settle()
+        if outcome != "running":
+            self._world.settle()  # nobody will tell later what was waiting in the first one
         self._save_timeline(ended)
         rows = [Rank(**row) for row in self._world.allgather_object(self._rank_row())]
         record = Record(

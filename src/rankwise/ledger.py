@@ -34,7 +34,7 @@ TRAINING = ("data", "forward", "backward", "optimizer")
 USEFUL = (*TRAINING, "evaluation")
 """Phases that would be there without parallelism too: the useful time of the POP efficiencies."""
 
-EXCHANGE = ("transfer", "wait")
+EXCHANGING = ("transfer", "wait")
 """Phases inside exchanges with other ranks; in all others a rank computes."""
 
 MOST_SPANS = 256
@@ -84,6 +84,7 @@ class Ledger:
         self._totals_ns = dict.fromkeys(PHASES, 0)
         self._cpu_ns = dict.fromkeys(PHASES, 0)
         self._visits = dict.fromkeys(PHASES, 0)
+        self._stopped_ns = 0
         self._spans: deque[tuple[str, int, int]] = deque(maxlen=MOST_SPANS)
 
     def enter(self, phase: str) -> str:
@@ -109,14 +110,20 @@ class Ledger:
 
     @property
     def busy_ns(self) -> int:
-        """Time outside exchanges, since the end of start-up until the running phase began."""
+        """Time outside exchanges, since the end of start-up until the running phase began.
+
+        What was moved out of exchanges later does not change it: it was no computing.
+        """
         totals = self._totals_ns
-        return self._mark_ns - self.start_ns - totals["startup"] - totals["transfer"] - totals["wait"]
+        exchanging_ns = totals["transfer"] + totals["wait"] + self._stopped_ns
+        return self._mark_ns - self.start_ns - totals["startup"] - exchanging_ns
 
     def move(self, source: str, target: str, duration_ns: int) -> None:
         """Charge time that went to phase `source` to `target` after all; the sum stays."""
         self._totals_ns[source] -= duration_ns
         self._totals_ns[target] += duration_ns
+        if source in EXCHANGING and target not in EXCHANGING:
+            self._stopped_ns += duration_ns
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -136,9 +143,8 @@ class Ledger:
         """The sums until now. The ledger stays open: a later call tells what came to it since."""
         self.enter(self._phase)
         phases_ns = dict(self._totals_ns)
-        off_cpu_ns = {
-            phase: max(0, phases_ns[phase] - self._cpu_ns[phase]) for phase in PHASES if phase not in EXCHANGE
-        }
+        computing = (phase for phase in PHASES if phase not in EXCHANGING)
+        off_cpu_ns = {phase: max(0, phases_ns[phase] - self._cpu_ns[phase]) for phase in computing}
         for phase, visits in self._visits.items():
             cost_ns = min(visits * self._cost_ns, phases_ns[phase])
             phases_ns[phase] -= cost_ns

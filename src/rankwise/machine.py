@@ -8,8 +8,6 @@ import socket
 import time
 from pathlib import Path
 
-import psutil
-
 
 def host_name() -> str:
     """Name of this host, as other hosts would call it."""
@@ -75,8 +73,11 @@ def cpu_model() -> str:
 
 def process_start_ns() -> int:
     """When this process started, on `time.monotonic_ns`'s clock (to 10 ms, the kernel's tick)."""
-    started = psutil.Process().create_time()
-    return time.monotonic_ns() - round((time.time() - started) * 1e9)
+    # Not from its wall-clock time: that counts from the second of the boot, rounded down.
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    ticks_since_boot = int(fields[19])
+    started_ns = ticks_since_boot * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - started_ns)
 
 
 def clock_name() -> str:

@@ -72,7 +72,7 @@ class Rank(_Row):
     bytes_sent: int
     bytes_received: int
     messages_sent: int
-    messages_received: int = 0
+    messages_received: int | None = None
     max_rss_bytes: int
     died_at_s: float | None
     off_cpu_ns: dict[str, int] = Field(

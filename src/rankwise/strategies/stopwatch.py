@@ -78,19 +78,23 @@ def _as_worker(replica: Replica, batch: Batch, world: World, watch: _Stopwatch) 
 
 def _as_master(replica: Replica, batch: Batch, world: World, watch: _Stopwatch) -> bool:
     assert batch.weights is not None
-    flat = replica.pack(tail=1)
-    flat[-1] = world.stopping
-    rows: Flat = np.tile(flat, (world.size, 1))
+    with world.ledger.phase("pack"):
+        flat = replica.pack(tail=1)
+        flat[-1] = world.stopping
+        rows: Flat = np.tile(flat, (world.size, 1))
     message = np.empty_like(flat)
     for _ in range(world.size - 1):
         source = world.receive(message)
         with watch.running():
             rows[source] = message
     with watch.running():
-        with world.ledger.phase("optimizer"):
-            mean_of_rows(rows, batch.weights, out=flat)
-            flat[-1] = rows[:, -1].any()
-            replica.unpack(flat)
+        stops = rows[:, -1].any()
+        if not stops:
+            with world.ledger.phase("optimizer"):
+                mean_of_rows(rows, batch.weights, out=flat)
+            with world.ledger.phase("pack"):
+                replica.unpack(flat)
+        flat[-1] = stops
         for worker in range(1, world.size):
             world.send(flat, worker)
     return bool(flat[-1])

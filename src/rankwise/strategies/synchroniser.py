@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from rankwise.models.replica import Replica
 
 
+SETTLE_ROUNDS = 1024
+"""Rounds, of which all ranks make the same number, after which logs are compared: an epoch of nothing but
+messages has no exchange at which the world could do it by itself."""
+
+
 class Synchroniser:
     """Joins a replica, a strategy and a sampler. The only point of synchronisation is `step()`::
 
@@ -40,6 +45,7 @@ class Synchroniser:
         self.sampler = sampler
         self._strategy = strategy
         self._batch: Batch | None = None
+        self._rounds = 0
         self.state: State = strategy.init(replica, world)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -66,6 +72,9 @@ class Synchroniser:
     def _step(self, batch: Batch) -> None:
         self.state = self._strategy.step(self.state, self.replica, batch, self.world)
         self.world.timeline.step(batch.epoch, len(batch))
+        self._rounds += batch.ends_round
+        if batch.ends_round and self._rounds % SETTLE_ROUNDS == 0:
+            self.world.settle()
 
 
 def shards_of(config: TrainConfig, pool: partition.Indices, labels: partition.Indices) -> Any:

@@ -3,7 +3,8 @@
 Offsets are bounded by ping-pongs as in SKaMPI (Worsch, Reussner, Augustin 2002): if rank 0 sends at s1,
 the other host reads c, and rank 0 has the answer at s2, then its clock is ahead by at least c - s2 and
 at most c - s1. The tightest bounds of several rounds are taken; the offset is their midpoint and its
-error at most half their width. Between two measurements a clock is taken to drift evenly.
+error at most half their width; between two hosts other than rank 0's the errors of both add up. Between
+two measurements a clock is taken to drift evenly.
 """
 
 from __future__ import annotations
@@ -17,32 +18,42 @@ from rankwise.world.waits import Times
 
 ROUNDS = 16
 
+CLOCK_TAG = 1
+"""Keeps ping-pongs apart from the program's messages, which have tag 0."""
+
 
 class CommonClock:
-    """Translates this rank's clock to rank 0's. Where all ranks read one clock it changes nothing."""
+    """Translates this rank's clock to rank 0's. Where all ranks read one clock it changes nothing.
+
+    `error_bound_ns` is how far apart two ranks may be after it, in the worst measurement.
+    """
 
     def __init__(self, transport: Transport, clock: Callable[[], int]) -> None:
         self._transport = transport
         self._clock = clock
+        self._leaders = sorted({leader for leader in transport.clock_of if leader != 0})
         self._readings: list[tuple[int, int]] = []
         self.error_bound_ns = 0
 
+    @property
+    def several(self) -> bool:
+        """Whether ranks read different clocks."""
+        return bool(self._leaders)
+
     def measure(self) -> None:
-        """Measure the offset to rank 0 now; all ranks together."""
-        leaders = sorted({leader for leader in self._transport.clock_of if leader != 0})
-        if not leaders:
+        """Measure the offset to rank 0 now; all ranks together, and they should come at one time."""
+        if not self.several:
             return
         mine = self._transport.rank
-        bounds = np.zeros((len(leaders), 2), np.int64)
-        for place, leader in enumerate(leaders):
+        bounds = np.zeros((len(self._leaders), 2), np.int64)
+        for place, leader in enumerate(self._leaders):
             if mine in (0, leader):
                 bounds[place] = self._ping_pong(leader)
         self._transport.broadcast(bounds, 0).wait()
-        low, high = dict(zip(leaders, bounds.tolist(), strict=True)).get(
-            self._transport.clock_of[mine], (0, 0)
-        )
-        self._readings.append((self._clock(), (low + high) // 2))
-        self.error_bound_ns = max(self.error_bound_ns, (high - low + 1) // 2)
+        middles = dict(zip(self._leaders, bounds.sum(axis=1) // 2, strict=True))
+        self._readings.append((self._clock(), int(middles.get(self._transport.clock_of[mine], 0))))
+        errors = np.sort((bounds[:, 1] - bounds[:, 0] + 1) // 2)
+        self.error_bound_ns = max(self.error_bound_ns, int(errors[-2:].sum()))
 
     def to_common(self, times_ns: Times) -> Times:
         """Times of this rank's clock on rank 0's."""
@@ -61,14 +72,14 @@ class CommonClock:
         for _ in range(ROUNDS):
             if here:
                 sent_ns = self._clock()
-                self._transport.send(reading, leader).wait()
-                self._transport.receive(reading, leader).wait()
+                self._transport.send(reading, leader, CLOCK_TAG).wait()
+                self._transport.receive(reading, leader, CLOCK_TAG).wait()
                 low, high = (
                     max(low, int(reading[0]) - self._clock()),
                     min(high, int(reading[0]) - sent_ns),
                 )
             else:
-                self._transport.receive(reading, 0).wait()
+                self._transport.receive(reading, 0, CLOCK_TAG).wait()
                 reading[0] = self._clock()
-                self._transport.send(reading, 0).wait()
+                self._transport.send(reading, 0, CLOCK_TAG).wait()
         return low, high

@@ -12,11 +12,25 @@ from rankwise.timeline import EXCHANGE, Timeline
 from rankwise.world.clocks import CommonClock
 from rankwise.world.replay import Replay
 from rankwise.world.transport import Ended
-from rankwise.world.waits import ENTRY, TIMES, Log, Pattern, Split, split, split_messages, violations
+from rankwise.world.waits import (
+    ENTRY,
+    TIMES,
+    Log,
+    Mail,
+    Name,
+    Pattern,
+    Split,
+    message_name,
+    split,
+    violations,
+)
+
+DUE_AFTER = 4096
+"""Collective exchanges after which logs should be compared; bounds their memory."""
 
 _COLUMNS = ENTRY.names or ()
 
-Entry = dict[str, int]
+Row = dict[str, int]
 """A row of ENTRY that is being filled; `left_ns` is 0 until the exchange is over."""
 
 
@@ -43,53 +57,59 @@ class Logbook:
         self._ledger = ledger
         self._timeline = timeline
         self._clock = clock
-        self._collective: list[Entry] = []
-        self._messages: list[Entry] = []
-        self._unreceived: dict[tuple[int, int, int], Log] = {}
+        self._collective: list[Row] = []
+        self._messages: list[Row] = []
+        self._told: dict[Name, Row] = {}
+        self._mail = Mail(rank)
         self._sent_to: Counter[int] = Counter()
         self._received_from: Counter[int] = Counter()
         self._replay = Replay(size)
-        self.collectives = 0
+        self._collectives = self._compared = 0
         self.origin_ns = ledger.start_ns
         self.wait_on_ns: Counter[int] = Counter()
         self.hidden_ns = 0
         self.violations = 0
 
-    def collective(self, pattern: Pattern, root: int, size: int) -> Entry:
+    def collective(self, pattern: Pattern, root: int, size: int) -> Row:
         """An exchange of all ranks of so many bytes."""
-        entry = _blank(pattern, size) | {"peer": root, "number": self.collectives}
-        self.collectives += 1
-        self._collective.append(entry)
-        return entry
+        row = _blank(pattern, size) | {"peer": root, "number": self._collectives}
+        self._collectives += 1
+        self._collective.append(row)
+        return row
 
-    def send(self, dest: int, size: int) -> Entry:
+    def send(self, dest: int, size: int) -> Row:
         """A message of so many bytes to one rank."""
-        entry = _blank(Pattern.SEND, size) | {"peer": dest, "number": self._sent_to[dest]}
+        row = _blank(Pattern.SEND, size) | {"peer": dest, "number": self._sent_to[dest]}
         self._sent_to[dest] += 1
-        self._messages.append(entry)
-        return entry
+        self._messages.append(row)
+        return row
 
-    def receive(self, size: int) -> Entry:
+    def receive(self, size: int) -> Row:
         """A message of so many bytes from a rank that is known when it has come."""
-        entry = _blank(Pattern.RECEIVE, size)
-        self._messages.append(entry)
-        return entry
+        row = _blank(Pattern.RECEIVE, size)
+        self._messages.append(row)
+        return row
 
-    def post(self, entry: Entry) -> None:
+    def post(self, row: Row) -> None:
         """The ledger's running phase is that in which the exchange begins."""
-        entry["posted_ns"], entry["posted_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
+        row["posted_ns"], row["posted_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
 
-    def enter(self, entry: Entry) -> None:
+    def enter(self, row: Row) -> None:
         """The ledger's running phase is that in which the rank does nothing but this exchange."""
-        entry["entered_ns"], entry["entered_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
+        row["entered_ns"], row["entered_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
 
-    def leave(self, entry: Entry, ended: Ended) -> None:
+    def leave(self, row: Row, ended: Ended) -> None:
         """The exchange was over when the ledger's running phase began."""
-        entry["left_ns"] = self._ledger.mark_ns
-        entry["lapse_start_ns"], entry["lapse_end_ns"] = ended.lapse_start_ns, ended.lapse_end_ns
+        row["left_ns"] = self._ledger.mark_ns
+        row["lapse_start_ns"], row["lapse_end_ns"] = ended.lapse_start_ns, ended.lapse_end_ns
         if ended.source >= 0:
-            entry["peer"], entry["number"] = ended.source, self._received_from[ended.source]
+            row["peer"], row["number"] = ended.source, self._received_from[ended.source]
             self._received_from[ended.source] += 1
+
+    @property
+    def due(self) -> bool:
+        """Whether the log is so long that it should be compared; the same on all ranks at one exchange."""
+        return self._collectives - self._compared >= DUE_AFTER
 
     def ideal_ns(self) -> int:
         """Time since start-up until now, had exchanges taken none but been waited for all the same."""
@@ -98,11 +118,15 @@ class Logbook:
     def page(self) -> Page:
         """What is over and was not told yet. Collective exchanges are told in order, up to the first that
         is not over."""
-        unfinished = (number for number, entry in enumerate(self._collective) if not entry["left_ns"])
+        self._compared = self._collectives
+        unfinished = (number for number, row in enumerate(self._collective) if not row["left_ns"])
+        finished = [row for row in self._messages if row["left_ns"]]
+        self._messages = [row for row in self._messages if not row["left_ns"]]
+        self._told |= {message_name(row, self._rank): row for row in finished}
         start_ns = np.array([self._ledger.start_ns])
         return Page(
             self._on_common_clock(_table(self._collective[: next(unfinished, None)])),
-            self._on_common_clock(_table([entry for entry in self._messages if entry["left_ns"]])),
+            self._on_common_clock(_table(finished)),
             int(self._clock.to_common(start_ns)[0]),
         )
 
@@ -112,19 +136,14 @@ class Logbook:
         collective: Log = np.stack([page.collective[:count] for page in pages])
         messages = [page.messages for page in pages]
         self.origin_ns = pages[0].start_ns
-        told = [entry for entry in self._messages if entry["left_ns"]]
         self._take(self._collective[:count], split(collective, self._rank))
-        self._take(told, split_messages(messages, self._rank, self._unreceived))
+        names, found = self._mail.split(messages)
+        self._take([self._told.pop(name) for name in names], found)
         self.violations += violations(collective)
         self._replay.add(collective, messages)
         del self._collective[:count]
-        self._messages = [entry for entry in self._messages if not entry["left_ns"]]
 
-    def clear(self) -> None:
-        """Forget what is over: nobody else is there to compare it with."""
-        self._collective.clear()
-
-    def _take(self, entries: list[Entry], found: Split) -> None:
+    def _take(self, entries: list[Row], found: Split) -> None:
         self._ledger.move("transfer", "wait", int(found.wait_ns.sum()))
         self._ledger.move("transfer", "other", found.stopped_ns)
         self.wait_on_ns.update(found.charged_ns)
@@ -139,14 +158,13 @@ class Logbook:
     def _on_common_clock(self, log: Log) -> Log:
         translated = log.copy()
         for name in TIMES:
-            # Zero is no time: most exchanges have no lapse.
-            translated[name] = np.where(log[name] > 0, self._clock.to_common(log[name]), 0)
+            translated[name] = self._clock.to_common(log[name])
         return translated
 
 
-def _blank(pattern: Pattern, size: int) -> Entry:
+def _blank(pattern: Pattern, size: int) -> Row:
     return dict.fromkeys(_COLUMNS, 0) | {"pattern": pattern, "bytes": size}
 
 
-def _table(entries: list[Entry]) -> Log:
-    return np.array([tuple(entry[name] for name in _COLUMNS) for entry in entries], ENTRY)
+def _table(entries: list[Row]) -> Log:
+    return np.array([tuple(row[name] for name in _COLUMNS) for row in entries], ENTRY)

@@ -86,11 +86,11 @@ class MpiTransport:
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
         return self._pending(self._comm.Iallgather(buffer, into), buffer, into)
 
-    def send(self, buffer: Buffer, dest: int) -> Pending:
-        return self._pending(self._comm.Isend(buffer, dest), buffer)
+    def send(self, buffer: Buffer, dest: int, tag: int = 0) -> Pending:
+        return self._pending(self._comm.Isend(buffer, dest, tag), buffer)
 
-    def receive(self, buffer: Buffer, source: int | None) -> Pending:
-        request = self._comm.Irecv(buffer, self._mpi.ANY_SOURCE if source is None else source)
+    def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
+        request = self._comm.Irecv(buffer, self._mpi.ANY_SOURCE if source is None else source, tag)
         return _Pending(self._mpi, request, buffer, receives=True)
 
     def describe(self) -> str:
@@ -102,8 +102,9 @@ class MpiTransport:
         self._comm.Abort(code)
 
     def close(self) -> None:
-        self._pending(self._comm.Ibarrier()).wait()
-        self._mpi.Finalize()
+        if not self._mpi.Is_finalized():
+            self._pending(self._comm.Ibarrier()).wait()
+            self._mpi.Finalize()
 
     def _pending(self, request: MPI.Request, *buffers: Buffer | None) -> Pending:
         return _Pending(self._mpi, request, *buffers)

@@ -8,19 +8,21 @@ imbalance; what the real run took longer is transfer.
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.world.waits import Log, Pattern, Times
+from rankwise.world.waits import Log, Name, Pattern, Times, message_name
 
 
 class Replay:
-    """Ideal clocks of all ranks, moved on with every settled piece of the log."""
+    """How long each rank would have waited so far; its ideal clock is that and what it computed."""
 
     def __init__(self, ranks: int) -> None:
-        self.clock_ns: Times = np.zeros(ranks, np.int64)
-        self._busy_ns: Times = np.zeros(ranks, np.int64)
-        self._sent_ns: dict[tuple[int, int, int], int] = {}
+        self._waited_ns: Times = np.zeros(ranks, np.int64)
+        self._sent_ns: dict[Name, int] = {}
+        self._unsent: list[tuple[int, Log]] = []
 
     def add(self, collective: Log, messages: list[Log]) -> None:
         """Replay collective exchanges [ranks, exchanges] and each rank's messages, in the order in which
@@ -29,7 +31,8 @@ class Replay:
         orders = [np.argsort(moment, kind="stable") for moment in moments]
         logs = [log[order] for log, order in zip(messages, orders, strict=True)]
         cuts = [
-            np.searchsorted(moment[order], row["entered_ns"], side="right")
+            # Exchanges in the background may end in another order than they began.
+            np.maximum.accumulate(np.searchsorted(moment[order], row["entered_ns"], side="right"))
             for moment, order, row in zip(moments, orders, collective, strict=True)
         ]
         done = [0] * len(logs)
@@ -42,43 +45,45 @@ class Replay:
         self._messages([log[a:] for log, a in zip(logs, done, strict=True)])
 
     def ideal_ns(self, rank: int, busy_ns: int) -> int:
-        """A rank's ideal clock, now that it has computed for `busy_ns` in all."""
-        return int(self.clock_ns[rank] + busy_ns - self._busy_ns[rank])
+        """A rank's ideal clock when it has computed for `busy_ns` in all."""
+        return int(self._waited_ns[rank]) + busy_ns
 
     def _collective(self, row: Log) -> None:
-        came = self.clock_ns + row["posted_busy_ns"] - self._busy_ns
-        here = self.clock_ns + row["entered_busy_ns"] - self._busy_ns
+        came = row["posted_busy_ns"] + self._waited_ns
+        here = row["entered_busy_ns"] + self._waited_ns
         pattern, root = row["pattern"][0], row["peer"][0]
         if pattern == Pattern.ALL_TO_ALL:
-            here = np.maximum(here, came.max())
+            self._waited_ns += np.maximum(came.max() - here, 0)
         elif pattern == Pattern.ALL_TO_ONE:
-            here[root] = max(here[root], came.max())
+            self._waited_ns[root] += max(came.max() - here[root], 0)
         else:
-            here = np.maximum(here, came[root])
-        self.clock_ns, self._busy_ns = here, row["entered_busy_ns"].copy()
+            self._waited_ns += np.maximum(came[root] - here, 0)
 
     def _messages(self, logs: list[Log]) -> None:
-        """Go on with any rank whose next message can be replayed, a receive only after its send."""
-        left = [list(log) for log in logs]
-        moved = True
-        while moved:
+        """Go on with any rank whose next message can be replayed: a receive comes after its send.
+
+        Receives whose send is not told yet are left for later, so that they hold up nobody else.
+        """
+        self._unsent = [late for late in self._unsent if not self._message(*late)]
+        left = [deque(log) for log in logs]
+        while any(left):
             moved = False
             for rank, rows in enumerate(left):
                 while rows and self._message(rank, rows[0]):
-                    rows.pop(0)
+                    rows.popleft()
                     moved = True
+            if not moved:
+                self._unsent += [(rank, rows.popleft()) for rank, rows in enumerate(left) if rows]
 
     def _message(self, rank: int, row: Log) -> bool:
-        peer, number = int(row["peer"]), int(row["number"])
+        name = message_name(row, rank)
         if row["pattern"] == Pattern.SEND:
-            busy_ns = int(row["posted_busy_ns"])
-            here = self._sent_ns[rank, peer, number] = self.ideal_ns(rank, busy_ns)
-        elif (peer, rank, number) in self._sent_ns:
-            busy_ns = int(row["entered_busy_ns"])
-            here = max(self.ideal_ns(rank, busy_ns), self._sent_ns.pop((peer, rank, number)))
+            self._sent_ns[name] = self.ideal_ns(rank, int(row["posted_busy_ns"]))
+        elif name in self._sent_ns:
+            here = self.ideal_ns(rank, int(row["entered_busy_ns"]))
+            self._waited_ns[rank] += max(self._sent_ns.pop(name) - here, 0)
         else:
             return False
-        self.clock_ns[rank], self._busy_ns[rank] = here, busy_ns
         return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ class _Board:
         self.changed = threading.Condition()
         self.brought: dict[int, dict[int, Any]] = defaultdict(dict)
         self.gone: dict[int, int] = defaultdict(int)
-        self.messages: dict[int, deque[tuple[int, Buffer]]] = defaultdict(deque)
+        self.messages: dict[tuple[int, int], list[tuple[int, Any]]] = defaultdict(list)
         self.broken = False
 
     def bring(self, number: int, rank: int, value: Any) -> None:
@@ -46,21 +46,19 @@ class _Board:
                 del self.brought[number], self.gone[number]
             return found
 
-    def post(self, source: int, dest: int, value: Buffer) -> None:
+    def post(self, source: int, dest: int, tag: int, value: Any) -> None:
         """Send a message."""
         with self.changed:
-            self.messages[dest].append((source, value))
+            self.messages[dest, tag].append((source, value))
             self.changed.notify_all()
 
-    def fetch(self, rank: int, source: int | None) -> tuple[int, Buffer]:
-        """The first message for a rank, from `source` or from anybody."""
-        inbox = self.messages[rank]
+    def fetch(self, rank: int, source: int | None, tag: int) -> tuple[int, Any]:
+        """The first message for a rank with a tag, from `source` or from anybody."""
         with self.changed:
+            inbox = self.messages[rank, tag]
             self._until(rank, lambda: any(source in (None, sender) for sender, _ in inbox))
-            message = next(message for message in inbox if source in (None, message[0]))
-            # By identity: comparing messages would compare arrays.
-            del inbox[next(place for place, other in enumerate(inbox) if other is message)]
-            return message
+            place = next(place for place, (sender, _) in enumerate(inbox) if source in (None, sender))
+            return inbox.pop(place)
 
     def abort(self) -> None:
         """Release everybody who waits."""
@@ -124,13 +122,13 @@ class ThreadTransport:
 
         return self._collective(buffer.copy(), range(self.size), finish)
 
-    def send(self, buffer: Buffer, dest: int) -> _Pending:
-        self._board.post(self.rank, dest, buffer.copy())
+    def send(self, buffer: Buffer, dest: int, tag: int = 0) -> _Pending:
+        self._board.post(self.rank, dest, tag, buffer.copy())
         return _Pending(lambda: -1)
 
-    def receive(self, buffer: Buffer, source: int | None) -> _Pending:
+    def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> _Pending:
         def finish() -> int:
-            sender, content = self._board.fetch(self.rank, source)
+            sender, content = self._board.fetch(self.rank, source, tag)
             buffer[...] = content
             return sender
 

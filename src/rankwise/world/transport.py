@@ -49,11 +49,12 @@ class Transport(Protocol):
     def broadcast(self, buffer: Buffer, root: int) -> Pending:
         """Overwrite every rank's buffer with the root's."""
 
-    def send(self, buffer: Buffer, dest: int) -> Pending:
+    def send(self, buffer: Buffer, dest: int, tag: int = 0) -> Pending:
         """Send to one rank."""
 
-    def receive(self, buffer: Buffer, source: int | None) -> Pending:
-        """Overwrite the buffer with the next message from `source`, or from whoever comes first."""
+    def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
+        """Overwrite the buffer with the next message with this tag from `source`, or from whoever comes
+        first."""
 
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
         """Put rank k's buffer into row k of `into` on every rank."""

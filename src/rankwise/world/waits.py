@@ -29,6 +29,7 @@ What of rank i's wait for r falls into r's own wait for k, in the exchange befor
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -167,38 +168,78 @@ def _until(log: Log, late: Times) -> Times:
     return np.take_along_axis(log["posted_ns"], late, axis=0)
 
 
-def split_messages(logs: list[Log], rank: int, unreceived: dict[tuple[int, int, int], Log]) -> Split:
-    """Split the messages of one rank; `logs` holds those of every rank.
+class Mail:
+    """Brings the two ends of each message of one rank together; one may be told much later than the other."""
 
-    `unreceived` holds what others sent to this rank in earlier logs and it has not received yet; it is
-    brought up to date. A send that nobody has received yet was taken off the sender's hands: no wait.
-    """
-    mine = logs[rank]
-    received: dict[tuple[int, int, int], Log] = {}
-    for owner, log in enumerate(logs):
-        for row in log[log["peer"] == rank]:
-            (unreceived if row["pattern"] == Pattern.SEND else received)[_name(row, owner)] = row
-    wait, late, hidden, stopped = np.zeros(len(mine), np.int64), np.full(len(mine), rank), 0, 0
-    for place, row in enumerate(mine):
-        is_send = row["pattern"] == Pattern.SEND
-        other = received.get(_name(row, rank)) if is_send else unreceived.pop(_name(row, rank))
-        if other is None or (is_send and row["left_ns"] < other["posted_ns"]):
-            continue
-        until, entered, left = other["posted_ns"], row["entered_ns"], row["left_ns"]
-        hidden += int(_hidden(until, row))
-        waited = int(_wait(until, entered, left))
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._mine: dict[Name, Log] = {}
+        self._theirs: dict[Name, Log] = {}
+
+    def split(self, logs: list[Log]) -> tuple[list[Name], Split]:
+        """Take in the messages that every rank tells now; split those of which both ends are known now.
+
+        Returns which of this rank's messages these are.
+        """
+        rank = self._rank
+        self._mine |= {message_name(row, rank): row for row in logs[rank]}
+        for owner, log in enumerate(logs):
+            self._theirs |= {message_name(row, owner): row for row in log[log["peer"] == rank]}
+        names = [name for name in self._mine if name in self._theirs]
+        mine = np.array([self._mine.pop(name) for name in names], ENTRY)
+        theirs = np.array([self._theirs.pop(name) for name in names], ENTRY)
+
+        until, entered, left, peer = theirs["posted_ns"], mine["entered_ns"], mine["left_ns"], mine["peer"]
+        # A sender that was let go before its receiver came had its message taken off its hands.
+        held = (mine["pattern"] == Pattern.RECEIVE) | (left >= until)
+        wait = np.where(held, _wait(until, entered, left), 0)
+        rest = entered + wait
         # Of the two ends' lapses the longer one is what held the message up.
-        theirs = _overlap(entered + waited, left, other["lapse_start_ns"], other["lapse_end_ns"])
-        own = _overlap(entered + waited, left, row["lapse_start_ns"], row["lapse_end_ns"])
-        if own > theirs:
-            stopped += int(own)
-        else:
-            waited += int(theirs)
-        wait[place] = waited
-        late[place] = row["peer"] if waited else rank
-    charged = np.zeros(len(logs), np.int64)
-    np.add.at(charged, late, wait)
-    return Split(wait, late, {r: int(ns) for r, ns in enumerate(charged) if ns}, stopped, hidden)
+        sat_out = _overlap(rest, left, theirs["lapse_start_ns"], theirs["lapse_end_ns"]) * held
+        stopped = _overlap(rest, left, mine["lapse_start_ns"], mine["lapse_end_ns"])
+        sat_out, stopped = np.where(stopped > sat_out, 0, sat_out), np.where(stopped > sat_out, stopped, 0)
+        all_wait = wait + sat_out
+
+        charged = np.zeros(len(logs), np.int64)
+        np.add.at(charged, peer, all_wait)
+        for place in np.flatnonzero(wait * (mine["pattern"] == Pattern.RECEIVE)):
+            # What of it the sender waited for somebody else itself is charged to whom it waited for.
+            by, start, end = int(peer[place]), int(entered[place]), int(rest[place])
+            for cause, their_start, their_end in _receive_waits(logs, by, start, end):
+                shared = max(0, min(end, their_end) - max(start, their_start)) if cause != rank else 0
+                charged[by] -= shared
+                charged[cause] += shared
+        return names, Split(
+            wait_ns=all_wait,
+            late=np.where(all_wait > 0, peer, rank),
+            charged_ns={r: int(ns) for r, ns in enumerate(charged) if ns},
+            stopped_ns=int(stopped.sum()),
+            hidden_ns=int(_hidden(until, mine).sum()),
+        )
+
+
+Name = tuple[int, int, int]
+"""Source, destination and number of a message."""
+
+
+def message_name(row: Mapping[str, int] | Log, owner: int) -> Name:
+    """The message of which `row` is the end of `owner`."""
+    peer, number = int(row["peer"]), int(row["number"])
+    return (owner, peer, number) if row["pattern"] == Pattern.SEND else (peer, owner, number)
+
+
+def _receive_waits(logs: list[Log], rank: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """For whom a rank waited in receives, from when and to when, as far as that touches a stretch of time
+    and both ends are told now."""
+    log = logs[rank]
+    touching = log[(log["pattern"] == Pattern.RECEIVE) & (log["left_ns"] > start) & (log["entered_ns"] < end)]
+    for row in touching:
+        sent = logs[int(row["peer"])]
+        sent = sent[
+            (sent["pattern"] == Pattern.SEND) & (sent["peer"] == rank) & (sent["number"] == row["number"])
+        ]
+        for posted_ns in sent["posted_ns"]:
+            yield int(row["peer"]), int(row["entered_ns"]), int(min(posted_ns, row["left_ns"]))
 
 
 def violations(log: Log) -> int:
@@ -209,7 +250,8 @@ def violations(log: Log) -> int:
 
 
 def _wait(until: Times, entered: Times, left: Times) -> Times:
-    return np.asarray(np.minimum(np.maximum(until - entered, 0), left - entered))
+    # Clocks of several hosts may contradict each other so far that an exchange seems to end before it began.
+    return np.asarray(np.minimum(np.maximum(until - entered, 0), np.maximum(left - entered, 0)))
 
 
 def _overlap(start: Times, end: Times, other_start: Times, other_end: Times) -> Times:
@@ -218,9 +260,3 @@ def _overlap(start: Times, end: Times, other_start: Times, other_end: Times) -> 
 
 def _hidden(until: Times, row: Log) -> Times:
     return np.asarray(np.maximum(row["entered_ns"] - np.maximum(until, row["posted_ns"]), 0))
-
-
-def _name(row: Log, owner: int) -> tuple[int, int, int]:
-    """Source, destination and number of the message of which `row` is one end."""
-    peer, number = int(row["peer"]), int(row["number"])
-    return (owner, peer, number) if row["pattern"] == Pattern.SEND else (peer, owner, number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,9 @@ import numpy as np
 from rankwise.ledger import Ledger
 from rankwise.timeline import Timeline
 from rankwise.world.clocks import CommonClock
-from rankwise.world.logbook import Entry, Logbook
+from rankwise.world.logbook import Logbook, Row
 from rankwise.world.transport import Buffer, Op, Pending, Transport
 from rankwise.world.waits import Pattern, Times
-
-SETTLE_AFTER = 4096
-"""Collective exchanges after which ranks compare their logs at the latest; bounds the memory of a log."""
 
 
 @dataclass
@@ -43,14 +40,14 @@ class Traffic:
 class Exchange:
     """An exchange that was started and goes on in the background until `wait`."""
 
-    def __init__(self, world: World, pending: Pending, entry: Entry) -> None:
+    def __init__(self, world: World, pending: Pending, row: Row) -> None:
         self._world = world
         self._pending = pending
-        self._entry = entry
+        self._row = row
 
     def wait(self) -> int:
         """Come to its end. Returns the rank whose message was received, else -1. Called once."""
-        return self._world._finish(self._entry, self._pending)
+        return self._world._finish(self._row, self._pending)
 
 
 class World:
@@ -74,8 +71,8 @@ class World:
         self.size = transport.size
         self.cross_check = False
         self.barrier_wait_ns = 0
-        self._settled = 0
         self._clock = CommonClock(transport, self.ledger.clock)
+        self._clock.measure()
         self.logbook = Logbook(self.rank, self.size, self.ledger, self.timeline, self._clock)
 
     def allreduce(self, buffer: Buffer, op: Op = "sum") -> None:
@@ -84,22 +81,22 @@ class World:
             self._meet()
             self.traffic.sent(buffer.nbytes)
             self.traffic.received(buffer.nbytes)
-            entry = self.logbook.collective(Pattern.ALL_TO_ALL, -1, buffer.nbytes)
-            self._exchange(entry, lambda: self._transport.allreduce(buffer, op))
+            row = self.logbook.collective(Pattern.ALL_TO_ALL, -1, buffer.nbytes)
+            self._exchange(row, lambda: self._transport.allreduce(buffer, op))
 
     def start_allreduce(self, buffer: Buffer, op: Op = "sum") -> Exchange:
         """The same in the background; `buffer` must be left alone until its `wait`."""
         self.traffic.sent(buffer.nbytes)
         self.traffic.received(buffer.nbytes)
-        entry = self.logbook.collective(Pattern.ALL_TO_ALL, -1, buffer.nbytes)
-        return self._start(entry, lambda: self._transport.allreduce(buffer, op))
+        row = self.logbook.collective(Pattern.ALL_TO_ALL, -1, buffer.nbytes)
+        return self._start(row, lambda: self._transport.allreduce(buffer, op))
 
     def gather(self, buffer: Buffer, root: int = 0) -> Buffer | None:
         """All buffers as rows of one array [size, *shape] in rank order on the root; None elsewhere."""
         self._meet()
         into = np.empty((self.size, *buffer.shape), buffer.dtype) if self.rank == root else None
-        entry = self.logbook.collective(Pattern.ALL_TO_ONE, root, buffer.nbytes)
-        self._exchange(entry, lambda: self._transport.gather(buffer, root, into))
+        row = self.logbook.collective(Pattern.ALL_TO_ONE, root, buffer.nbytes)
+        self._exchange(row, lambda: self._transport.gather(buffer, root, into))
         if self.rank == root:
             self.traffic.received(buffer.nbytes, self.size - 1)
         else:
@@ -111,8 +108,8 @@ class World:
         if self.size == 1:
             return
         self._meet()
-        entry = self.logbook.collective(Pattern.ONE_TO_ALL, root, buffer.nbytes)
-        self._exchange(entry, lambda: self._transport.broadcast(buffer, root))
+        row = self.logbook.collective(Pattern.ONE_TO_ALL, root, buffer.nbytes)
+        self._exchange(row, lambda: self._transport.broadcast(buffer, root))
         if self.rank == root:
             self.traffic.sent(buffer.nbytes, self.size - 1)
         else:
@@ -121,34 +118,34 @@ class World:
     def send(self, buffer: Buffer, dest: int) -> None:
         """Send to one other rank."""
         self.traffic.sent(buffer.nbytes)
-        entry = self.logbook.send(dest, buffer.nbytes)
-        self._exchange(entry, lambda: self._transport.send(buffer, dest))
+        row = self.logbook.send(dest, buffer.nbytes)
+        self._exchange(row, lambda: self._transport.send(buffer, dest))
 
     def start_send(self, buffer: Buffer, dest: int) -> Exchange:
         """The same in the background; `buffer` must be left alone until its `wait`."""
         self.traffic.sent(buffer.nbytes)
-        entry = self.logbook.send(dest, buffer.nbytes)
-        return self._start(entry, lambda: self._transport.send(buffer, dest))
+        row = self.logbook.send(dest, buffer.nbytes)
+        return self._start(row, lambda: self._transport.send(buffer, dest))
 
     def receive(self, buffer: Buffer, source: int | None = None) -> int:
         """Overwrite the buffer with the next message from `source`, or from whoever comes first; returns
         whose it is."""
         self.traffic.received(buffer.nbytes)
-        entry = self.logbook.receive(buffer.nbytes)
-        return self._exchange(entry, lambda: self._transport.receive(buffer, source))
+        row = self.logbook.receive(buffer.nbytes)
+        return self._exchange(row, lambda: self._transport.receive(buffer, source))
 
     def start_receive(self, buffer: Buffer, source: int | None = None) -> Exchange:
         """The same in the background. Wait for several from one rank in the order in which they started."""
         self.traffic.received(buffer.nbytes)
-        entry = self.logbook.receive(buffer.nbytes)
-        return self._start(entry, lambda: self._transport.receive(buffer, source))
+        row = self.logbook.receive(buffer.nbytes)
+        return self._start(row, lambda: self._transport.receive(buffer, source))
 
     def allgather(self, buffer: Buffer) -> Buffer:
         """All buffers as rows of one array [size, *shape] in rank order, on every rank."""
         into = np.empty((self.size, *buffer.shape), buffer.dtype)
         self._meet()
-        entry = self.logbook.collective(Pattern.ALL_TO_ALL, -1, buffer.nbytes)
-        self._exchange(entry, lambda: self._transport.allgather(buffer, into))
+        row = self.logbook.collective(Pattern.ALL_TO_ALL, -1, buffer.nbytes)
+        self._exchange(row, lambda: self._transport.allgather(buffer, into))
         self.traffic.sent(buffer.nbytes, self.size - 1)
         self.traffic.received(buffer.nbytes, self.size - 1)
         return into
@@ -192,44 +189,41 @@ class World:
 
         Until then an exchange counts as transfer as a whole. What is found out is in the logbook.
         """
-        self._settled = self.logbook.collectives
-        if self.size == 1:
-            self.logbook.clear()
-            return
+        traffic = replace(self.traffic)
+        if self._clock.several:
+            self.barrier()  # whoever is late is waited for here, where it counts, and not in the measurement
         with self.ledger.phase("instrument"):
             self._clock.measure()
-            page = self.logbook.page()
-        pages = self.allgather_object(page)
-        with self.ledger.phase("instrument"):
-            self.logbook.compare(pages)
+            self.logbook.compare(self.allgather_object(self.logbook.page()))
+        self.traffic = traffic  # which is the program's, and not what it took to account for it
 
     def _meet(self) -> None:
         """Comes before every blocking collective exchange: where ranks must meet anyway."""
-        if self.logbook.collectives - self._settled >= SETTLE_AFTER:
+        if self.logbook.due:
             self.settle()
         if self.cross_check:
             started_ns = self.ledger.clock()
             token = np.zeros(1)
-            entry = self.logbook.collective(Pattern.ALL_TO_ALL, -1, token.nbytes)
-            self._exchange(entry, lambda: self._transport.allreduce(token, "max"))
+            row = self.logbook.collective(Pattern.ALL_TO_ALL, -1, token.nbytes)
+            self._exchange(row, lambda: self._transport.allreduce(token, "max"))
             self.barrier_wait_ns += self.ledger.clock() - started_ns
 
-    def _start(self, entry: Entry, start: Callable[[], Pending]) -> Exchange:
+    def _start(self, row: Row, start: Callable[[], Pending]) -> Exchange:
         with self.ledger.phase("transfer"):
-            self.logbook.post(entry)
-            return Exchange(self, start(), entry)
+            self.logbook.post(row)
+            return Exchange(self, start(), row)
 
-    def _exchange(self, entry: Entry, start: Callable[[], Pending]) -> int:
+    def _exchange(self, row: Row, start: Callable[[], Pending]) -> int:
         with self.ledger.phase("transfer"):
-            self.logbook.post(entry)
-            self.logbook.enter(entry)
+            self.logbook.post(row)
+            self.logbook.enter(row)
             ended = start().wait()
-        self.logbook.leave(entry, ended)
+        self.logbook.leave(row, ended)
         return ended.source
 
-    def _finish(self, entry: Entry, pending: Pending) -> int:
+    def _finish(self, row: Row, pending: Pending) -> int:
         with self.ledger.phase("transfer"):
-            self.logbook.enter(entry)
+            self.logbook.enter(row)
             ended = pending.wait()
-        self.logbook.leave(entry, ended)
+        self.logbook.leave(row, ended)
         return ended.source
