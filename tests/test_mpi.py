@@ -226,14 +226,21 @@ def test_a_killed_rank_ends_the_job(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("ranks", "topology"), [(2, "allreduce"), (3, "master"), (5, "master")])
+@pytest.mark.parametrize(
+    ("ranks", "topology", "strategy"),
+    [
+        (2, "allreduce", "parameter-averaging"),
+        (3, "master", "paper-stopwatch"),
+        (5, "master", "parameter-averaging"),
+    ],
+)
 def test_stopping_several_ranks(
-    command: Command, tmp_path: Path, number: signal.Signals, ranks: int, topology: str
+    command: Command, tmp_path: Path, number: signal.Signals, ranks: int, topology: str, strategy: str
 ) -> None:
     """Ctrl-C and SIGTERM end all ranks in order, in the middle of an epoch too: code 130, one message, the
     record `interrupted` with closed ledgers, and a checkpoint from which the run goes on."""
     words = ["--dataset", "synthetic:20000", "--epochs", "100", "--ranks", str(ranks), "--topology", topology]
-    process = command.start(sys.executable, *train(*words, "--out", "run"))
+    process = command.start(sys.executable, *train(*words, "--strategy", strategy, "--out", "run"))
     wait_for(lambda: (tmp_path / "run/.progress").exists())
     time.sleep(0.5)
     asked = time.monotonic()

@@ -52,8 +52,8 @@ root, or the other rank of a message, or -1; `wait_ns` of it, from `entered_ns` 
 class RankTimeline:
     """A rank's timeline as it is read. All times are in ns since the start of rank 0's process.
 
-    `kept` says which steps are in `steps`; `spans` and `exchanges` are those of the kept steps, in order
-    of time. Step 0 of an epoch is what came after its last step: evaluation, checkpoint, bookkeeping.
+    `kept` says which steps are in `steps`; `spans` (in order of time) and `exchanges` are those of the kept
+    steps. Step 0 of an epoch is what came after its last step: evaluation, checkpoint, bookkeeping.
     A span in phase ``transfer`` is a whole exchange, its waiting included.
     """
 

@@ -107,13 +107,15 @@ def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         value = loss.item()
-
-        ledger.enter("other")
         if not math.isfinite(value):
             raise DivergedError(
                 f"the loss is {value} in epoch {epoch}, step {step}: try a smaller --lr than {config.lr}"
             )
+
+        ledger.enter("optimizer")
         synchroniser.step()
+
+        ledger.enter("other")
         loss_sum += value * len(batch)
         trained.append(batch.indices)
         job.progress.add(len(batch), value * len(batch))

@@ -1,0 +1,28 @@
+"""What the machine under this process is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from rankwise import machine
+
+
+def test_a_process_knows_when_it_started() -> None:
+    """The start of a process lies between when it was asked for and when it could first look, to a tick."""
+    code = "from rankwise import machine; print(machine.process_start_ns())"
+    asked_ns = time.monotonic_ns()
+    started_ns = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    answered_ns = time.monotonic_ns()
+    tick_ns = 10_000_000
+    assert asked_ns - 2 * tick_ns <= started_ns <= answered_ns
+    # Python alone takes longer to start than a tick: a start that were read too late would show.
+    assert started_ns - asked_ns < answered_ns - started_ns
+
+
+def test_processes_of_one_machine_read_one_clock() -> None:
+    """Two processes on one machine name the same clock."""
+    code = "from rankwise import machine; print(machine.clock_name())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    assert other.strip() == machine.clock_name()
