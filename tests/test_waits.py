@@ -83,6 +83,8 @@ def test_a_rank_that_stops_inside_an_exchange_is_the_late_one(size: int) -> None
             ENTRY,
         )
         log["lapse_start_ns"][stopped], log["lapse_end_ns"][stopped] = 500, 2_000
+        other = (stopped + 1) % size  # has a short one of its own, and a later one
+        log["lapse_start_ns"][other], log["lapse_end_ns"][other] = 2_005, 2_030
         latest = 100 + size - 1
         for rank in range(size):
             found = split(log, rank)

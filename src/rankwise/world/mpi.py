@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rankwise import machine
@@ -25,41 +26,63 @@ LAPSE_NS = 5_000_000
 """A rank that polls and was not back after so long did not run: somebody stopped it, or had its core."""
 
 
+class _Watch:
+    """Notices the longest stretch in which this rank did not run though it wanted to."""
+
+    def __init__(self) -> None:
+        self._lapse_ns, self._lapse_end_ns = LAPSE_NS, 0
+        self.begin()
+
+    def begin(self) -> int:
+        """Look away until now; returns the time."""
+        self._seen_ns, self._seen_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        return self._seen_ns
+
+    def look(self, asleep_ns: int = 0) -> int:
+        """Look again after what the rank did since the last time; it slept for so long of it. Returns the
+        time."""
+        seen_ns, seen_cpu_ns = self._seen_ns, self._seen_cpu_ns
+        now_ns = self.begin()
+        absent_ns = now_ns - seen_ns - asleep_ns - (self._seen_cpu_ns - seen_cpu_ns)
+        if absent_ns > self._lapse_ns:
+            self._lapse_ns, self._lapse_end_ns = absent_ns, now_ns
+        return now_ns
+
+    def ended(self, source: int) -> Ended:
+        """What it has seen until the end of an exchange."""
+        if not self._lapse_end_ns:
+            return Ended(source)
+        return Ended(source, self._lapse_end_ns - self._lapse_ns, self._lapse_end_ns)
+
+
 class _Pending:
     """An exchange of MPI's that is polled: at once, then yielding, then with short naps.
 
     A rank inside a blocking MPI call burns its core, which on a machine with more ranks than cores
-    is another rank's. `receives` asks the request whose message it brought. The buffers are held here:
-    MPI works on their memory, whatever becomes of the caller's names for them.
+    is another rank's. `post` starts it; `receives` asks the request whose message it brought. The
+    buffers are held here: MPI works on their memory, whatever becomes of the caller's names for them.
     """
 
     def __init__(
-        self, mpi: Any, request: MPI.Request, *buffers: Buffer | None, receives: bool = False
+        self, mpi: Any, post: Callable[[], MPI.Request], *buffers: Buffer | None, receives: bool = False
     ) -> None:
-        self._request = request
-        self._buffers = buffers
         self._status = mpi.Status() if receives else None
+        self._buffers = buffers
+        self._watch = _Watch()
+        self._request = post()
+        self._watch.look()
 
     def wait(self) -> Ended:
-        started_ns = seen_ns = time.monotonic_ns()
-        seen_cpu_ns = time.thread_time_ns()
-        nap_ns, lapse_ns, lapse_end_ns = 0, 0, 0
-        while True:
-            done = self._request.Test(self._status)
-            now_ns, now_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-            absent_ns = now_ns - seen_ns - nap_ns - (now_cpu_ns - seen_cpu_ns)
-            if absent_ns > max(LAPSE_NS, lapse_ns):
-                lapse_ns, lapse_end_ns = absent_ns, now_ns
-            seen_ns, seen_cpu_ns = now_ns, now_cpu_ns
-            if done:
-                break
-            if now_ns - started_ns < SPIN_NS:
+        started_ns = self._watch.begin()
+        nap_ns = 0
+        while not self._request.Test(self._status):
+            if self._watch.look(nap_ns) - started_ns < SPIN_NS:
                 os.sched_yield()
             else:
                 nap_ns = min(2 * nap_ns, LONGEST_NAP_NS) or 50_000
                 time.sleep(nap_ns / 1e9)
-        source = -1 if self._status is None else self._status.Get_source()
-        return Ended(source, lapse_end_ns - lapse_ns, lapse_end_ns)
+        self._watch.look(nap_ns)
+        return self._watch.ended(-1 if self._status is None else self._status.Get_source())
 
 
 class MpiTransport:
@@ -75,23 +98,24 @@ class MpiTransport:
         self.clock_of = [clocks.index(name) for name in clocks]
 
     def allreduce(self, buffer: Buffer, op: Op) -> Pending:
-        return self._pending(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer, op=self._ops[op]), buffer)
+        mpi, comm = self._mpi, self._comm
+        return _Pending(mpi, lambda: comm.Iallreduce(mpi.IN_PLACE, buffer, op=self._ops[op]), buffer)
 
     def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> Pending:
-        return self._pending(self._comm.Igather(buffer, into, root=root), buffer, into)
+        return _Pending(self._mpi, lambda: self._comm.Igather(buffer, into, root=root), buffer, into)
 
     def broadcast(self, buffer: Buffer, root: int) -> Pending:
-        return self._pending(self._comm.Ibcast(buffer, root=root), buffer)
+        return _Pending(self._mpi, lambda: self._comm.Ibcast(buffer, root=root), buffer)
 
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
-        return self._pending(self._comm.Iallgather(buffer, into), buffer, into)
+        return _Pending(self._mpi, lambda: self._comm.Iallgather(buffer, into), buffer, into)
 
     def send(self, buffer: Buffer, dest: int, tag: int = 0) -> Pending:
-        return self._pending(self._comm.Isend(buffer, dest, tag), buffer)
+        return _Pending(self._mpi, lambda: self._comm.Isend(buffer, dest, tag), buffer)
 
     def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
-        request = self._comm.Irecv(buffer, self._mpi.ANY_SOURCE if source is None else source, tag)
-        return _Pending(self._mpi, request, buffer, receives=True)
+        sender = self._mpi.ANY_SOURCE if source is None else source
+        return _Pending(self._mpi, lambda: self._comm.Irecv(buffer, sender, tag), buffer, receives=True)
 
     def describe(self) -> str:
         return library_version(self._mpi)
@@ -103,11 +127,8 @@ class MpiTransport:
 
     def close(self) -> None:
         if not self._mpi.Is_finalized():
-            self._pending(self._comm.Ibarrier()).wait()
+            _Pending(self._mpi, self._comm.Ibarrier).wait()
             self._mpi.Finalize()
-
-    def _pending(self, request: MPI.Request, *buffers: Buffer | None) -> Pending:
-        return _Pending(self._mpi, request, *buffers)
 
 
 def load_mpi() -> Any:

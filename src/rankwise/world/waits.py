@@ -149,8 +149,8 @@ def _held_up(log: Log) -> tuple[_Stage, _Stage, _Stage]:
         latest, until = np.where(later, other, latest), np.where(later, posted[other], until)
     sat_through = _Stage(start, until - start, latest)
 
-    # One lapse an exchange: the one that ended last is what everybody had to sit through.
-    lapsed, columns = log["lapse_end_ns"].argmax(axis=0), np.arange(exchanges)
+    # One lapse an exchange, the longest: whoever sat through it had time for short ones beside it.
+    lapsed, columns = (log["lapse_end_ns"] - log["lapse_start_ns"]).argmax(axis=0), np.arange(exchanges)
     start = np.maximum(until, log["lapse_start_ns"][lapsed, columns])
     length = _overlap(start, left, start, log["lapse_end_ns"][lapsed, columns])
     return needed, sat_through, _Stage(start, length, np.broadcast_to(lapsed, log.shape))
