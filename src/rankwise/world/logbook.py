@@ -11,7 +11,7 @@ from rankwise.ledger import Ledger
 from rankwise.timeline import EXCHANGE, Timeline
 from rankwise.world.clocks import CommonClock
 from rankwise.world.replay import Replay
-from rankwise.world.transport import Ended
+from rankwise.world.transport import LAPSE_NS, Ended
 from rankwise.world.waits import (
     ENTRY,
     TIMES,
@@ -101,7 +101,7 @@ class Logbook:
     def leave(self, row: Row, ended: Ended) -> None:
         """The exchange was over when the ledger's running phase began."""
         row["left_ns"] = self._ledger.mark_ns
-        row["lapse_start_ns"], row["lapse_end_ns"] = ended.lapse_start_ns, ended.lapse_end_ns
+        row["lapse_start_ns"], row["lapse_end_ns"] = _lapse(row, ended)
         if ended.source >= 0:
             row["peer"], row["number"] = ended.source, self._received_from[ended.source]
             self._received_from[ended.source] += 1
@@ -160,6 +160,15 @@ class Logbook:
         for name in TIMES:
             translated[name] = self._clock.to_common(log[name])
         return translated
+
+
+def _lapse(row: Row, ended: Ended) -> tuple[int, int]:
+    """Start and end of the longest lapse: the transport's, or one before it began to look or after."""
+    lapses = [(ended.lapse_start_ns, ended.lapse_end_ns)]
+    if ended.until_ns:
+        unseen = ((row["entered_ns"], ended.from_ns), (ended.until_ns, row["left_ns"]))
+        lapses += [(start, end) for start, end in unseen if end - start > LAPSE_NS]
+    return max(lapses, key=lambda lapse: lapse[1] - lapse[0])
 
 
 def _blank(pattern: Pattern, size: int) -> Row:

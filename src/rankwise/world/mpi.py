@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rankwise import machine
 from rankwise.errors import LaunchError, one_line
 from rankwise.ledger import Ledger
-from rankwise.world.transport import Buffer, Ended, Op, Pending
+from rankwise.world.transport import LAPSE_NS, Buffer, Ended, Op, Pending
 from rankwise.world.world import World
 
 if TYPE_CHECKING:
@@ -22,16 +22,13 @@ SPIN_NS = 500_000
 
 LONGEST_NAP_NS = 1_000_000
 
-LAPSE_NS = 5_000_000
-"""A rank that polls and was not back after so long did not run: somebody stopped it, or had its core."""
-
 
 class _Watch:
     """Notices the longest stretch in which this rank did not run though it wanted to."""
 
     def __init__(self) -> None:
         self._lapse_ns, self._lapse_end_ns = LAPSE_NS, 0
-        self.begin()
+        self._from_ns = self.begin()
 
     def begin(self) -> int:
         """Look away until now; returns the time."""
@@ -50,9 +47,9 @@ class _Watch:
 
     def ended(self, source: int) -> Ended:
         """What it has seen until the end of an exchange."""
-        if not self._lapse_end_ns:
-            return Ended(source)
-        return Ended(source, self._lapse_end_ns - self._lapse_ns, self._lapse_end_ns)
+        end_ns = self._lapse_end_ns
+        start_ns = end_ns - self._lapse_ns if end_ns else 0
+        return Ended(source, start_ns, end_ns, self._from_ns, self._seen_ns)
 
 
 class _Pending:

@@ -11,14 +11,21 @@ Buffer = NDArray[Any]
 Op = Literal["sum", "max"]
 
 
+LAPSE_NS = 5_000_000
+"""A rank that polls and was not back after so long did not run: somebody stopped it, or had its core."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How an exchange ended: whose message came (a receive's source, else -1), and the longest stretch,
-    in ns on the monotonic clock, in which this rank did not run though it wanted to."""
+    in ns on the monotonic clock, in which this rank did not run though it wanted to. The transport
+    looked from `from_ns` until `until_ns`, 0 if it cannot."""
 
     source: int = -1
     lapse_start_ns: int = 0
     lapse_end_ns: int = 0
+    from_ns: int = 0
+    until_ns: int = 0
 
 
 class Pending(Protocol):
