@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -54,6 +55,11 @@ class Epoch(_Row):
     learning_rate: float
     wall_s: float = Field(description="evaluation and checkpoint included")
     train_s: float = Field(description="training and synchronisation alone")
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples that all ranks together trained a second, without evaluation and checkpoint."""
+        return self.train_samples / self.train_s
 
 
 class Rank(_Row):
@@ -133,6 +139,22 @@ class Record(_Row):
     samples: Samples
     faults: list[dict[str, Any]]
 
+    @property
+    def best(self) -> Epoch:
+        """The epoch with the highest validation accuracy, the first of them. Raises ValueError without
+        epochs, as the two below do."""
+        return max(self.epochs, key=lambda row: row.val_accuracy)
+
+    @property
+    def median_epoch_s(self) -> float:
+        """Median wall time of an epoch, evaluation and checkpoint included, in seconds."""
+        return median(row.wall_s for row in self.epochs)
+
+    @property
+    def median_samples_per_s(self) -> float:
+        """Median over the epochs of the samples that all ranks together trained a second."""
+        return median(row.samples_per_s for row in self.epochs)
+
 
 def utc_before(seconds: float) -> str:
     """The moment so many seconds ago, as the record writes it."""
@@ -204,6 +226,14 @@ class RunFolder:
                 file.write(epoch.model_dump_json() + "\n")
         except OSError as error:
             raise StorageError(f"cannot write {self.metrics}: {error.strerror}") from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The epochs that stand in metrics.jsonl so far; a line that is just being written does not count."""
+        try:
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
+        except OSError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
     def keep_metrics(self, epochs: list[Epoch]) -> None:
         """Start metrics.jsonl anew with these epochs (what a resumed run goes on from)."""

@@ -73,7 +73,7 @@ def epoch_metrics(row: Epoch) -> dict[str, float]:
         "train_loss": row.train_loss,
         "val_loss": row.val_loss,
         "val_accuracy": row.val_accuracy,
-        "samples_per_s": row.train_samples / row.train_s,
+        "samples_per_s": row.samples_per_s,
         "learning_rate": row.learning_rate,
         "train_s": row.train_s,
         "wall_s": row.wall_s,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rankwise.config import TrainConfig
@@ -148,17 +147,10 @@ def _speedup(first: Record) -> Column:
             for name in ("dataset", "train_limit", "val_limit", "validation_split")
         )
         return (
-            _median_epoch_s(first) / _median_epoch_s(record)
-            if same and first.epochs and record.epochs
-            else None
+            first.median_epoch_s / record.median_epoch_s if same and first.epochs and record.epochs else None
         )
 
     return Column("speedup", "speedup", value, "{:.2f}".format)
-
-
-def _median_epoch_s(record: Record) -> float:
-    """Median wall time of an epoch, evaluation and checkpoint included, in seconds."""
-    return median(row.wall_s for row in record.epochs)
 
 
 def _time_to_target_s(record: Record) -> Value:
@@ -187,10 +179,6 @@ def _of_epochs(value: Callable[[Record], Value]) -> Callable[[Record], Value]:
     return lambda record: value(record) if record.epochs else None
 
 
-def _best(record: Record) -> Any:
-    return max(record.epochs, key=lambda row: row.val_accuracy)
-
-
 _percent: Callable[[float], str] = "{:.1%}".format
 _seconds: Callable[[float], str] = "{:.1f}".format
 
@@ -207,16 +195,16 @@ SETTINGS = (
 )
 
 RESULTS = (
-    Column("best_accuracy", "best accuracy", _of_epochs(lambda r: _best(r).val_accuracy), "{:.2%}".format),
-    Column("best_epoch", "in epoch", _of_epochs(lambda r: _best(r).epoch)),
+    Column("best_accuracy", "best accuracy", _of_epochs(lambda r: r.best.val_accuracy), "{:.2%}".format),
+    Column("best_epoch", "in epoch", _of_epochs(lambda r: r.best.epoch)),
     Column("final_val_loss", "last val loss", _of_epochs(lambda r: r.epochs[-1].val_loss), "{:.4f}".format),
     Column("wall_s", "time (s)", lambda r: r.wall_s, _seconds),
     Column("time_to_target_s", "to target (s)", _time_to_target_s, _seconds),
-    Column("epoch_s", "an epoch (s)", _of_epochs(_median_epoch_s), "{:.2f}".format),
+    Column("epoch_s", "an epoch (s)", _of_epochs(lambda r: r.median_epoch_s), "{:.2f}".format),
     Column(
         "samples_per_s",
         "samples/s",
-        _of_epochs(lambda r: median(row.train_samples / row.train_s for row in r.epochs)),
+        _of_epochs(lambda r: r.median_samples_per_s),
         "{:,.0f}".format,
     ),
     Column("cpu_percent", "CPU", lambda r: r.cpu_percent or None, "{:.0f}%".format),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from types import TracebackType
 from typing import Any
@@ -101,12 +100,7 @@ class Display:
 
     def _new_epochs(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl that are whole and were not shown yet."""
-        try:
-            text = self._folder.metrics.read_bytes()
-        except OSError:
-            return []
-        whole = text[: text.rfind(b"\n") + 1]
-        rows = [json.loads(line) for line in whole.splitlines()]
+        rows = self._folder.read_metrics()
         # A resumed run starts the file anew with the epochs of its checkpoint: the rest comes again.
         self._shown = min(self._shown, rows[-1]["epoch"] if rows else 0)
         new = [row for row in rows if row["epoch"] > self._shown]

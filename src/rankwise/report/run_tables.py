@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from statistics import median
 from typing import Any
 
 from rankwise.record import Record
@@ -29,10 +28,12 @@ def numbers(record: Record) -> Numbers:
     """The few numbers of a run that come first."""
     found = [Number("wall time", f"{record.wall_s:,.1f} s", "start-up included")]
     if record.epochs:
-        best = max(record.epochs, key=lambda row: row.val_accuracy)
+        best = record.best
         where = f"in epoch {best.epoch} of {record.epochs[-1].epoch}"
         found.insert(0, Number("best accuracy", f"{best.val_accuracy:.2%}", where))
-        found.append(Number("samples a second", f"{_samples_per_s(record):,.0f}", "median of the epochs"))
+        found.append(
+            Number("samples a second", f"{record.median_samples_per_s:,.0f}", "median of the epochs")
+        )
     if record.efficiency.parallel is not None:
         efficiency = percent(record.efficiency.parallel)
         found.append(Number("parallel efficiency", efficiency, "useful time of all ranks"))
@@ -55,10 +56,10 @@ def overview(runs: Sequence[Run]) -> Table:
                 strategy(record),
                 len(record.ranks),
                 record.outcome,
-                f"{max(row.val_accuracy for row in record.epochs):.2%}" if trained else None,
+                f"{record.best.val_accuracy:.2%}" if trained else None,
                 record.wall_s,
-                median(row.wall_s for row in record.epochs) if trained else None,
-                _samples_per_s(record) if trained else None,
+                record.median_epoch_s if trained else None,
+                record.median_samples_per_s if trained else None,
                 _known(record.efficiency.parallel, percent),
             )
         )
@@ -157,10 +158,6 @@ def _samples(record: Record) -> Number:
         amiss = f"{samples.lost:,} lost, {samples.duplicated:,} twice"
         return Number("samples", amiss, f"{samples.trained:,} of {samples.expected:,} trained")
     return Number("samples", f"{samples.trained:,}", "none lost, none trained twice")
-
-
-def _samples_per_s(record: Record) -> float:
-    return median(row.train_samples / row.train_s for row in record.epochs)
 
 
 def _headings(runs: Sequence[Run]) -> tuple[str, ...]:

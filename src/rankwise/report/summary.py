@@ -47,7 +47,7 @@ def _headline(record: Record) -> str:
         f"{len(record.ranks)} rank{'s' if len(record.ranks) > 1 else ''}, {record.wall_s:.1f} s"
     )
     if record.epochs:
-        best = max(record.epochs, key=lambda row: row.val_accuracy)
+        best = record.best
         text += f"; best accuracy {best.val_accuracy:.2%} in epoch {best.epoch}"
         text += f"; samples lost {record.samples.lost}, trained twice {record.samples.duplicated}"
     return text
@@ -64,7 +64,7 @@ def _epochs(record: Record, most: int = 8) -> Table:
             f"{row.val_loss:.4f}",
             f"{row.val_accuracy:.2%}",
             f"{row.wall_s:.2f}",
-            f"{row.train_samples / row.train_s:,.0f}",
+            f"{row.samples_per_s:,.0f}",
         )
     return table
 

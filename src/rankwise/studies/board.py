@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,9 +82,9 @@ class Board:
         if standing is None:
             return
         trained = (standing.epoch - 1) * samples_per_epoch + standing.samples
-        accuracy = newest_accuracy(folder)
+        epochs_done = folder.read_metrics()
         state = f"{name}: epoch {standing.epoch}/{epochs}"
-        state += "" if accuracy is None else f", accuracy {accuracy:.1%}"
+        state += f", accuracy {epochs_done[-1]['val_accuracy']:.1%}" if epochs_done else ""
         self._show(state, min(1.0, trained / (epochs * samples_per_epoch)))
 
     def finish(self, name: str, record: Record) -> None:
@@ -124,16 +123,6 @@ class Board:
 
     def _left_text(self, expected_s: float) -> str:
         return f"about {in_words(self._pace.seconds_for(expected_s))} left"
-
-
-def newest_accuracy(folder: RunFolder) -> float | None:
-    """Validation accuracy (fraction) after the last epoch that is written down."""
-    try:
-        lines = folder.metrics.read_bytes().splitlines(keepends=True)
-    except OSError:
-        return None
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return float(json.loads(whole[-1])["val_accuracy"]) if whole else None
 
 
 def in_words(seconds: float) -> str:

@@ -14,7 +14,7 @@ Measure = Callable[[Record], float]
 
 def best_accuracy(record: Record) -> float:
     """The highest validation accuracy of all epochs (fraction)."""
-    return max(row.val_accuracy for row in record.epochs)
+    return record.best.val_accuracy
 
 
 def last_accuracy(record: Record) -> float:

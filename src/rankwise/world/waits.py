@@ -121,7 +121,7 @@ def split(log: Log, rank: int) -> Split:
         late=np.where(wait[rank] > 0, blamed, rank),
         charged_ns={r: int(ns) for r, ns in enumerate(charged) if ns},
         stopped_ns=stopped_ns,
-        hidden_ns=int(_hidden(_until(log, _late(log))[rank], log[rank]).sum()),
+        hidden_ns=int(_hidden(_until(log, held_up[0].cause)[rank], log[rank]).sum()),
     )
 
 

@@ -63,7 +63,7 @@ def loss(runs: Sequence[Run]) -> Chart:
 def throughput(runs: Sequence[Run]) -> Chart:
     """Samples trained a second in each epoch, a line a run."""
     values = [
-        {"run": run.name, "epoch": row.epoch, "samples a second": row.train_samples / row.train_s}
+        {"run": run.name, "epoch": row.epoch, "samples a second": row.samples_per_s}
         for run in runs
         for row in run.record.epochs
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from rankwise.record import Record
@@ -26,7 +25,7 @@ def scaling(runs: Sequence[Run]) -> list[dict[str, Any]]:
     which there are more ranks.
     """
     ordered = sorted(runs, key=lambda run: len(run.record.ranks))
-    seconds = [median(row.wall_s for row in run.record.epochs) for run in ordered]
+    seconds = [run.record.median_epoch_s for run in ordered]
     rows = []
     for run, run_s in zip(ordered, seconds, strict=True):
         speedup = seconds[0] / run_s
