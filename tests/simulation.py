@@ -10,7 +10,7 @@ import numpy as np
 from rankwise.ledger import Ledger
 from rankwise.world import World, run_in_threads
 from rankwise.world.threads import ThreadTransport
-from rankwise.world.transport import Ended
+from rankwise.world.watch import Watch
 
 
 class Clock:
@@ -37,12 +37,14 @@ class Clock:
 class _Held:
     """An exchange that ends, in simulated time, a transfer after the last rank came that it needs."""
 
-    def __init__(self, finish: Callable[[], int], lapse_ns: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, finish: Callable[[], int]) -> None:
         self._finish = finish
-        self._lapse_ns = lapse_ns
 
-    def wait(self) -> Ended:
-        return Ended(self._finish(), *self._lapse_ns)
+    def wait(self, watch: Watch) -> int:
+        watch.look()
+        source = self._finish()
+        watch.skip()
+        return source
 
 
 class SimulatedTransport(ThreadTransport):
@@ -57,9 +59,7 @@ class SimulatedTransport(ThreadTransport):
     def _collective(self, mine: Any, needed: range, finish: Callable[[dict[int, Any]], None]) -> Any:
         number, self._number = self._number, self._number + 1
         clock = self._clock
-        began_ns = clock()
         clock.now_ns, clock.stop_ns = clock.now_ns + clock.stop_ns, 0
-        lapse_ns = (began_ns, clock()) if clock() > began_ns else (0, 0)
         # To the others it is as if this rank had come only now.
         self._board.bring(number, self.rank, (clock.now_ns, mine))
 
@@ -69,7 +69,7 @@ class SimulatedTransport(ThreadTransport):
             finish({rank: value for rank, (_, value) in brought.items()})
             return -1
 
-        return _Held(take, lapse_ns)
+        return _Held(take)
 
     def send(self, buffer: Any, dest: int, tag: int = 0) -> Any:
         self._board.post(self.rank, dest, tag, (self._clock.now_ns, buffer.copy()))

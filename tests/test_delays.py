@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
 LENGTH_S = 0.3
 ROUNDS = 3
 TOTAL_S = ROUNDS * LENGTH_S
-STOPS_S = (1.0, 1.01, 1.02)
+STOP_S = 2.0
 
 Told = dict[str, float]
 
@@ -28,7 +28,7 @@ def cases(topology: str, size: int) -> list[str]:
     stops = [(kind, rank) for kind in ("stop-training", "stop-exchange") for rank in (0, last)]
     return [
         *(f"{kind}:{rank}:{LENGTH_S}" for kind, rank in [*late, ("barriers", last)]),
-        *(f"{kind}:{rank}:{stop_s}" for kind, rank in stops for stop_s in STOPS_S),
+        *(f"{kind}:{rank}:{STOP_S}" for kind, rank in stops),
     ]
 
 
@@ -79,22 +79,15 @@ def test_a_delay_shows_up_where_it_belongs(told: dict[str, list[Told]]) -> None:
 
 
 def test_a_rank_stopped_from_outside_is_charged(told: dict[str, list[Told]]) -> None:
-    """A rank that is stopped for a second, inside an exchange too, has it outside transfer and wait, and the
-    others waited for it so long. Of three stops at random moments one may fall between two readings."""
-    charged: dict[tuple[str, float], int] = {}
-    for case, rows in told.items():
-        kind, rank, stop = case.split(":")
-        if not kind.startswith("stop"):
-            continue
-        late, stop_s = rows[int(rank)], float(stop)
-        found = late["elapsed"] - late["transfer"] - late["wait"] > 0.95 * stop_s
-        for row in rows:
-            if row is not late:
-                most_s = 1.05 * stop_s + row["elapsed"] - stop_s
-                found = found and 0.95 * stop_s < row[f"wait_on_{rank}"] < most_s
-        charged[kind, int(rank)] = charged.get((kind, int(rank)), 0) + found
-    assert charged
-    assert all(times >= 1 for times in charged.values()), charged
+    """A rank that is stopped for two seconds at any moment, inside an exchange too, has them outside transfer
+    and wait, and the others waited for it so long."""
+    stops = chosen(told, "stop-training", "stop-exchange")
+    assert stops
+    for _, late, others in stops:
+        assert late["elapsed"] - late["transfer"] - late["wait"] > 0.95 * STOP_S
+        for row in others:
+            most_s = 1.05 * STOP_S + row["elapsed"] - STOP_S
+            assert 0.95 * STOP_S < row[f"wait_on_{late['rank']}"] < most_s
 
 
 def test_a_stopwatch_with_barriers_agrees(told: dict[str, list[Told]]) -> None:

@@ -74,7 +74,7 @@ class Ledger:
         cost_ns: int = 0,
     ) -> None:
         self.clock = clock
-        self._cpu_clock = cpu_clock
+        self.cpu_clock = cpu_clock
         self._cost_ns = cost_ns
         self.start_ns = clock() if start_ns is None else start_ns
         self._mark_ns = self.start_ns
@@ -91,7 +91,7 @@ class Ledger:
         """Close the running phase, start `phase`, and return the name of the one that was closed."""
         # The CPU clock first: it is a system call, at which a rank that has used up its turn loses its
         # core, and that belongs to the phase that used it up.
-        cpu = self._cpu_clock()
+        cpu = self.cpu_clock()
         now = self.clock()
         before = self._phase
         self._totals_ns[before] += now - self._mark_ns

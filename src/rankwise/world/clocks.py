@@ -15,6 +15,7 @@ import numpy as np
 
 from rankwise.world.transport import Transport
 from rankwise.world.waits import Times
+from rankwise.world.watch import Watch
 
 ROUNDS = 16
 
@@ -49,7 +50,7 @@ class CommonClock:
         for place, leader in enumerate(self._leaders):
             if mine in (0, leader):
                 bounds[place] = self._ping_pong(leader)
-        self._transport.broadcast(bounds, 0).wait()
+        self._transport.broadcast(bounds, 0).wait(Watch())
         middles = dict(zip(self._leaders, bounds.sum(axis=1) // 2, strict=True))
         self._readings.append((self._clock(), int(middles.get(self._transport.clock_of[mine], 0))))
         errors = np.sort((bounds[:, 1] - bounds[:, 0] + 1) // 2)
@@ -72,14 +73,14 @@ class CommonClock:
         for _ in range(ROUNDS):
             if here:
                 sent_ns = self._clock()
-                self._transport.send(reading, leader, CLOCK_TAG).wait()
-                self._transport.receive(reading, leader, CLOCK_TAG).wait()
+                self._transport.send(reading, leader, CLOCK_TAG).wait(Watch())
+                self._transport.receive(reading, leader, CLOCK_TAG).wait(Watch())
                 low, high = (
                     max(low, int(reading[0]) - self._clock()),
                     min(high, int(reading[0]) - sent_ns),
                 )
             else:
-                self._transport.receive(reading, 0, CLOCK_TAG).wait()
+                self._transport.receive(reading, 0, CLOCK_TAG).wait(Watch())
                 reading[0] = self._clock()
-                self._transport.send(reading, 0, CLOCK_TAG).wait()
+                self._transport.send(reading, 0, CLOCK_TAG).wait(Watch())
         return low, high

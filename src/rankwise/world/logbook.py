@@ -11,7 +11,6 @@ from rankwise.ledger import Ledger
 from rankwise.timeline import EXCHANGE, Timeline
 from rankwise.world.clocks import CommonClock
 from rankwise.world.replay import Replay
-from rankwise.world.transport import LAPSE_NS, Ended
 from rankwise.world.waits import (
     ENTRY,
     TIMES,
@@ -98,13 +97,14 @@ class Logbook:
         """The ledger's running phase is that in which the rank does nothing but this exchange."""
         row["entered_ns"], row["entered_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
 
-    def leave(self, row: Row, ended: Ended) -> None:
-        """The exchange was over when the ledger's running phase began."""
+    def leave(self, row: Row, source: int, lapse: tuple[int, int]) -> None:
+        """The exchange was over when the ledger's running phase began; `source` is whose message came, or -1,
+        `lapse` start and end of the longest stretch in which this rank did not run."""
         row["left_ns"] = self._ledger.mark_ns
-        row["lapse_start_ns"], row["lapse_end_ns"] = _lapse(row, ended)
-        if ended.source >= 0:
-            row["peer"], row["number"] = ended.source, self._received_from[ended.source]
-            self._received_from[ended.source] += 1
+        row["lapse_start_ns"], row["lapse_end_ns"] = lapse
+        if source >= 0:
+            row["peer"], row["number"] = source, self._received_from[source]
+            self._received_from[source] += 1
 
     @property
     def due(self) -> bool:
@@ -160,15 +160,6 @@ class Logbook:
         for name in TIMES:
             translated[name] = self._clock.to_common(log[name])
         return translated
-
-
-def _lapse(row: Row, ended: Ended) -> tuple[int, int]:
-    """Start and end of the longest lapse: the transport's, or one before it began to look or after."""
-    lapses = [(ended.lapse_start_ns, ended.lapse_end_ns)]
-    if ended.until_ns:
-        unseen = ((row["entered_ns"], ended.from_ns), (ended.until_ns, row["left_ns"]))
-        lapses += [(start, end) for start, end in unseen if end - start > LAPSE_NS]
-    return max(lapses, key=lambda lapse: lapse[1] - lapse[0])
 
 
 def _blank(pattern: Pattern, size: int) -> Row:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rankwise import machine
 from rankwise.errors import LaunchError, one_line
 from rankwise.ledger import Ledger
-from rankwise.world.transport import LAPSE_NS, Buffer, Ended, Op, Pending
+from rankwise.world.transport import Buffer, Op, Pending
+from rankwise.world.watch import Watch
 from rankwise.world.world import World
 
 if TYPE_CHECKING:
@@ -21,35 +22,6 @@ SPIN_NS = 500_000
 """How long a waiting rank yields its core between polls before it starts to sleep between them."""
 
 LONGEST_NAP_NS = 1_000_000
-
-
-class _Watch:
-    """Notices the longest stretch in which this rank did not run though it wanted to."""
-
-    def __init__(self) -> None:
-        self._lapse_ns, self._lapse_end_ns = LAPSE_NS, 0
-        self._from_ns = self.begin()
-
-    def begin(self) -> int:
-        """Look away until now; returns the time."""
-        self._seen_ns, self._seen_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-        return self._seen_ns
-
-    def look(self, asleep_ns: int = 0) -> int:
-        """Look again after what the rank did since the last time; it slept for so long of it. Returns the
-        time."""
-        seen_ns, seen_cpu_ns = self._seen_ns, self._seen_cpu_ns
-        now_ns = self.begin()
-        absent_ns = now_ns - seen_ns - asleep_ns - (self._seen_cpu_ns - seen_cpu_ns)
-        if absent_ns > self._lapse_ns:
-            self._lapse_ns, self._lapse_end_ns = absent_ns, now_ns
-        return now_ns
-
-    def ended(self, source: int) -> Ended:
-        """What it has seen until the end of an exchange."""
-        end_ns = self._lapse_end_ns
-        start_ns = end_ns - self._lapse_ns if end_ns else 0
-        return Ended(source, start_ns, end_ns, self._from_ns, self._seen_ns)
 
 
 class _Pending:
@@ -65,21 +37,19 @@ class _Pending:
     ) -> None:
         self._status = mpi.Status() if receives else None
         self._buffers = buffers
-        self._watch = _Watch()
         self._request = post()
-        self._watch.look()
 
-    def wait(self) -> Ended:
-        started_ns = self._watch.begin()
+    def wait(self, watch: Watch) -> int:
+        started_ns = watch.look()
         nap_ns = 0
         while not self._request.Test(self._status):
-            if self._watch.look(nap_ns) - started_ns < SPIN_NS:
+            if watch.look(nap_ns) - started_ns < SPIN_NS:
                 os.sched_yield()
             else:
                 nap_ns = min(2 * nap_ns, LONGEST_NAP_NS) or 50_000
                 time.sleep(nap_ns / 1e9)
-        self._watch.look(nap_ns)
-        return self._watch.ended(-1 if self._status is None else self._status.Get_source())
+        watch.look(nap_ns)
+        return -1 if self._status is None else self._status.Get_source()
 
 
 class MpiTransport:
@@ -124,7 +94,7 @@ class MpiTransport:
 
     def close(self) -> None:
         if not self._mpi.Is_finalized():
-            _Pending(self._mpi, self._comm.Ibarrier).wait()
+            _Pending(self._mpi, self._comm.Ibarrier).wait(Watch())
             self._mpi.Finalize()
 
 

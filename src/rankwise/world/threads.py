@@ -12,7 +12,8 @@ import numpy as np
 
 from rankwise.errors import RankLost
 from rankwise.ledger import Ledger
-from rankwise.world.transport import Buffer, Ended, Op
+from rankwise.world.transport import Buffer, Op
+from rankwise.world.watch import Watch
 from rankwise.world.world import World
 
 T = TypeVar("T")
@@ -78,8 +79,10 @@ class _Pending:
     def __init__(self, finish: Callable[[], int]) -> None:
         self._finish = finish
 
-    def wait(self) -> Ended:
-        return Ended(self._finish())
+    def wait(self, watch: Watch) -> int:
+        source = self._finish()
+        watch.skip()
+        return source
 
 
 class ThreadTransport:

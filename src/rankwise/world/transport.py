@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
+
+from rankwise.world.watch import Watch
 
 Buffer = NDArray[Any]
 Op = Literal["sum", "max"]
 
 
-LAPSE_NS = 5_000_000
-"""A rank that polls and was not back after so long did not run: somebody stopped it, or had its core."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How an exchange ended: whose message came (a receive's source, else -1), and the longest stretch,
-    in ns on the monotonic clock, in which this rank did not run though it wanted to. The transport
-    looked from `from_ns` until `until_ns`, 0 if it cannot."""
-
-    source: int = -1
-    lapse_start_ns: int = 0
-    lapse_end_ns: int = 0
-    from_ns: int = 0
-    until_ns: int = 0
-
-
 class Pending(Protocol):
     """An exchange that goes on; its buffers are the transport's until `wait` returns."""
 
-    def wait(self) -> Ended:
-        """Come to its end. Called once."""
+    def wait(self, watch: Watch) -> int:
+        """Come to its end, looking at the watch meanwhile. Returns a receive's source, else -1. Called
+        once."""
 
 
 class Transport(Protocol):

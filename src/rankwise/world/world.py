@@ -15,6 +15,7 @@ from rankwise.world.clocks import CommonClock
 from rankwise.world.logbook import Logbook, Row
 from rankwise.world.transport import Buffer, Op, Pending, Transport
 from rankwise.world.waits import Pattern, Times
+from rankwise.world.watch import Watch
 
 
 @dataclass
@@ -40,14 +41,22 @@ class Traffic:
 class Exchange:
     """An exchange that was started and goes on in the background until `wait`."""
 
-    def __init__(self, world: World, pending: Pending, row: Row) -> None:
+    def __init__(self, world: World, pending: Pending, row: Row, watch: Watch) -> None:
         self._world = world
         self._pending = pending
         self._row = row
+        self._watch = watch
 
     def wait(self) -> int:
         """Come to its end. Returns the rank whose message was received, else -1. Called once."""
-        return self._world._finish(self._row, self._pending)
+        ledger, logbook = self._world.ledger, self._world.logbook
+        self._watch.skip()
+        with ledger.phase("transfer"):
+            logbook.enter(self._row)
+            source = self._pending.wait(self._watch)
+        self._watch.look()
+        logbook.leave(self._row, source, self._watch.lapse)
+        return source
 
 
 class World:
@@ -209,21 +218,23 @@ class World:
             self.barrier_wait_ns += self.ledger.clock() - started_ns
 
     def _start(self, row: Row, start: Callable[[], Pending]) -> Exchange:
+        watch = self._watch()
         with self.ledger.phase("transfer"):
             self.logbook.post(row)
-            return Exchange(self, start(), row)
+            pending = start()
+        watch.look()
+        return Exchange(self, pending, row, watch)
 
     def _exchange(self, row: Row, start: Callable[[], Pending]) -> int:
+        watch = self._watch()
         with self.ledger.phase("transfer"):
             self.logbook.post(row)
             self.logbook.enter(row)
-            ended = start().wait()
-        self.logbook.leave(row, ended)
-        return ended.source
+            source = start().wait(watch)
+        watch.look()
+        self.logbook.leave(row, source, watch.lapse)
+        return source
 
-    def _finish(self, row: Row, pending: Pending) -> int:
-        with self.ledger.phase("transfer"):
-            self.logbook.enter(row)
-            ended = pending.wait()
-        self.logbook.leave(row, ended)
-        return ended.source
+    def _watch(self) -> Watch:
+        # It looks from before the ledger's reading until after the next one: a stop may fall between any two.
+        return Watch(self.ledger.clock, self.ledger.cpu_clock)
