@@ -9,6 +9,7 @@ from typing import Any
 
 from rankwise.config import TrainConfig
 from rankwise.record import Record, RunFolder
+from rankwise.report.runs import different_datasets
 
 Value = str | int | float | None
 
@@ -94,13 +95,7 @@ def _names(folders: list[Path]) -> tuple[str, ...]:
 
 
 def _warnings(names: Sequence[str], records: Sequence[Record]) -> list[str]:
-    by_dataset: dict[str, list[str]] = {}
-    for name, record in zip(names, records, strict=True):
-        by_dataset.setdefault(str(_option("dataset")(record)), []).append(name)
-    found = []
-    if len(by_dataset) > 1:
-        sets = "; ".join(f"{dataset}: {', '.join(runs)}" for dataset, runs in by_dataset.items())
-        found.append(f"these runs have different datasets, so their results do not compare: {sets}")
+    found = list(different_datasets(dict(zip(names, records, strict=True))))
     for name, record in zip(names, records, strict=True):
         if record.outcome != "completed":
             why = f": {record.message}" if record.message else ""

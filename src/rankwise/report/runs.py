@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def read_runs(folders: Iterable[Path]) -> Reading:
         runs[name] = Run(name, record, tuple(_timelines(folder, record, warnings)))
     if not runs:
         raise UsageError("; ".join(warnings))
-    warnings += _unlike(runs.values())
+    warnings += different_datasets({run.name: run.record for run in runs.values()})
     return Reading(tuple(runs.values()), tuple(warnings))
 
 
@@ -59,11 +59,11 @@ def _timelines(folder: RunFolder, record: Record, warnings: list[str]) -> Iterab
             warnings.append(one_line(error))
 
 
-def _unlike(runs: Iterable[Run]) -> Iterable[str]:
-    """A warning if the runs trained on different datasets."""
+def different_datasets(runs: Mapping[str, Record]) -> Iterable[str]:
+    """A warning if runs, by their names, trained on different datasets."""
     datasets: dict[str, list[str]] = {}
-    for run in runs:
-        datasets.setdefault(run.record.config["dataset"], []).append(run.name)
+    for name, record in runs.items():
+        datasets.setdefault(record.config["dataset"], []).append(name)
     if len(datasets) > 1:
         named = "; ".join(f"{dataset}: {', '.join(names)}" for dataset, names in datasets.items())
         yield f"these runs trained on different datasets, so their figures do not compare ({named})"

@@ -42,7 +42,7 @@ class Grid:
         return page.Table(self.columns, rows, self.caption, folded)
 
     def to_csv(self) -> str:
-        """Full precision; beside a column of means the half width of the 95% interval and the seeds."""
+        """Twelve digits; beside a column of means the half width of the 95% interval and the seeds."""
         means = [any(isinstance(row[i], Estimate) for row in self.rows) for i in range(len(self.columns))]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -56,12 +56,19 @@ def _spread(
     cells: Iterable[Cell], means: list[bool], spread: Callable[[Cell], tuple[Cell, ...]]
 ) -> list[Cell]:
     return [
-        part for cell, mean in zip(cells, means, strict=True) for part in (spread(cell) if mean else (cell,))
+        part
+        for cell, mean in zip(cells, means, strict=True)
+        for part in (spread(cell) if mean else (_digits(cell),))
     ]
 
 
 def _csv_cells(cell: Cell) -> tuple[Cell, ...]:
-    return (cell.mean, cell.half_width, cell.n) if isinstance(cell, Estimate) else (cell, None, None)
+    return (_digits(cell.mean), cell.half_width, cell.n) if isinstance(cell, Estimate) else (cell, None, None)
+
+
+def _digits(cell: Cell) -> Cell:
+    """Without the noise of binary fractions: 63.02, and not 63.019999999999996."""
+    return float(f"{cell:.12g}") if isinstance(cell, float) else cell
 
 
 def _shown(cell: Cell) -> page.Cell:
