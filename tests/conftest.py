@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from rankwise import strategies
@@ -19,6 +20,9 @@ from rankwise.config import TrainConfig
 from rankwise.record import Record, RunFolder
 from rankwise.world import run_in_threads
 from rankwise.world.surroundings import mpi_environment
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")  # how long an example takes says nothing about the code
 
 MPI_SIZES = (1, 2, 3, 5)
 """3 and 5 ranks are more than the 2 cores of a small machine: they must take turns."""

@@ -114,7 +114,7 @@ def test_shared_settings_are_said_once() -> None:
     assert [line.split() for line in alone if line.startswith("dataset")] == [["dataset", "digits"]]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(st.text("abc-_0123", min_size=1, max_size=70), min_size=1, max_size=12, unique=True),
     width=st.integers(60, 200),

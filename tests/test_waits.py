@@ -375,7 +375,7 @@ def programs(draw: st.DrawFn) -> tuple[int, Program]:
     return size, program
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(programs(), st.integers(1, 10**5))
 def test_the_ideal_time_is_that_of_a_network_without_cost(
     made: tuple[int, Program], transfer_ns: int
@@ -389,7 +389,7 @@ def test_the_ideal_time_is_that_of_a_network_without_cost(
         assert slow.logbook.ideal_ns() <= slow.ledger.close().wall_ns
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(programs())
 def test_what_is_sent_is_received(made: tuple[int, Program]) -> None:
     """Over all ranks as many bytes and messages are received as were sent."""
