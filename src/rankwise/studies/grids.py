@@ -48,7 +48,7 @@ class Grid:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_spread(self.columns, means, lambda name: (name, f"{name}, half width", "seeds")))
         for row in self.rows:
-            writer.writerow(_spread(row, means, _csv_cells))
+            writer.writerow(map(_digits, _spread(row, means, _csv_cells)))
         return text.getvalue()
 
 
@@ -56,14 +56,12 @@ def _spread(
     cells: Iterable[Cell], means: list[bool], spread: Callable[[Cell], tuple[Cell, ...]]
 ) -> list[Cell]:
     return [
-        part
-        for cell, mean in zip(cells, means, strict=True)
-        for part in (spread(cell) if mean else (_digits(cell),))
+        part for cell, mean in zip(cells, means, strict=True) for part in (spread(cell) if mean else (cell,))
     ]
 
 
 def _csv_cells(cell: Cell) -> tuple[Cell, ...]:
-    return (_digits(cell.mean), cell.half_width, cell.n) if isinstance(cell, Estimate) else (cell, None, None)
+    return (cell.mean, cell.half_width, cell.n) if isinstance(cell, Estimate) else (cell, None, None)
 
 
 def _digits(cell: Cell) -> Cell:
