@@ -33,7 +33,7 @@ from rankwise.ledger import PHASES
 from rankwise.models.replica import Replica
 from rankwise.record import RunFolder
 from rankwise.run import _make_job
-from rankwise.strategies import averaging, resolve
+from rankwise.strategies import exchange, resolve
 from rankwise.world import World, join
 
 ROUNDS = 3
@@ -72,7 +72,7 @@ def held_up(kind: str, length_s: float) -> contextlib.AbstractContextManager[Any
     if kind == "pack":
         return mock.patch.object(Replica, "pack", late(Replica.pack, length_s))
     if kind == "optimizer":
-        return mock.patch.object(averaging, "mean_of_rows", late(averaging.mean_of_rows, length_s))
+        return mock.patch.object(exchange, "add_up_rows", late(exchange.add_up_rows, length_s))
     # Somebody else stops this process in a moment, for so long.
     me, moment_s = os.getpid(), random.uniform(0.05, LATEST_STOP_S)
     script = f"sleep {moment_s}; kill -STOP {me}; sleep {length_s}; kill -CONT {me}"
@@ -135,7 +135,7 @@ def live(job: rankwise.training.Job, kind: str, length_s: float) -> None:
                 if topology == "allreduce":
                     world.allreduce(weights)
                 else:
-                    averaging.average_by_master(weights, np.eye(1, world.size)[0], world)
+                    exchange.add_up_by_master(weights, np.eye(1, world.size)[0], world)
     elif kind == "stop-training":
         epoch = 1
         while not over(world, started_s, length_s):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rankwise.world import World
+from rankwise.world.halves import from_words, to_words
 
 
 def check(world: World) -> None:
@@ -27,6 +28,11 @@ def check(world: World) -> None:
                 copy = mine.copy()
                 world.broadcast(copy, root)
                 assert np.array_equal(copy, np.arange(length) + root)
+    for kind, op in (("fp16", "sum-fp16"), ("bf16", "sum-bf16")):
+        words = to_words(np.arange(1000, dtype=np.float32) / 8 % 16 + rank, kind)
+        world.allreduce(words, op=op)
+        exact = size * (np.arange(1000) / 8 % 16) + size * (size - 1) / 2
+        assert np.allclose(from_words(words, kind), exact, rtol=size * 2.0**-7)
     assert world.allgather_object({"rank": rank}) == [{"rank": r} for r in range(size)]
     for length in (1, 7, 100_003):
         messages(world, length)

@@ -12,11 +12,20 @@ import numpy as np
 
 from rankwise.errors import RankLost
 from rankwise.ledger import Ledger
+from rankwise.world.halves import add_bf16, add_fp16
 from rankwise.world.transport import Buffer, Op
 from rankwise.world.watch import Watch
 from rankwise.world.world import World
 
 T = TypeVar("T")
+
+
+COMBINE: dict[Op, Callable[..., Any]] = {
+    "sum": np.add,
+    "max": np.maximum,
+    "sum-fp16": add_fp16,
+    "sum-bf16": add_bf16,
+}
 
 
 class _Board:
@@ -79,6 +88,9 @@ class _Pending:
     def __init__(self, finish: Callable[[], int]) -> None:
         self._finish = finish
 
+    def poll(self) -> None:
+        """It goes on by itself."""
+
     def wait(self, watch: Watch) -> int:
         source = self._finish()
         watch.skip()
@@ -91,12 +103,13 @@ class ThreadTransport:
     def __init__(self, rank: int, size: int, board: _Board) -> None:
         self.rank = rank
         self.size = size
+        self.in_threads = size > 1
         self.clock_of = [0] * size
         self._board = board
         self._number = 0
 
-    def allreduce(self, buffer: Buffer, op: Op) -> _Pending:
-        combine = np.add if op == "sum" else np.maximum
+    def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> _Pending:
+        combine = COMBINE[op]
 
         def finish(parts: dict[int, Buffer]) -> None:
             buffer[...] = parts[0]

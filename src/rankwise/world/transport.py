@@ -9,11 +9,15 @@ from numpy.typing import NDArray
 from rankwise.world.watch import Watch
 
 Buffer = NDArray[Any]
-Op = Literal["sum", "max"]
+Op = Literal["sum", "max", "sum-fp16", "sum-bf16"]
+"""The last two add up floats of 16 bits in arrays of uint16 (`world.halves`)."""
 
 
 class Pending(Protocol):
     """An exchange that goes on; its buffers are the transport's until `wait` returns."""
+
+    def poll(self) -> None:
+        """Let it go on for a moment; where nobody looks an exchange may stand still."""
 
     def wait(self, watch: Watch) -> int:
         """Come to its end, looking at the watch meanwhile. Returns a receive's source, else -1. Called
@@ -29,11 +33,17 @@ class Transport(Protocol):
 
     rank: int
     size: int
+    in_threads: bool
+    """Whether ranks are threads of one process, which share whatever a process has one of."""
+
     clock_of: list[int]
     """For each rank the lowest rank that reads the same monotonic clock, as all those of one host do."""
 
-    def allreduce(self, buffer: Buffer, op: Op) -> Pending:
-        """Combine the buffers of all ranks element by element, in place on every rank."""
+    def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> Pending:
+        """Combine the buffers of all ranks element by element, in place on every rank.
+
+        One in the `background` goes on while it is polled, another not before it is waited for.
+        """
 
     def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> Pending:
         """Put rank k's buffer into row k of `into`, which only the root has."""

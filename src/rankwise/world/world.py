@@ -47,6 +47,11 @@ class Exchange:
         self._row = row
         self._watch = watch
 
+    def poll(self) -> None:
+        """Let it go on for a moment: MPI works on an exchange in the background only when it is called."""
+        with self._world.ledger.phase("transfer"):
+            self._pending.poll()
+
     def wait(self) -> int:
         """Come to its end. Returns the rank whose message was received, else -1. Called once."""
         ledger, logbook = self._world.ledger, self._world.logbook
@@ -78,6 +83,7 @@ class World:
         self.stopping = False
         self.rank = transport.rank
         self.size = transport.size
+        self.in_threads = transport.in_threads
         self.cross_check = False
         self.barrier_wait_ns = 0
         self._clock = CommonClock(transport, self.ledger.clock)
@@ -98,7 +104,7 @@ class World:
         self.traffic.sent(buffer.nbytes)
         self.traffic.received(buffer.nbytes)
         row = self.logbook.collective(Pattern.ALL_TO_ALL, -1, buffer.nbytes)
-        return self._start(row, lambda: self._transport.allreduce(buffer, op))
+        return self._start(row, lambda: self._transport.allreduce(buffer, op, background=True))
 
     def gather(self, buffer: Buffer, root: int = 0) -> Buffer | None:
         """All buffers as rows of one array [size, *shape] in rank order on the root; None elsewhere."""
