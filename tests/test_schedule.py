@@ -1,0 +1,67 @@
+"""The learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankwise.config import TrainConfig
+from rankwise.schedule import rate_factor, scheduler
+
+
+def factor(position: float, **options: object) -> float:
+    return rate_factor(TrainConfig(**{"epochs": 10, **options}), position)
+
+
+def test_by_default_the_rate_is_left_alone() -> None:
+    """Without options nobody touches the optimiser's rate."""
+    assert scheduler(TrainConfig()) is None
+    assert scheduler(TrainConfig(warmup=1)) is not None
+
+
+def test_cosine_is_torchs() -> None:
+    """The cosine falls as torch's CosineAnnealingLR does."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    for epoch in range(10):
+        assert factor(epoch, schedule="cosine") == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_one_cycle_is_torchs() -> None:
+    """One cycle rises and falls as torch's OneCycleLR does, but to 0 at its end."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=101, cycle_momentum=False)
+    for step in range(100):
+        # torch's peak is at step 0.3 * 101 - 1, ours at 0.3 of the run: up to a hundredth of it apart.
+        assert factor(step / 10, schedule="one-cycle") == pytest.approx(theirs.get_last_lr()[0], abs=0.06)
+        optimizer.step()
+        theirs.step()
+
+
+def test_steps() -> None:
+    """The rate is divided by 10 after half, and again after three quarters."""
+    found = [factor(position, schedule="step") for position in (0, 4.9, 5.1, 7.4, 7.6, 10)]
+    assert found == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@given(st.floats(0, 10), st.integers(2, 64), st.sampled_from(["constant", "cosine", "one-cycle", "step"]))
+def test_scaling_multiplies_everything(position: float, ranks: int, schedule: str) -> None:
+    """Scaling is by the workers, a master not counted, and leaves the form of the schedule."""
+    plain = factor(position, schedule=schedule, ranks=ranks)
+    linear = factor(position, schedule=schedule, ranks=ranks, lr_scaling="linear", topology="master")
+    root = factor(position, schedule=schedule, ranks=ranks, lr_scaling="sqrt", topology="allreduce")
+    assert linear == pytest.approx(plain * (ranks - 1))
+    assert root == pytest.approx(plain * math.sqrt(ranks))
+    assert 0 <= plain <= 1
+
+
+def test_warm_up_rises_evenly() -> None:
+    """In the warm-up the rate rises evenly from 0 to what the schedule says."""
+    found = [factor(position, warmup=2) for position in (0, 0.5, 1, 2, 3)]
+    assert found == pytest.approx([0, 0.25, 0.5, 1, 1])
