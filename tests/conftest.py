@@ -91,11 +91,11 @@ class Command:
         self._cwd = cwd
         self._started: list[subprocess.Popen[str]] = []
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
         """Start a program in a session of its own."""
         process = subprocess.Popen(
             words,
-            cwd=self._cwd,
+            cwd=cwd or self._cwd,
             env=mpi_environment() | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -106,9 +106,11 @@ class Command:
         self._started.append(process)
         return process
 
-    def __call__(self, *words: str, timeout: float = 90, **environment: str) -> Finished:
+    def __call__(
+        self, *words: str, timeout: float = 90, cwd: Path | None = None, **environment: str
+    ) -> Finished:
         """Run a program to its end."""
-        process = self.start(*words, **environment)
+        process = self.start(*words, cwd=cwd, **environment)
         out, err = process.communicate(timeout=timeout)
         return Finished(process.returncode, out, err)
 

@@ -132,10 +132,11 @@ def test_flat_buffers_hold_everything(share: bool) -> None:
     momentum if it is shared; batch counts stay integers."""
     torch.manual_seed(1)
     one, two = batchnorm_replica(share), batchnorm_replica(share)
-    flat, integers = one.pack(tail=3), one.pack_integers()
+    flat, buffers, integers = one.pack(tail=3), one.pack_buffers(), one.pack_integers()
     assert (flat.dtype, integers.dtype) == (np.float32, np.int64)
     assert integers.tolist() == [1]
     two.unpack(flat)
+    two.unpack_buffers(buffers)
     two.unpack_integers(integers)
     for name, value in one.model.state_dict().items():
         other = two.model.state_dict()[name]

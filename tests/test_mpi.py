@@ -371,3 +371,40 @@ def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
     assert process.returncode == 0, screen
     for word in ("epoch 2/2", "samples/s", "loss ", "accuracy ", "left", "run folder"):
         assert word in screen.decode(errors="replace")
+
+
+@pytest.mark.parametrize("ranks", MPI_SIZES)
+def test_every_strategy_under_mpi(command: Command, ranks: int) -> None:
+    """Each strategy with each compression that it takes does under MPI what it does on threads: all samples
+    are committed, replicas agree, the ledger closes."""
+    program = Path(__file__).parent / "strategies" / "under_mpi.py"
+    done = command.mpiexec(ranks, "-m", f"tests.strategies.{program.stem}", cwd=program.parents[2])
+    assert done.code == 0, done
+    assert done.out.split() == ["ok"]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ddp_is_allreduce(command: Command, tmp_path: Path, ranks: int) -> None:
+    """PyTorch's DistributedDataParallel ends near the weights of our own allreduce: the same algorithm, but
+    for the weight of ragged last batches."""
+    for name in ("ddp", "allreduce"):
+        done = command.rankwise("train", *DIGITS, "--ranks", str(ranks), "--strategy", name, "--out", name)
+        assert done.code == 0, done
+        assert closes(record(tmp_path / name))
+    one, two = (read_weights(RunFolder(tmp_path / name)) for name in ("ddp", "allreduce"))
+    for key, value in one.items():
+        assert (value - two[key]).abs().max() < 0.02, key
+
+
+def test_the_example_of_an_own_strategy(command: Command, tmp_path: Path) -> None:
+    """examples/majority_vote.py, a strategy in a user's own file, trains with the command that it names."""
+    example = Path(__file__).parents[1] / "examples" / "majority_vote.py"
+    (tmp_path / example.name).write_text(example.read_text())
+    words = re.search(r"rankwise (train .*)", example.read_text())
+    assert words is not None
+    done = command.rankwise(*words[1].split(), "--epochs", "10", "--out", "run")
+    assert done.code == 0, done
+    run = record(tmp_path / "run")
+    assert run.best.val_accuracy > 0.9
+    assert run.samples.trained == run.samples.expected
+    assert closes(run)

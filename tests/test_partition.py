@@ -111,7 +111,13 @@ def test_rounds_agree_over_ranks(
         return deal(mode, labels=labels, workers=workers, epoch=epoch, seed=1)
 
     samplers = [
-        Sampler(shards_of, rank=rank, first_worker=int(master), batch_size=batch_size, sync_every=sync_every)
+        Sampler(
+            shards_of,
+            rank=rank,
+            first_worker=int(master),
+            batch_size=batch_size,
+            sync_every=lambda epoch: sync_every,
+        )
         for rank in range(workers + master)
     ]
     epochs = [list(sampler.batches(1)) for sampler in samplers]
@@ -120,7 +126,15 @@ def test_rounds_agree_over_ranks(
     for together in zip(*rounds, strict=True):
         assert all(np.array_equal(batch.weights, together[0].weights) for batch in together)
         assert together[0].weights.sum() == pytest.approx(1)
+    assert [batch.rounds_left for batch in rounds[0]] == list(range(len(rounds[0])))[::-1]
+    for number in range(len(rounds[0])):
+        parts = [b for batches in epochs for b in batches if b.rounds_left == len(rounds[0]) - 1 - number]
+        assert sum(batch.share for batch in parts) == pytest.approx(1)
     for rank, batches in enumerate(epochs):
+        positions = [batch.position for batch in batches]
+        assert positions == sorted(positions)
+        assert positions[0] > 0
+        assert positions[-1] < 1
         assert batches[-1].ends_round
         mine = np.concatenate([batch.indices for batch in batches])
         assert np.array_equal(mine, samplers[rank].shard(1))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from rankwise import checkpoint
+from rankwise import checkpoint, strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, DivergedError, ResumeError, StorageError
 from rankwise.ledger import PHASES
@@ -143,6 +143,45 @@ def test_resume_to_the_bit(
     assert results(whole[0]) == results(parts[0])
     assert parts[0].resumed_from_epoch == 1
     assert parts[0].samples == whole[0].samples
+
+
+COMPRESSED = [
+    {"strategy": name, "compress": compress}
+    for name in ("allreduce", "gradient-server", "local-sgd", "slowmo")
+    for compress in ("bf16", "int8", "topk:0.05", "sign", "powersgd:2")
+]
+IN_STEP = [
+    {"strategy": name} | ({"local_after": 1.0} if name == "post-local-sgd" else {})
+    for name in strategies.STRATEGIES
+    if name not in ("single", "ddp", "easgd", "downpour")
+]
+
+
+@pytest.mark.parametrize("options", [*IN_STEP, *COMPRESSED], ids=str)
+def test_every_strategy_resumes_to_the_bit(
+    config: Make, train_in_threads: Train, options: dict[str, Any]
+) -> None:
+    """Strategies in which ranks meet go on as if never stopped: outer momentum, residuals, weights of their
+    own, and the choice of neighbours and of random numbers included."""
+    options = {"ranks": 3, "train_limit": 300, **options}
+    whole = train_in_threads(config(**options, epochs=3), folder="whole")
+    train_in_threads(config(**options, epochs=1), folder="parts")
+    parts = train_in_threads(config(**options, epochs=3), folder="parts", resume=True)
+    assert same(whole[2], parts[2])
+    assert results(whole[0]) == results(parts[0])
+
+
+@pytest.mark.parametrize("name", ["easgd", "downpour"])
+def test_asynchronous_strategies_go_on(config: Make, train_in_threads: Train, name: str) -> None:
+    """After a resume each worker has its own weights again, no sample is lost, and the loss goes on down."""
+    options = {"ranks": 3, "strategy": name, "lr": 0.01}
+    train_in_threads(config(**options, epochs=2))
+    before = train_in_threads(config(**options, epochs=2), folder="same")[0].epochs[-1]
+    record, folder, _ = train_in_threads(config(**options, epochs=5), resume=True)
+    assert record.samples.trained == record.samples.expected == 5 * 1437
+    assert record.epochs[-1].val_loss < before.val_loss
+    memory = [checkpoint.newest(folder.checkpoints, print).memory_of(rank) for rank in range(3)]
+    assert [set(kept) for kept in memory] == [set(), {"weights"}, {"weights"}]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])

@@ -12,19 +12,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
+import safetensors.numpy
 import safetensors.torch
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rankwise.errors import ResumeError, StorageError, one_line
 from rankwise.models.replica import Replica
 from rankwise.storage import write_atomically
 from rankwise.world import World
+
+Memory = Mapping[str, NDArray[np.floating]]
+"""Arrays of one rank's strategy, by name."""
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
@@ -55,6 +62,14 @@ class Checkpoint:
                 f"checkpoint {self.path} does not fit this run: {one_line(error)[:300]}"
             ) from None
 
+    def memory_of(self, rank: int) -> Memory:
+        """What the strategy of a rank had to remember; nothing for a rank that was not there."""
+        path = self.path / _memory_file(rank)
+        try:
+            return safetensors.numpy.load_file(path) if path.exists() else {}
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ResumeError(f"checkpoint {path} cannot be read: {one_line(error)[:300]}") from None
+
 
 def save(
     folder: Path,
@@ -64,14 +79,16 @@ def save(
     *,
     worker: int | None,
     writers: int,
+    memory: Memory,
     keep: int,
     notes: dict[str, Any],
 ) -> None:
     """Write the checkpoint of `epoch` into `folder`; all ranks call it together.
 
     Rank 0 writes the model, the workers below `writers` their optimiser state (`worker` is this
-    rank's number among them, None for a master). The newest `keep` checkpoints stay. The folder is
-    one that all ranks see. Raises StorageError; the checkpoints before it stay.
+    rank's number among them, None if it has none), and each rank its strategy's `memory`, if any. The
+    newest `keep` checkpoints stay. The folder is one that all ranks see. Raises StorageError; the
+    checkpoints before it stay.
     """
     final = folder / f"epoch-{epoch:04d}"
     draft = folder / f".{final.name}.draft"
@@ -82,8 +99,7 @@ def save(
             draft.mkdir(parents=True)
         except OSError as error:
             raise StorageError(f"cannot write checkpoint {draft}: {error.strerror}") from error
-    if writers:
-        world.barrier()  # the folder is there
+    world.barrier()  # the folder is there
     sums = {}
     if world.rank == 0:
         sums[MODEL] = _write_tensors(draft / MODEL, replica.model.state_dict())
@@ -91,8 +107,10 @@ def save(
         assert worker is not None
         name = _worker_file(worker)
         sums[name] = _write_tensors(draft / name, replica.optimizer_state())
-    if writers:
-        sums = {name: digest for part in world.allgather_object(sums) for name, digest in part.items()}
+    if memory:
+        name = _memory_file(world.rank)
+        sums[name] = _write_tensors(draft / name, {key: torch.from_numpy(a) for key, a in memory.items()})
+    sums = {name: digest for part in world.allgather_object(sums) for name, digest in part.items()}
     if world.rank == 0:
         manifest = {"epoch": epoch, "workers": writers, "files": sums, "notes": notes}
         write_atomically(draft / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -139,6 +157,10 @@ def _folders(folder: Path) -> list[Path]:
     """Finished checkpoints, the newest first."""
     found = [path for path in folder.glob("epoch-*") if path.name[6:].isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[6:]), reverse=True)
+
+
+def _memory_file(rank: int) -> str:
+    return f"memory-{rank:04d}.safetensors"
 
 
 def _worker_file(worker: int) -> str:

@@ -76,8 +76,8 @@ def train(
 @app.command
 def reproduce(
     experiment: Annotated[
-        Literal["baseline", "replication", "processes", "batch-size", "timing", "all"],
-        Parameter(help="The paper's experiment."),
+        Literal["baseline", "replication", "processes", "batch-size", "timing", "all", "strategies"],
+        Parameter(help="The paper's experiment, all of them, or all strategies against each other."),
     ],
     /,
     *,

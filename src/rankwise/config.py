@@ -43,12 +43,14 @@ class TrainConfig(BaseModel):
     )
     strategy: str | None = Field(
         None,
-        description="How ranks keep in step: single, replication, parameter-averaging. "
-        "By default single on one rank, else parameter-averaging.",
+        description="How ranks keep in step: single, parameter-averaging, replication, allreduce, "
+        "gradient-server, local-sgd, post-local-sgd, slowmo, diloco, easgd, downpour, gossip, ddp, "
+        "paper-stopwatch, or module:Class. By default single on one rank, else parameter-averaging.",
     )
-    topology: Literal["master", "allreduce"] | None = Field(
+    topology: Literal["master", "allreduce", "ring", "exponential", "complete"] | None = Field(
         None,
-        description="master: rank 0 averages and evaluates and does not train; allreduce: all ranks train. "
+        description="master: rank 0 averages and evaluates and does not train; allreduce: all ranks train; "
+        "ring, exponential, complete: who is whose neighbour in gossip. "
         "By default the strategy's own, master for averaging.",
     )
     shards: str = Field(
@@ -67,8 +69,62 @@ class TrainConfig(BaseModel):
         "keep", description="What a synchronisation does to the optimiser's state, e.g. its momentum."
     )
     sync_every: PositiveInt | Literal["epoch"] | None = Field(
-        None, description="Steps between synchronisations, or epoch. By default the strategy's own."
+        None,
+        description="Steps between synchronisations, or epoch. By default the strategy's own. "
+        "Strategies that send gradients add them up over so many steps (gradient accumulation).",
     )
+    compress: str = Field(
+        "none",
+        description="What is sent in place of float32: fp16, bf16, int8, topk:FRACTION, sign, powersgd:RANK, "
+        "each with error feedback.",
+    )
+    local_after: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="post-local-sgd: part of the epochs in which every step is synchronised. By default 0.5.",
+    )
+    outer_lr: float | None = Field(
+        None,
+        gt=0,
+        description="Learning rate of what is averaged. By default 1 for slowmo, 0.7 for diloco.",
+    )
+    outer_momentum: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Momentum of what is averaged. By default 0.7 for slowmo, 0.9 for diloco.",
+    )
+    elasticity: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="easgd: how far all workers together pull the centre with an exchange each. "
+        "By default 0.9.",
+    )
+    max_staleness: int | None = Field(
+        None,
+        ge=0,
+        description="easgd, downpour: exchanges by which a worker may be ahead of the slowest. By default no "
+        "limit.",
+    )
+    bucket_mb: float | None = Field(
+        None,
+        gt=0,
+        description="allreduce: gradients are sent in pieces of so many megabytes, while the backward pass "
+        "still runs. By default 25.",
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="Limit of the norm of all gradients together, in each step of an optimiser."
+    )
+    schedule: Literal["constant", "cosine", "one-cycle", "step"] = Field(
+        "constant",
+        description="Learning rate over the run; step divides it by 10 after half and three quarters of it.",
+    )
+    lr_scaling: Literal["none", "linear", "sqrt"] = Field(
+        "none", description="Multiply the learning rate by the number of workers, or its square root."
+    )
+    warmup: float = Field(0.0, ge=0, description="Epochs in which the learning rate rises from 0.")
     flip: bool = Field(False, description="Mirror training images at random.")
     crop_padding: int = Field(0, ge=0, le=64, description="Pad training images by this many pixels and crop.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")

@@ -96,20 +96,25 @@ class Keeper:
 
     def save_checkpoint(self, epoch: int) -> None:
         """Write the checkpoint of `epoch`; all ranks together."""
-        workers = self._config.workers
+        synchroniser, workers = self._job.synchroniser, self._config.workers
         writers = {"keep": workers, "average": 1, "reset": 0}[self._config.optimizer_state]
+        worker = self._job.worker
+        if synchroniser.shares_optimizer:
+            writers, worker = 1, self._world.rank
         with self._world.ledger.phase("checkpoint"):
             checkpoint.save(
                 self._folder.checkpoints,
                 epoch,
-                self._job.synchroniser.replica,
+                synchroniser.replica,
                 self._world,
-                worker=self._job.worker,
+                worker=worker,
                 writers=writers if workers > 1 else 1,
+                memory=synchroniser.state.memory,
                 keep=self._config.checkpoint_keep,
                 notes={
                     "epochs": [row.model_dump() for row in self._epochs],
                     "samples": vars(self._tally),
+                    "rounds": synchroniser.state.rounds,
                     "config": self._config.model_dump(mode="json"),
                 },
             )

@@ -18,6 +18,7 @@ from rankwise.keeper import Keeper
 from rankwise.models.replica import Replica
 from rankwise.progress import Progress
 from rankwise.record import Host, Record, RunFolder
+from rankwise.schedule import scheduler
 from rankwise.strategies.synchroniser import Synchroniser, make_sampler
 from rankwise.training import Job, train
 from rankwise.world import World
@@ -57,7 +58,7 @@ def run(
     if start is None:
         keeper.save_checkpoint(0)
     else:
-        start.restore(job.synchroniser.replica, job.worker)
+        job.synchroniser.resume(start, job.worker)
     keeper.write("running")
     ledger.enter("other")
     world.settle()  # so that no waiting from before is found out in the first epoch
@@ -124,16 +125,21 @@ def _make_job(
     first_worker = 1 if config.has_master else 0
     evaluators = 1 if config.has_master else world.size
     shares = np.array_split(chosen.val_pool, evaluators)
+    entry = strategies.entry_of(config.strategy)
     replica = Replica(
-        model, make_optimizer(config, model), share_optimizer_state=config.optimizer_state == "average"
+        model,
+        make_optimizer(config, model),
+        share_optimizer_state=config.optimizer_state == "average",
+        clip_norm=config.clip_norm,
     )
-    strategy = strategies.STRATEGIES[config.strategy].build(config)
     sampler = make_sampler(config, chosen.train_pool, dataset.train.labels[chosen.train_pool], world.rank)
     expected = np.zeros(len(dataset.train.labels), np.int64)
-    expected[chosen.train_pool] = config.workers if strategy.replicates else 1
+    expected[chosen.train_pool] = config.workers if entry.replicates else 1
     return Job(
         config=config,
-        synchroniser=Synchroniser(replica, strategy, sampler, world),
+        synchroniser=Synchroniser(
+            replica, entry.build(config), sampler, world, rate_factor=scheduler(config)
+        ),
         train=dataset.train,
         validation=chosen.validation,
         val_pool=shares[world.rank] if world.rank < evaluators else chosen.val_pool[:0],

@@ -75,7 +75,7 @@ def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
     Returns the sum of the losses of its samples, and how often it trained each sample [n].
     """
     config, synchroniser = job.config, job.synchroniser
-    model, optimizer = synchroniser.replica.model, synchroniser.replica.optimizer
+    model, optimizer = synchroniser.model, synchroniser.replica.optimizer
     ledger = synchroniser.world.ledger
 
     ledger.enter("data")

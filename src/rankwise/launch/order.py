@@ -101,7 +101,7 @@ def resumed(order: Order, folder: Path, stored: Record) -> Order:
             )
             if 1 in (value, options["ranks"]):
                 # What was filled in for the other number of ranks must not be taken for a wish.
-                options |= dict.fromkeys(("strategy", "topology", "sync_every"))
+                options |= dict.fromkeys(("strategy", "topology", "sync_every", "local_after"))
     known = {name: value for name, value in options.items() if name in TrainConfig.model_fields}
     try:
         config = given.over(known).model_copy(update={"out": folder})

@@ -40,5 +40,5 @@ def prepare(config: TrainConfig, on_progress: Callable[[str, int, int], None] | 
     )
     samples = len(select(config, dataset).train_pool)
     assert config.strategy is not None
-    copies = config.workers if strategies.STRATEGIES[config.strategy].strategy.replicates else 1
+    copies = config.workers if strategies.entry_of(config.strategy).replicates else 1
     return Flight(config, samples * copies)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import ModelError, one_line, unknown_name
+from rankwise.importing import import_from
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +36,7 @@ def build(spec: str, image_shape: tuple[int, int, int], classes: int) -> nn.Modu
     import torch
 
     check(spec)
-    maker = _import(MODELS[spec][0] if spec in MODELS else spec)
+    maker = import_from(MODELS[spec][0] if spec in MODELS else spec, "model", ModelError)
     try:
         model = maker(image_shape, classes) if _takes_arguments(maker) else maker()
     except Exception as error:
@@ -61,16 +59,6 @@ def build(spec: str, image_shape: tuple[int, int, int], classes: int) -> nn.Modu
             f"model {spec} answers two images with {given}, expected scores of shape (2, {classes})"
         )
     return model.train()
-
-
-def _import(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own file in the folder where the command was given
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise ModelError(f"model {path} cannot be imported: {one_line(error)}") from error
 
 
 def _takes_arguments(maker: Any) -> bool:

@@ -15,47 +15,85 @@ from rankwise.errors import ModelError
 
 
 class Replica:
-    """A model with its optimiser, and two flat buffers of what ranks keep in step.
+    """A model with its optimiser, and flat buffers of what ranks keep in step.
 
-    The float buffer holds all parameters, then all floating-point buffers (BatchNorm's running mean
-    and variance), then, with `share_optimizer_state`, the optimiser's tensors that are shaped like
-    their parameter (momentum and the like). It is float32, or float64 if the model has any float64.
-    The integer buffer (int64) holds integer and boolean buffers (BatchNorm's batch count), which are
-    never turned into floats: ranks agree on the largest. Raises ModelError for complex numbers.
+    The weights are all parameters, then, with `share_optimizer_state`, the optimiser's tensors that are
+    shaped like their parameter (momentum and the like); they are float32, or float64 if any is.
+    The floating-point buffers (BatchNorm's running mean and variance) and the integer and boolean ones
+    (int64, BatchNorm's batch count; never turned into floats) are kept apart: training does not read
+    them. Raises ModelError for complex numbers.
+
+    `clip_norm` limits the norm of all gradients together in each `step`, None for no limit. What the
+    loop calls is `module`, the model itself unless a strategy wraps it.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, share_optimizer_state: bool = False
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        share_optimizer_state: bool = False,
+        clip_norm: float | None = None,
     ) -> None:
         self.model = model
+        self.module = model
         self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self.parameters = list(model.parameters())
         _create_state(optimizer)
-        tensors = [*model.parameters(), *model.buffers()]
+        tensors = [*self.parameters, *model.buffers()]
         if any(tensor.is_complex() for tensor in tensors):
             raise ModelError("the model holds complex numbers, expected floats and integers")
-        floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+        weights = [parameter.detach() for parameter in self.parameters]
         if share_optimizer_state:
-            floats += self.optimizer_tensors()
-        integers = [tensor.detach() for tensor in tensors if not tensor.is_floating_point()]
-        wide = any(tensor.dtype == torch.float64 for tensor in floats)
-        self._floats = _Flat(floats, torch.float64 if wide else torch.float32)
-        self._integers = _Flat(integers, torch.int64)
+            weights += self.optimizer_tensors()
+        buffers = [buffer.detach() for buffer in model.buffers()]
+        floats = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self._weights = _Flat(weights, _wide(weights))
+        self._buffers = _Flat(floats, _wide(floats))
+        self._integers = _Flat([b for b in buffers if not b.is_floating_point()], torch.int64)
+        self._all = [*weights, *buffers]
+
+    @property
+    def size(self) -> int:
+        """Numbers in all parameters."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def step(self) -> None:
+        """The optimiser's step with the gradients that are there."""
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimizer.step()
 
     def pack(self, tail: int = 0) -> NDArray[np.floating]:
-        """A copy of everything floating-point as one flat array, with `tail` free places at its end."""
-        return self._floats.pack(tail)
+        """The weights as one flat array, with `tail` free places at its end, in the same memory each time."""
+        return self._weights.pack(tail)
 
     def unpack(self, flat: NDArray[np.floating]) -> None:
-        """Overwrite everything floating-point from a flat array; a longer one's tail is left alone."""
-        self._floats.unpack(flat)
+        """Overwrite the weights from a flat array; a longer one's tail is left alone."""
+        self._weights.unpack(flat)
+
+    def pack_buffers(self) -> NDArray[np.floating]:
+        """The floating-point buffers as one flat array, empty for a model without BatchNorm and the like."""
+        return self._buffers.pack(0)
+
+    def unpack_buffers(self, flat: NDArray[np.floating]) -> None:
+        """Overwrite the floating-point buffers from a flat array."""
+        self._buffers.unpack(flat)
 
     def pack_integers(self) -> NDArray[np.int64]:
-        """A copy of the integer buffers as one flat int64 array, empty for most models."""
+        """The integer buffers as one flat int64 array, empty for most models."""
         return self._integers.pack(0)
 
     def unpack_integers(self, flat: NDArray[np.int64]) -> None:
         """Overwrite the integer buffers from a flat array."""
         self._integers.unpack(flat)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all that a step changes."""
+        return Snapshot(
+            [(tensor, tensor.clone()) for tensor in [*self._all, *self.optimizer_state().values()]]
+        )
 
     def optimizer_tensors(self) -> list[Tensor]:
         """The optimiser's tensors that are shaped like their parameter, in a fixed order."""
@@ -91,6 +129,18 @@ class Replica:
                     value.zero_()
 
 
+class Snapshot:
+    """What a replica was; `restore` makes it so again."""
+
+    def __init__(self, copies: list[tuple[Tensor, Tensor]]) -> None:
+        self._copies = copies
+
+    def restore(self) -> None:
+        """Overwrite the replica."""
+        for tensor, copy in self._copies:
+            tensor.copy_(copy)
+
+
 class _Flat:
     """Several tensors as one flat array; the staging memory is allocated once."""
 
@@ -116,6 +166,10 @@ class _Flat:
     def _views(self, flat: Tensor) -> Iterable[Tensor]:
         parts = torch.split(flat[: self._size], [tensor.numel() for tensor in self._tensors])
         return (part.view(tensor.shape) for part, tensor in zip(parts, self._tensors, strict=True))
+
+
+def _wide(tensors: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -2,71 +2,178 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rankwise import compression, machine
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, unknown_name
-from rankwise.strategies.averaging import ParameterAveraging, Replication
-from rankwise.strategies.base import State, Strategy
+from rankwise.importing import import_from
+from rankwise.strategies.asynchronous import EASGD, Downpour
+from rankwise.strategies.averaging import ParameterAveraging
+from rankwise.strategies.base import State, Strategy, start_alike
+from rankwise.strategies.gossip import Gossip
+from rankwise.strategies.gradients import GradientAveraging
+from rankwise.strategies.peer import Peer
 from rankwise.strategies.single import Single
 from rankwise.strategies.stopwatch import PaperStopwatch
+
+OPTIONS = {
+    "optimizer_state": "keep",
+    "compress": "none",
+    "local_after": None,
+    "outer_lr": None,
+    "outer_momentum": None,
+    "elasticity": None,
+    "max_staleness": None,
+    "bucket_mb": None,
+}
+"""Options that only some strategies take, each with the value that asks for nothing."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A strategy's class, its topologies (the first is the default) and what else it is made of."""
+    """A strategy under one of its names.
+
+    It takes those of OPTIONS for which the class has a field, without what it `hides`. `settings` are
+    values of fields under this name, which the user's options override. `topologies` (the first is the
+    default) and `sync_every` are the class's own unless given. With `replicates` every worker trains on all
+    samples instead of a shard; with `local_after` all epochs before that part of the run are synchronous.
+    """
 
     strategy: type[Strategy]
-    topologies: tuple[str, ...]
-    sync_every: int | str | None
-    options: tuple[str, ...] = field(default=())
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    topologies: tuple[str, ...] = ()
+    sync_every: int | str | None = None
+    replicates: bool = False
+    local_after: float | None = None
+    hides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "topologies", self.topologies or self.strategy.topologies)
+        object.__setattr__(self, "sync_every", self.sync_every or self.strategy.sync_every)
+
+    def takes(self, option: str) -> bool:
+        """Whether an option of OPTIONS means anything to it."""
+        if option == "local_after":
+            return self.local_after is not None
+        return option in self._fields and option not in self.hides
 
     def build(self, config: TrainConfig) -> Strategy:
         """The strategy with this configuration's options."""
-        values: dict[str, Any] = {name: getattr(config, name) for name in self.options}
-        return self.strategy(**values)
+        given = {name: getattr(config, name, None) for name in self._fields if name not in self.hides}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return self.strategy(**{**self.settings, **chosen})
+
+    @property
+    def _fields(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self.strategy)]  # type: ignore[arg-type]
 
 
-_AVERAGING = {
-    "topologies": ("master", "allreduce"),
-    "sync_every": "epoch",
-    "options": ("topology", "optimizer_state"),
-}
+_OUTER = ("outer_lr", "outer_momentum")
+_LOCAL: dict[str, Any] = {"topologies": ("allreduce", "master"), "sync_every": 8}
 
 STRATEGIES: dict[str, Entry] = {
-    "single": Entry(Single, topologies=(), sync_every=None),
-    "replication": Entry(Replication, **_AVERAGING),  # type: ignore[arg-type]
-    "parameter-averaging": Entry(ParameterAveraging, **_AVERAGING),  # type: ignore[arg-type]
-    "paper-stopwatch": Entry(PaperStopwatch, **_AVERAGING | {"topologies": ("master",)}),  # type: ignore[arg-type]
+    "single": Entry(Single),
+    "parameter-averaging": Entry(ParameterAveraging, hides=_OUTER),
+    "replication": Entry(ParameterAveraging, replicates=True, hides=_OUTER),
+    "paper-stopwatch": Entry(PaperStopwatch, hides=(*_OUTER, "compress")),
+    "allreduce": Entry(GradientAveraging, topologies=("allreduce",)),
+    "gradient-server": Entry(GradientAveraging, topologies=("master",), hides=("bucket_mb",)),
+    "local-sgd": Entry(ParameterAveraging, **_LOCAL, hides=_OUTER),
+    "post-local-sgd": Entry(ParameterAveraging, **_LOCAL, hides=_OUTER, local_after=0.5),
+    "slowmo": Entry(ParameterAveraging, {"outer_lr": 1.0, "outer_momentum": 0.7, "by_rate": True}, **_LOCAL),
+    "diloco": Entry(
+        ParameterAveraging,
+        {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov_outside": True},
+        **_LOCAL | {"sync_every": 32},
+    ),
+    "easgd": Entry(EASGD),
+    "downpour": Entry(Downpour),
+    "gossip": Entry(Gossip),
+    "ddp": Entry(Peer),
 }
+
+
+def entry_of(name: str) -> Entry:
+    """The strategy of this name, or a user's own, ``module:Class``. Raises ConfigError."""
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
+        raise ConfigError(unknown_name("strategy", name, [*STRATEGIES, "module:Class"]))
+    found = import_from(name, "strategy", ConfigError)
+    fits = isinstance(found, type) and issubclass(found, Strategy) and dataclasses.is_dataclass(found)
+    if not fits:
+        raise ConfigError(
+            f"--strategy {name}: expected a dataclass that is a rankwise.strategies.Strategy, got {found!r}"
+        )
+    return Entry(found)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on the strategy: its name, topology and interval. Raises ConfigError."""
     name = config.strategy or ("single" if config.ranks == 1 else "parameter-averaging")
-    if name not in STRATEGIES:
-        raise ConfigError(unknown_name("strategy", name, STRATEGIES))
-    entry = STRATEGIES[name]
+    entry = entry_of(name)
     topology = config.topology or (entry.topologies[0] if entry.topologies else None)
     if topology is not None and topology not in entry.topologies:
         allowed = " or ".join(entry.topologies) or "none"
         raise ConfigError(f"--topology {topology} was given, but --strategy {name} takes {allowed}")
-    if name == "single" and config.ranks > 1:
+    _check_ranks(name, topology, config.ranks)
+    if config.sync_every not in (None, entry.sync_every):
+        if name == "single":
+            raise ConfigError("--sync-every was given, but --strategy single has nobody to synchronise with")
+        if name == "ddp":
+            raise ConfigError("--strategy ddp synchronises in each step: leave out --sync-every")
+    _check_options(name, entry, config)
+    changes = {
+        "strategy": name,
+        "topology": topology,
+        "sync_every": config.sync_every or entry.sync_every,
+        "local_after": entry.local_after if config.local_after is None else config.local_after,
+    }
+    return TrainConfig(**{**config.model_dump(), **changes})
+
+
+def _check_ranks(name: str, topology: str | None, ranks: int) -> None:
+    if name == "single" and ranks > 1:
         raise ConfigError(
-            f"--strategy single trains on one rank, but --ranks {config.ranks} was given: "
+            f"--strategy single trains on one rank, but --ranks {ranks} was given: "
             "leave out --strategy, or use --ranks 1"
         )
-    if name == "single" and config.sync_every is not None:
-        raise ConfigError("--sync-every was given, but --strategy single has nobody to synchronise with")
-    if topology == "master" and config.ranks == 1:
+    if topology == "master" and ranks == 1:
         raise ConfigError(
             "--ranks 1 with a master leaves nobody to train: use --ranks 2 or more, or --topology allreduce"
         )
-    sync_every = config.sync_every or entry.sync_every
-    return TrainConfig(
-        **{**config.model_dump(), "strategy": name, "topology": topology, "sync_every": sync_every}
-    )
+    if name == "gossip" and ranks == 1:
+        raise ConfigError(
+            "--strategy gossip needs a neighbour, but --ranks 1 was given: use --ranks 2 or more"
+        )
 
 
-__all__ = ["STRATEGIES", "Entry", "State", "Strategy", "resolve"]
+def _check_options(name: str, entry: Entry, config: TrainConfig) -> None:
+    compression.parse(config.compress)
+    for option, nothing in OPTIONS.items():
+        if name == "single" and option == "optimizer_state":
+            continue  # about synchronisations, of which there are none: presets may say it all the same
+        value = getattr(config, option)
+        if value != nothing and not entry.takes(option):
+            takers = [other for other, its in STRATEGIES.items() if its.takes(option)]
+            raise ConfigError(
+                f"--{option.replace('_', '-')} {value} was given, but --strategy {name} does not take it; "
+                f"these do: {', '.join(takers)}"
+            )
+    if config.compress != "none" and config.optimizer_state == "average":
+        raise ConfigError(
+            "--compress and --optimizer-state average do not go together: use --optimizer-state keep or reset"
+        )
+    if config.bucket_mb is not None and config.bucket_mb * 1e6 > machine.memory_bytes():
+        raise ConfigError(
+            f"--bucket-mb {config.bucket_mb} was given, but this machine has "
+            f"{machine.memory_bytes() / 1e6:.0f} MB of memory"
+        )
+
+
+__all__ = ["STRATEGIES", "Entry", "State", "Strategy", "entry_of", "resolve", "start_alike"]

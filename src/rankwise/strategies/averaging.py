@@ -1,22 +1,36 @@
-"""Averaging of weights every so many steps: the paper's exchange, with a master or without."""
+"""Averaging of weights every so many steps: the paper's exchange, local SGD, and its relatives."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy
+from rankwise.strategies.base import Flat, State, Strategy, start_alike
+from rankwise.strategies.exchange import Reduction
 from rankwise.world import World
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
 
-Flat = NDArray[np.floating]
+
+@dataclass(frozen=True)
+class RoundState(State):
+    """`reduction` is how ranks add up; `about` are the weights that the last round ended with, where somebody
+    needs them."""
+
+    reduction: Reduction | None = None
+    about: Flat | None = None
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What a round agreed on: the mean of all weights, and the state that the exchange left."""
+
+    flat: Flat
+    state: State
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -24,94 +38,92 @@ class ParameterAveraging(Strategy):
     """Workers train on their own; at the end of a round their weights are averaged.
 
     The mean is weighted by the samples that each worker trained in the round (McMahan et al. 2017,
-    arXiv:1602.05629), so uneven shards count by their size. Floating-point buffers are averaged like
-    weights; of integer buffers the largest is taken. `optimizer_state`: each worker keeps its own,
-    or it is averaged too, or forgotten (the paper makes a new optimiser each epoch).
+    arXiv:1602.05629), so uneven shards count by their size. `optimizer_state`: each worker keeps its
+    own, or it is averaged too, or forgotten (the paper makes a new optimiser each epoch).
+
+    An outer optimiser may stand between two rounds. With x the weights after the last one, m the mean,
+    momentum b, rate a, and d = x - m, it takes SGD's step with d as its gradient:
+
+        u <- b u + d,  x <- x - a u        x <- x - a (d + b u) with `nesterov`
+
+    Rate 1 and no momentum are plain averaging. SlowMo (Wang et al. 2020, arXiv:1910.00643) divides d by
+    the workers' learning rate in u (`by_rate`); DiLoCo (Douillard et al. 2023, arXiv:2311.08105) has
+    Nesterov's form.
     """
+
+    topologies: ClassVar[tuple[str, ...]] = ("master", "allreduce")
+    sync_every: ClassVar = "epoch"
 
     topology: Literal["master", "allreduce"]
     optimizer_state: Literal["keep", "average", "reset"]
+    compress: str = "none"
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+    nesterov_outside: bool = False
+    by_rate: bool = False
 
     def init(self, replica: Replica, world: World) -> State:
-        flat = replica.pack()
-        world.broadcast(flat)
-        replica.unpack(flat)
-        integers = replica.pack_integers()
-        world.broadcast(integers)
-        replica.unpack_integers(integers)
-        return State()
+        start_alike(replica, world)
+        shapes = tuple(tuple(parameter.shape) for parameter in replica.parameters)
+        return RoundState(reduction=Reduction.of(self.topology, self.compress, shapes))
 
-    def step(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
-        state = self.train(state, replica, batch, world)
-        if not batch.ends_round:
-            return state
-        assert batch.weights is not None
+    def open_epoch(self, state: State, replica: Replica, world: World) -> State:
+        assert isinstance(state, RoundState)
+        assert state.reduction is not None
+        if self._steps_outside or state.reduction.compressor:
+            return replace(state, about=replica.pack().copy())
+        return state
+
+    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Averaged:
+        assert isinstance(state, RoundState)
+        assert state.reduction is not None
         with world.ledger.phase("pack"):
             # One place behind the weights carries the wish to stop, so that no extra message does.
             flat = replica.pack(tail=1)
             flat[-1] = world.stopping
-        average = average_by_master if self.topology == "master" else average_by_allreduce
-        stops = average(flat, batch.weights, world)
+            if state.reduction.compressor and state.about is not None:
+                flat[:-1] -= state.about  # what has changed is small, and can be sent with fewer bits
+            flat[:-1] *= flat.dtype.type(batch.weights[world.rank])
+        stops, after = state.reduction(flat, batch.weights, world, state)
         if stops:
             raise Interrupted(f"stopped in epoch {batch.epoch}")
+        if state.reduction.compressor and state.about is not None:
+            flat[:-1] += state.about
+        return Averaged(flat[:-1], after, replica.optimizer.param_groups[0]["lr"])
+
+    def commit(self, state: State, replica: Replica, prepared: Averaged, world: World) -> State:
+        after, flat = prepared.state, prepared.flat
+        assert isinstance(after, RoundState)
+        if self._steps_outside:
+            with world.ledger.phase("optimizer"):
+                after, flat = self._step_outside(after, flat, prepared.rate, replica.size)
         with world.ledger.phase("pack"):
             replica.unpack(flat)
-        return self.close_round(state, replica, world)
-
-    def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
-        """A worker's own step, without the others."""
-        if not len(batch):
-            return state
-        with world.ledger.phase("optimizer"):
-            replica.optimizer.step()
-        return state.trained(len(batch))
-
-    def close_round(self, state: State, replica: Replica, world: World) -> State:
-        """What is left to do once all replicas hold the mean."""
+            if after.about is not None:
+                after = replace(after, about=flat.copy())
         if self.optimizer_state == "reset":
             replica.reset_optimizer()
-        integers = replica.pack_integers()
-        if len(integers):
-            world.allreduce(integers, op="max")
-            replica.unpack_integers(integers)
-        return state.commit()
+        return after.commit()
 
+    @property
+    def _steps_outside(self) -> bool:
+        return self.outer_lr != 1 or self.outer_momentum != 0
 
-@dataclass(frozen=True)
-class Replication(ParameterAveraging):
-    """The same exchange, but every worker trains on all samples."""
-
-    replicates: ClassVar[bool] = True
-
-
-def average_by_master(flat: Flat, weights: NDArray[np.float64], world: World) -> bool:
-    """Overwrite `flat` everywhere with the weighted mean, computed by rank 0 in rank order.
-
-    `weights` [ranks], a master's own is 0. The last element is a flag, not averaged: returns whether
-    any rank set it.
-    """
-    rows = world.gather(flat, root=0)
-    if rows is not None:
-        with world.ledger.phase("optimizer"):
-            stops = rows[:, -1].any()
-            if not stops:
-                mean_of_rows(rows, weights, out=flat)
-            flat[-1] = stops
-    world.broadcast(flat, root=0)
-    return bool(flat[-1])
-
-
-def average_by_allreduce(flat: Flat, weights: NDArray[np.float64], world: World) -> bool:
-    """The same mean by one sum over all ranks; the order of the additions is MPI's."""
-    with world.ledger.phase("pack"):
-        flat[:-1] *= flat.dtype.type(weights[world.rank])
-    world.allreduce(flat)
-    return bool(flat[-1])
-
-
-def mean_of_rows(rows: Flat, weights: NDArray[np.float64], out: Flat) -> None:
-    """The weighted mean of `rows` [ranks, n], added in rank order whoever arrived first."""
-    first, *rest = np.flatnonzero(weights)
-    np.multiply(rows[first], rows.dtype.type(weights[first]), out=out)
-    for rank in rest:
-        out += rows[rank] * rows.dtype.type(weights[rank])
+    def _step_outside(
+        self, state: RoundState, mean: Flat, rate: float, parameters: int
+    ) -> tuple[RoundState, Flat]:
+        """The outer optimiser's step on the parameters; of shared optimiser state the mean is taken."""
+        assert state.about is not None
+        scale = mean.dtype.type(rate if self.by_rate else 1)
+        before = state.about[:parameters]
+        gradient = (before - mean[:parameters]) / scale
+        momentum = gradient.copy()
+        if "outer_momentum" in state.memory:
+            momentum += mean.dtype.type(self.outer_momentum) * state.memory["outer_momentum"]
+        step = (
+            gradient + mean.dtype.type(self.outer_momentum) * momentum if self.nesterov_outside else momentum
+        )
+        mean[:parameters] = before - mean.dtype.type(self.outer_lr) * scale * step
+        remembered = state.remember(outer_momentum=momentum)
+        assert isinstance(remembered, RoundState)
+        return remembered, mean

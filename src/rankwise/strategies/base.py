@@ -1,11 +1,14 @@
-"""What every strategy is: `init` and `step` with explicit state."""
+"""What every strategy is: a start, and a step with explicit state that is prepared and then committed."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rankwise.data.sampler import Batch
 from rankwise.world import World
@@ -13,20 +16,24 @@ from rankwise.world import World
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
 
+Flat = NDArray[np.floating]
+
 
 @dataclass(frozen=True)
 class State:
-    """What a strategy knows between two steps.
+    """What a strategy knows between two steps. Frozen, so that a step leaves the state before it as it was.
 
     A sample counts as trained once its update is in a committed synchronisation: `pending` samples
     are trained but not yet committed, `committed` ones are. Both count this rank's own samples.
-    `measured` is what the strategy wants in the record of its rank, by name with unit.
+    `measured` is what the strategy wants in the record of its rank, by name with unit. `memory` holds
+    this rank's arrays that a checkpoint must keep, by name.
     """
 
     rounds: int = 0
     committed: int = 0
     pending: int = 0
     measured: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, Flat] = field(default_factory=dict)
 
     def trained(self, samples: int) -> State:
         """After `samples` more were trained here."""
@@ -36,21 +43,94 @@ class State:
         """After a synchronisation that holds everything pending."""
         return replace(self, rounds=self.rounds + 1, committed=self.committed + self.pending, pending=0)
 
+    def remember(self, **arrays: Flat) -> State:
+        """With these arrays in its memory."""
+        return replace(self, memory={**self.memory, **arrays})
+
 
 class Strategy(ABC):
-    """A way to keep ranks in step. Frozen: all that changes is in the state and the replica."""
+    """A way to keep ranks in step. Frozen: all that changes is in the state and the replica.
 
-    replicates: ClassVar[bool] = False
-    """Whether every worker trains on all samples instead of a shard."""
+    A subclass is a frozen dataclass. Fields that are named like options of `rankwise train` are filled
+    from them. A step has three parts, so that it can be undone: `train` is this rank's own and is never
+    taken back; `prepare`, at the end of a round, exchanges, and fails if a rank is lost; `commit` takes
+    over what was prepared, without an exchange, and cannot fail.
+    """
+
+    topologies: ClassVar[tuple[str, ...]] = ("allreduce",)
+    """Topologies it knows; the first is the default."""
+
+    sync_every: ClassVar[int | str | None] = 1
+    """Steps between synchronisations unless the user says so, or ``epoch``."""
+
+    shares_optimizer: ClassVar[bool] = False
+    """Whether rank 0's optimiser state is that of all ranks."""
 
     @abstractmethod
     def init(self, replica: Replica, world: World) -> State:
         """Bring all replicas to the same start; called once by all ranks together."""
 
-    @abstractmethod
-    def step(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
-        """Use the gradients of `batch` (none if it is empty) and synchronise where that is due.
+    def expect(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
+        """Get ready for the gradients of a batch that is about to be trained."""
+        return
 
-        Returns the state after it. Raises Interrupted, on all ranks at the same step, when
-        `world.stopping` was set on any of them; what was not committed by then is dropped.
+    def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
+        """What this rank does by itself with the gradients of `batch`, if it holds any samples: a step of its
+        optimiser, unless a strategy has other plans for them."""
+        if not len(batch):
+            return state
+        with world.ledger.phase("optimizer"):
+            replica.step()
+        return state.trained(len(batch))
+
+    @abstractmethod
+    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Any:
+        """Exchange at the end of a round; returns what `commit` needs.
+
+        Raises Interrupted, on all ranks at the same step, when `world.stopping` was set on any of them;
+        what was not committed by then is dropped.
         """
+
+    @abstractmethod
+    def commit(self, state: State, replica: Replica, prepared: Any, world: World) -> State:
+        """Take over what was prepared. Arrays in the old state's memory are left as they are."""
+
+    def open_epoch(self, state: State, replica: Replica, world: World) -> State:
+        """Before an epoch's first batch, also after a resume; all ranks together."""
+        return state
+
+    def close_epoch(
+        self, state: State, replica: Replica, weights: NDArray[np.float64], world: World
+    ) -> State:
+        """After an epoch's last round: leave in all replicas what is to be evaluated and saved.
+
+        `weights` [ranks] are the shares of the ranks in the epoch's samples. All ranks together.
+        """
+        agree_on_buffers(replica, weights, world)
+        return state
+
+
+def start_alike(replica: Replica, world: World) -> None:
+    """Give all ranks the weights and buffers of rank 0."""
+    weights, buffers, integers = replica.pack(), replica.pack_buffers(), replica.pack_integers()
+    for flat in (weights, buffers, integers):
+        if flat.size:
+            world.broadcast(flat)
+    replica.unpack(weights)
+    replica.unpack_buffers(buffers)
+    replica.unpack_integers(integers)
+
+
+def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: World) -> None:
+    """Floating-point buffers become their weighted mean, integer ones the largest.
+
+    Training does not read them, so once an epoch, before it is evaluated, is enough.
+    """
+    buffers, integers = replica.pack_buffers(), replica.pack_integers()
+    if buffers.size:
+        buffers *= buffers.dtype.type(weights[world.rank])
+        world.allreduce(buffers)
+        replica.unpack_buffers(buffers)
+    if integers.size:
+        world.allreduce(integers, op="max")
+        replica.unpack_integers(integers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
@@ -18,12 +18,19 @@ if TYPE_CHECKING:
 class Single(Strategy):
     """Plain training; each step commits itself."""
 
+    topologies: ClassVar = ()
+    sync_every: ClassVar = None
+
     def init(self, replica: Replica, world: World) -> State:
         return State()
 
-    def step(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
+    def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
+        trained = super().train(state, replica, batch, world)
+        return trained.commit() if len(batch) else trained
+
+    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
         if world.stopping:
             raise Interrupted(f"stopped in epoch {batch.epoch}")
-        with world.ledger.phase("optimizer"):
-            replica.optimizer.step()
-        return state.trained(len(batch)).commit()
+
+    def commit(self, state: State, replica: Replica, prepared: None, world: World) -> State:
+        return state

@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.averaging import Flat, ParameterAveraging, mean_of_rows
-from rankwise.strategies.base import State
+from rankwise.strategies.averaging import Averaged, ParameterAveraging
+from rankwise.strategies.base import Flat, State
+from rankwise.strategies.exchange import add_up_rows
 from rankwise.world import World
 
 if TYPE_CHECKING:
@@ -52,32 +53,39 @@ class PaperStopwatch(ParameterAveraging):
     exchange is the author's.
     """
 
-    def step(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
-        state = self.train(state, replica, batch, world)
-        if not batch.ends_round:
-            return state
+    topologies: ClassVar[tuple[str, ...]] = ("master",)
+
+    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Averaged:
         watch = _Stopwatch(world.ledger.clock)
         exchange = _as_master if world.rank == 0 else _as_worker
-        if exchange(replica, batch, world, watch):
+        flat = exchange(replica, batch, world, watch)
+        if flat[-1]:
             raise Interrupted(f"stopped in epoch {batch.epoch}")
-        total_s = state.measured.get(MEASURED, 0.0) + watch.elapsed_ns / 1e9
-        return replace(self.close_round(state, replica, world), measured={MEASURED: total_s})
+        return Averaged(flat[:-1], _timed(state, watch), replica.optimizer.param_groups[0]["lr"])
+
+    def commit(self, state: State, replica: Replica, prepared: Averaged, world: World) -> State:
+        watch = _Stopwatch(world.ledger.clock)
+        with watch.running():
+            state = super().commit(state, replica, prepared, world)
+        return _timed(state, watch)
 
 
-def _as_worker(replica: Replica, batch: Batch, world: World, watch: _Stopwatch) -> bool:
+def _timed(state: State, watch: _Stopwatch) -> State:
+    total_s = state.measured.get(MEASURED, 0.0) + watch.elapsed_ns / 1e9
+    return replace(state, measured={MEASURED: total_s})
+
+
+def _as_worker(replica: Replica, batch: Batch, world: World, watch: _Stopwatch) -> Flat:
     with watch.running():
         with world.ledger.phase("pack"):
             flat = replica.pack(tail=1)
             flat[-1] = world.stopping
         world.send(flat, 0)
     world.receive(flat, 0)
-    with watch.running(), world.ledger.phase("pack"):
-        replica.unpack(flat)
-    return bool(flat[-1])
+    return flat
 
 
-def _as_master(replica: Replica, batch: Batch, world: World, watch: _Stopwatch) -> bool:
-    assert batch.weights is not None
+def _as_master(replica: Replica, batch: Batch, world: World, watch: _Stopwatch) -> Flat:
     with world.ledger.phase("pack"):
         flat = replica.pack(tail=1)
         flat[-1] = world.stopping
@@ -91,10 +99,9 @@ def _as_master(replica: Replica, batch: Batch, world: World, watch: _Stopwatch) 
         stops = rows[:, -1].any()
         if not stops:
             with world.ledger.phase("optimizer"):
-                mean_of_rows(rows, batch.weights, out=flat)
-            with world.ledger.phase("pack"):
-                replica.unpack(flat)
+                rows *= batch.weights.astype(rows.dtype)[:, None]
+                add_up_rows(rows, batch.weights, out=flat)
         flat[-1] = stops
         for worker in range(1, world.size):
             world.send(flat, worker)
-    return bool(flat[-1])
+    return flat

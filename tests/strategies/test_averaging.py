@@ -14,50 +14,14 @@ from torch.nn import functional as F
 
 from rankwise import synchronise
 from rankwise.errors import ConfigError, Interrupted, RankLost
-from rankwise.strategies.averaging import average_by_allreduce, average_by_master
+from rankwise.strategies.base import State
+from rankwise.strategies.exchange import Reduction
 from rankwise.world import World, run_in_threads, solo_world
+
+from .loops import FEATURES, LABELS, SAMPLES, assert_alike, make, step_on, train, train_all, weights_of
 
 TEAMS = [("allreduce", 1), *((topology, n) for topology in ("master", "allreduce") for n in (2, 3, 5))]
 """A master alone has nobody to train and is refused: see test_config."""
-
-SAMPLES = 203  # ragged: no worker count below divides it
-FEATURES = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(0))
-LABELS = torch.randint(0, 3, (SAMPLES,), generator=torch.Generator().manual_seed(1))
-
-
-torch.manual_seed(7)
-PROTOTYPE = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = copy.deepcopy(PROTOTYPE)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def weights_of(model: nn.Module) -> np.ndarray:
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy().copy()
-
-
-def step_on(model: nn.Module, optimizer: torch.optim.Optimizer, indices: np.ndarray) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(model(FEATURES[indices]), LABELS[indices]).backward()
-    if optimizer.param_groups:
-        optimizer.step()
-
-
-def train(world: World, epochs: int = 2, **options: Any) -> tuple[np.ndarray, np.ndarray, Any]:
-    """A user's loop; gives the weights at the end, all momentum, and the strategy's state."""
-    model, optimizer = make()
-    if world.rank:  # ranks that start apart must be brought together
-        nn.init.zeros_(model[0].weight)
-    ranks = synchronise(model, optimizer, world, samples=SAMPLES, batch_size=16, **options)
-    for epoch in range(1, epochs + 1):
-        for batch in ranks.batches(epoch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(FEATURES[batch.indices]), LABELS[batch.indices]).backward()
-            ranks.step()
-    momentum = torch.cat([tensor.flatten() for tensor in ranks.replica.optimizer_tensors()]).numpy().copy()
-    return weights_of(model), momentum, ranks.state
 
 
 def oracle(sampler: Any, workers: list[int], epochs: int, optimizer_state: str) -> np.ndarray:
@@ -103,9 +67,8 @@ def test_averaging_is_numpys(topology: str, optimizer_state: str, strategy: str,
     """After two epochs all ranks hold the weighted mean that numpy makes of plain loops on each shard,
     whatever becomes of the momentum."""
     options = {"topology": topology, "optimizer_state": optimizer_state, "strategy": strategy}
-    results = run_in_threads(ranks, lambda world: train(world, **options))
-    for weights, _, _ in results[1:]:
-        assert np.array_equal(weights, results[0][0])
+    results = train_all(ranks, **options)
+    assert_alike(results)
 
     from rankwise.config import TrainConfig
     from rankwise.strategies import resolve
@@ -119,18 +82,18 @@ def test_averaging_is_numpys(topology: str, optimizer_state: str, strategy: str,
         2,
         optimizer_state,
     )
-    assert np.allclose(results[-1][0], expected, atol=2e-6)
+    assert np.allclose(results[-1].weights, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("topology", ["master", "allreduce"])
 def test_averaging_over_one_worker_is_single(topology: str) -> None:
     """One worker's average is itself: the same bits as training alone."""
-    alone, momentum, _ = train(solo_world(), strategy="single")
+    alone = train(solo_world(), strategy="single")
     size = 2 if topology == "master" else 1
     options = {"strategy": "parameter-averaging", "topology": topology}
-    together = run_in_threads(size, lambda world: train(world, **options))[-1]
-    assert np.array_equal(alone, together[0])
-    assert np.array_equal(momentum, together[1])
+    together = train_all(size, **options)[-1]
+    assert np.array_equal(alone.weights, together.weights)
+    assert np.array_equal(alone.momentum, together.momentum)
 
 
 @pytest.mark.parametrize("optimizer_state", ["keep", "average", "reset"])
@@ -140,12 +103,13 @@ def test_the_stopwatch_changes_nothing(optimizer_state: str, ranks: int) -> None
     if ranks == 1:
         return  # a master has nobody to train
     options = {"topology": "master", "optimizer_state": optimizer_state}
-    plain = run_in_threads(ranks, lambda world: train(world, strategy="parameter-averaging", **options))
-    timed = run_in_threads(ranks, lambda world: (train(world, strategy="paper-stopwatch", **options), world))
-    for rank, ((weights, momentum, state), world) in enumerate(timed):
-        assert np.array_equal(weights, plain[rank][0])
-        assert np.array_equal(momentum, plain[rank][1])
-        assert 0 < state.measured["author_communication_s"] < world.ledger.close().wall_ns / 1e9
+    plain = train_all(ranks, strategy="parameter-averaging", **options)
+    timed = train_all(ranks, strategy="paper-stopwatch", **options)
+    for one, other in zip(timed, plain, strict=True):
+        assert np.array_equal(one.weights, other.weights)
+        assert np.array_equal(one.momentum, other.momentum)
+        wall_s = one.ranks.world.ledger.close().wall_ns / 1e9
+        assert 0 < one.ranks.state.measured["author_communication_s"] < wall_s
 
 
 @pytest.mark.parametrize("sync_every", [1, 3, 7, 100])
@@ -153,29 +117,31 @@ def test_the_stopwatch_changes_nothing(optimizer_state: str, ranks: int) -> None
 def test_rounds_commit_every_sample(sync_every: int, topology: str, ranks: int) -> None:
     """However long a round, all ranks take part in all, and each sample is committed once an epoch."""
     options = {"topology": topology, "sync_every": sync_every, "strategy": "parameter-averaging"}
-    results = run_in_threads(ranks, lambda world: train(world, epochs=3, **options))
-    states = [state for _, _, state in results]
+    results = train_all(ranks, epochs=3, **options)
+    states = [result.ranks.state for result in results]
     assert sum(state.committed for state in states) == 3 * SAMPLES
     assert all(state.pending == 0 for state in states)
     assert len({state.rounds for state in states}) == 1
-    assert all(np.array_equal(weights, results[0][0]) for weights, _, _ in results)
+    assert_alike(results)
 
 
-@pytest.mark.parametrize("average", [average_by_master, average_by_allreduce])
-def test_weights_of_the_mean(average: Any, ranks: int) -> None:
-    """Both topologies form the mean with the given weights; one whose weight is 0 has no say, not even NaN
-    with a master; a raised flag reaches everybody."""
+@pytest.mark.parametrize("topology", ["master", "allreduce"])
+def test_what_is_added_up(topology: str, ranks: int) -> None:
+    """Both topologies add up; one whose weight is 0 has no say, not even NaN with a master; a raised flag
+    reaches everybody."""
     rng = np.random.default_rng(ranks)
     rows = rng.normal(size=(ranks, 33)).astype(np.float32)
-    weights = rng.random(ranks)
-    weights /= weights.sum()
+    weights = np.ones(ranks)
+    if topology == "master" and ranks > 1:
+        rows[0], weights[0] = np.nan, 0
 
     def program(world: World, flag: int) -> tuple[np.ndarray, bool]:
         flat = np.append(rows[world.rank], np.float32(flag and world.rank == world.size - 1))
-        return flat, average(flat, weights, world)
+        stops, _ = Reduction(topology, None)(flat, weights, world, State())
+        return flat, stops
 
     for flat, stops in run_in_threads(ranks, lambda world: program(world, 0)):
-        assert np.allclose(flat[:-1], np.average(rows, axis=0, weights=weights), atol=1e-6)
+        assert np.allclose(flat[:-1], rows[weights > 0].sum(axis=0), atol=1e-5)
         assert not stops
     assert all(stops for _, stops in run_in_threads(ranks, lambda world: program(world, 1)))
 

@@ -1,0 +1,174 @@
+"""Gradients as one flat array, whose pieces go out while the backward pass still makes the next ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rankwise.strategies.base import Flat
+from rankwise.world import World
+from rankwise.world.world import Exchange
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class _Bucket:
+    """A piece of the flat array, `span`, with the gradients of the parameters in `places`, of which `missing`
+    have not come yet."""
+
+    span: slice
+    places: slice
+    missing: int = 0
+
+
+class Buckets:
+    """The gradients of a round, each batch's times its share of the round, those of the last layers first.
+
+    `flat` holds them, each tensor in the order in which it lies in memory so that nothing is turned
+    around on the way (`shapes` are theirs in that order), and a flag behind them. With more than one
+    bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass has filled it, in the
+    same order on all ranks. An exchange in the background goes on only when somebody looks at it: each
+    gradient that comes later does.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], bucket_bytes: float, world: World) -> None:
+        import torch
+
+        self._world = world
+        self._parameters = [parameter for parameter in reversed(parameters) if parameter.requires_grad]
+        wide = any(parameter.dtype == torch.float64 for parameter in self._parameters)
+        sizes = [parameter.numel() for parameter in self._parameters]
+        self._tensor = torch.zeros(sum(sizes) + 1, dtype=torch.float64 if wide else torch.float32)
+        self.flat: Flat = self._tensor.numpy()
+        orders = [_memory_order(parameter) for parameter in self._parameters]
+        self.shapes = tuple(
+            tuple(parameter.shape[axis] for axis in order)
+            for parameter, order in zip(self._parameters, orders, strict=True)
+        )
+        parts = torch.split(self._tensor[:-1], sizes)
+        self._views = [
+            part.view(shape).permute([order.index(axis) for axis in range(len(order))])
+            for part, shape, order in zip(parts, self.shapes, orders, strict=True)
+        ]
+        self._given = False
+        self._buckets = _cut(sizes, bucket_bytes // self.flat.itemsize)
+        self._under_way: list[Exchange] = []
+        self._next = 0
+        self._share = 0.0
+        self._holds_some = self._sends = False
+        if len(self._buckets) > 1:
+            for bucket in self._buckets:
+                for parameter in self._parameters[bucket.places]:
+                    parameter.register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
+
+    def expect(self, share: float, *, sends: bool) -> None:
+        """The next backward pass is of a batch with this share, the last of its round if it `sends`."""
+        if self._given:  # or the backward pass would add to what is in the flat array
+            for parameter in self._parameters:
+                parameter.grad = None
+            self._given = False
+        self._share = share
+        self._sends = sends and len(self._buckets) > 1
+        for bucket in self._buckets:
+            bucket.missing = len(self._parameters[bucket.places])
+
+    def add(self) -> None:
+        """Take in the gradients of the batch that was expected."""
+        if self._sends:
+            self._send(len(self._buckets))  # also of parameters that took no part in the backward pass
+        else:
+            with self._world.ledger.phase("pack"):
+                self._take(slice(None), slice(0, -1))
+        self._holds_some = True
+
+    def close(self) -> Flat:
+        """What this rank has of the round, which ends here, with the wish to stop as its flag."""
+        if not self._holds_some:
+            self.flat[:] = 0
+        self._holds_some = False
+        self.flat[-1] = self._world.stopping
+        return self.flat
+
+    def reduce(self) -> bool:
+        """Add the round up over all ranks: what is still here, and what is under way. Returns whether any
+        rank wished to stop."""
+        if len(self._buckets) == 1:
+            self._world.allreduce(self.close())
+        else:
+            if not self._next:  # nothing came out of a backward pass
+                self.close()
+                self._sends = False
+                self._send(len(self._buckets))
+            for exchange in self._under_way:
+                exchange.wait()
+        self._under_way.clear()
+        self._next = 0
+        self._holds_some = self._sends = False
+        return bool(self.flat[-1])
+
+    def give(self) -> None:
+        """Make what is in the flat array the parameters' gradients, until the next batch is expected."""
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view.to(parameter.dtype)
+        self._given = True
+
+    def _hook(self, bucket: _Bucket) -> Callable[[Tensor], None]:
+        def came(_: Tensor) -> None:
+            if not self._sends:
+                return
+            bucket.missing -= 1
+            full = self._next
+            while full < len(self._buckets) and not self._buckets[full].missing:
+                full += 1
+            self._send(full)
+            if self._under_way:
+                self._under_way[-1].poll()
+
+        return came
+
+    def _send(self, until: int) -> None:
+        """Send the buckets before `until` that are still here."""
+        for bucket in self._buckets[self._next : until]:
+            if self._sends:
+                with self._world.ledger.phase("pack"):
+                    self._take(bucket.places, slice(bucket.span.start, bucket.span.stop))
+            span = bucket.span
+            if bucket is self._buckets[-1]:
+                self.flat[-1] = self._world.stopping
+                span = slice(span.start, len(self.flat))
+            self._under_way.append(self._world.start_allreduce(self.flat[span]))
+        self._next = max(self._next, until)
+
+    def _take(self, places: slice, span: slice) -> None:
+        """Put some parameters' gradients, times the share, into their place, or add them to what is there."""
+        import torch
+
+        parameters, views = self._parameters[places], self._views[places]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        if self._holds_some:
+            torch._foreach_add_(views, gradients, alpha=self._share)
+        else:
+            torch._foreach_copy_(views, gradients)
+            self._tensor[span].mul_(self._share)
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """Its axes, the one with the longest way between neighbours first."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
+def _cut(sizes: list[int], most: float) -> list[_Bucket]:
+    """Buckets of whole parameters, of at most so many numbers unless one parameter has more."""
+    buckets = [_Bucket(slice(0, 0), slice(0, 0))]
+    end = 0
+    for place, size in enumerate(sizes):
+        start, end = end, end + size
+        last = buckets[-1]
+        if last.span.stop > last.span.start and end - last.span.start > most:
+            buckets.append(_Bucket(slice(start, end), slice(place, place + 1)))
+        else:
+            last.span, last.places = slice(last.span.start, end), slice(last.places.start, place + 1)
+    return buckets

@@ -1,0 +1,105 @@
+"""A master that serves whoever comes: against references, and whether it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rankwise import synchronise
+from rankwise.errors import Interrupted
+from rankwise.strategies.asynchronous import EASGD, Downpour
+from rankwise.world import World, run_in_threads
+
+from .loops import BATCH, SAMPLES, gradients, make, set_weights, step_on, train_all, weights_of
+
+
+def reference(
+    strategy: str, batches: list[np.ndarray], epochs: int, every: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One worker and its centre, written out: with one worker the order of exchanges is known."""
+    model, optimizer = make()
+    centre = weights_of(model).astype(np.float64)
+    per_epoch = len(batches) // epochs
+    for epoch in range(epochs):
+        mine = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
+        for start in range(0, len(mine), every):
+            before = weights_of(model)
+            for batch in mine[start : start + every]:
+                step_on(model, optimizer, batch)
+            x = weights_of(model)
+            if strategy == "easgd":
+                pull = 0.9 * (x - centre)
+                centre, x = centre + pull, x - pull
+            else:
+                centre = centre + (x - before)
+                x = centre
+            set_weights(model, x.astype(np.float32))
+    return centre, weights_of(model)
+
+
+@pytest.mark.parametrize("strategy", ["easgd", "downpour"])
+def test_one_worker_and_its_centre(strategy: str) -> None:
+    """With one worker both hold what the reference holds."""
+    master, worker = train_all(2, 4, strategy=strategy, sync_every=3)
+    centre, x = reference(strategy, worker.seen, 4, 3)
+    assert np.allclose(master.weights, centre, atol=1e-5)
+    assert np.allclose(worker.weights, x, atol=1e-5)
+
+
+def test_rules_are_the_papers() -> None:
+    """EASGD moves centre and worker towards each other by the same amount; Downpour adds what changed."""
+    rng = np.random.default_rng(0)
+    x, fetched, centre = (rng.normal(size=7).astype(np.float32) for _ in range(3))
+    easgd, before = EASGD(elasticity=0.8), centre.copy()
+    reply = easgd.serve(centre, easgd.message(x, fetched), workers=4)
+    assert np.allclose(centre, before + 0.2 * (x - before), atol=1e-6)
+    assert np.allclose(easgd.take(x, reply), x - 0.2 * (x - before), atol=1e-6)
+    downpour, before = Downpour(), centre.copy()
+    reply = downpour.serve(centre, downpour.message(x, fetched), workers=4)
+    assert np.allclose(centre, before + x - fetched, atol=1e-6)
+    assert np.array_equal(downpour.take(x, reply), centre)
+
+
+@pytest.mark.parametrize("max_staleness", [None, 0, 2])
+@pytest.mark.parametrize("sync_every", [1, 4, "epoch"])
+@pytest.mark.parametrize("strategy", ["easgd", "downpour"])
+def test_everybody_is_served(strategy: str, sync_every: Any, max_staleness: int | None, ranks: int) -> None:
+    """Whatever the order, each sample is committed once an epoch, each worker exchanges as often as it has
+    rounds, and staleness keeps its bound."""
+    if ranks == 1:
+        return  # a master has nobody to train
+    results = train_all(ranks, 3, strategy=strategy, sync_every=sync_every, max_staleness=max_staleness)
+    states = [result.ranks.state for result in results]
+    assert sum(state.committed for state in states) == 3 * SAMPLES
+    assert len({state.rounds for state in states}) == 1
+    measured = states[0].measured
+    assert measured["exchanges"] == (ranks - 1) * states[0].rounds
+    assert 0 <= measured["staleness_mean"] <= measured["staleness_max"]
+    if max_staleness is not None:
+        assert measured["staleness_max"] <= 2 * (ranks - 2) * (max_staleness + 1)
+
+
+@pytest.mark.parametrize("stopper", [0, 1, 2])
+def test_one_rank_that_stops_stops_all(stopper: int) -> None:
+    """If one rank is told to stop, worker or master, all end in the same epoch, and none hangs."""
+
+    def program(world: World) -> int:
+        model, optimizer = make()
+        ranks = synchronise(
+            model, optimizer, world, samples=SAMPLES, batch_size=BATCH, strategy="easgd", sync_every=1
+        )
+        epoch = 0
+        try:
+            for epoch in range(1, 10):
+                if (world.rank, epoch) == (stopper, 3):
+                    world.stopping = True
+                for batch in ranks.batches(epoch):
+                    gradients(model, optimizer, batch.indices)
+                    ranks.step()
+        except Interrupted:
+            return epoch
+        raise AssertionError("went on")
+
+    assert run_in_threads(3, program) == [3, 3, 3]

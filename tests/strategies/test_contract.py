@@ -1,0 +1,171 @@
+"""What every strategy must do, whatever its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rankwise import synchronise
+from rankwise.config import TrainConfig
+from rankwise.models.replica import Replica
+from rankwise.strategies import STRATEGIES, resolve
+from rankwise.strategies.synchroniser import Synchroniser, make_sampler
+from rankwise.world import World, run_in_threads
+
+from .loops import BATCH, LABELS, SAMPLES, gradients, make, train_all
+
+COMPRESSIONS = ["fp16", "bf16", "int8", "topk:0.1", "sign", "powersgd:2"]
+NAMES = [name for name in STRATEGIES if name not in ("single", "ddp")]
+"""ddp needs processes, and is tested under mpiexec."""
+
+COMPRESSED = [
+    (name, compress) for name in NAMES if STRATEGIES[name].takes("compress") for compress in COMPRESSIONS
+]
+
+
+def few(name: str) -> int:
+    """The smallest number of ranks that a strategy takes."""
+    needs_two = name == "gossip" or STRATEGIES[name].topologies[:1] == ("master",)
+    return 2 if needs_two else 1
+
+
+@pytest.mark.parametrize("samples", [5, 16, 49, SAMPLES])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_sample_is_committed_once(name: str, samples: int, ranks: int) -> None:
+    """With any number of ranks and samples, ragged shards and ranks that run out of batches included, all
+    come to the end, and each sample is committed once an epoch."""
+    if ranks < few(name):
+        return
+    results = train_all(ranks, 3, strategy=name, samples=samples)
+    workers = ranks - (resolve(TrainConfig(ranks=ranks, strategy=name)).topology == "master")
+    copies = workers if STRATEGIES[name].replicates else 1
+    states = [result.ranks.state for result in results]
+    assert sum(state.committed for state in states) == 3 * samples * copies
+    assert all(state.pending == 0 for state in states)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_uneven_shards_end_together(name: str) -> None:
+    """A worker with one sample and one with hundreds take part in the same number of rounds."""
+
+    def program(world: World) -> int:
+        config = resolve(
+            TrainConfig(ranks=world.size, strategy=name, shards="dirichlet:0.05", batch_size=4, epochs=2)
+        )
+        model, optimizer = make()
+        labels = LABELS.numpy()
+        sampler = make_sampler(config, np.arange(SAMPLES), labels, world.rank)
+        replica = Replica(model, optimizer)
+        ranks = Synchroniser(replica, STRATEGIES[name].build(config), sampler, world)
+        for epoch in (1, 2):
+            for batch in ranks.batches(epoch):
+                gradients(model, optimizer, batch.indices)
+                ranks.step()
+        return ranks.state.committed
+
+    config = resolve(TrainConfig(ranks=4, strategy=name))
+    copies = config.workers if STRATEGIES[name].replicates else 1
+    assert sum(run_in_threads(4, program)) == 2 * SAMPLES * copies
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_can_be_undone(name: str) -> None:
+    """After `undo` weights, buffers, optimiser and state are those before the last commit, to the bit."""
+
+    def program(world: World) -> None:
+        config = resolve(TrainConfig(ranks=world.size, strategy=name, sync_every=1, batch_size=BATCH))
+        model, _ = make()
+        model.add_module("norm", nn.BatchNorm1d(3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        replica = Replica(model, optimizer)
+        sampler = make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), world.rank)
+        ranks = Synchroniser(replica, STRATEGIES[name].build(config), sampler, world, undoable=True)
+        seen = []
+        original = ranks._strategy.prepare
+
+        def prepare(state: Any, *rest: Any) -> Any:
+            seen.append((state, {k: v.clone() for k, v in model.state_dict().items()},
+                         {k: v.clone() for k, v in replica.optimizer_state().items()}))  # fmt: skip
+            return original(state, *rest)
+
+        object.__setattr__(ranks._strategy, "prepare", prepare)
+        for batch in ranks.batches(1):
+            gradients(model, optimizer, batch.indices)
+            ranks.step()
+        ranks.undo()
+        state, weights, momentum = seen[-1]
+        assert ranks.state is state
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, weights[key]), key
+        for key, value in replica.optimizer_state().items():
+            assert torch.equal(value, momentum[key]), key
+        with pytest.raises(RuntimeError, match="no step to undo"):
+            ranks.undo()
+
+    run_in_threads(3, program)
+
+
+@pytest.mark.parametrize(("name", "compress"), COMPRESSED)
+def test_compression_keeps_ranks_alike(name: str, compress: str) -> None:
+    """With any compression all ranks end with the same bits, and the record has sizes and their ratio."""
+    results = train_all(3, 2, strategy=name, compress=compress)
+    for result in results[1:]:
+        assert np.array_equal(result.weights, results[0].weights)
+    measured = results[-1].ranks.state.measured
+    assert measured["compression_ratio"] == pytest.approx(
+        measured["uncompressed_bytes"] / measured["compressed_bytes"]
+    )
+    assert measured["compression_ratio"] > (1.2 if compress != "powersgd:2" else 0.9)
+
+
+@pytest.mark.parametrize("compress", ["topk:1", "powersgd:8"])
+@pytest.mark.parametrize("name", ["allreduce", "gradient-server", "local-sgd", "parameter-averaging"])
+def test_nothing_left_out_changes_nothing(name: str, compress: str) -> None:
+    """All values kept, or full rank, give what float32 gives."""
+    plain = train_all(3, 3, strategy=name)
+    full = train_all(3, 3, strategy=name, compress=compress)
+    assert np.allclose(plain[0].weights, full[0].weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_ledger_closes(name: str) -> None:
+    """Phases add up to the wall time and waiting to whom it was for, on every rank."""
+    for result in train_all(3, 2, strategy=name):
+        world = result.ranks.world
+        totals = world.ledger.close()
+        assert sum(totals.phases_ns.values()) == totals.wall_ns
+        assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+
+
+def test_learning_rates_follow_the_schedule() -> None:
+    """A user's optimiser gets the rates of the schedule, scaled, on every rank, group by group."""
+
+    def program(world: World) -> list[list[float]]:
+        model, _ = make()
+        groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.01}]
+        optimizer = torch.optim.SGD(groups, lr=1.0)
+        ranks = synchronise(
+            model, optimizer, world, samples=SAMPLES, batch_size=BATCH, strategy="allreduce",
+            epochs=4, schedule="step", lr_scaling="linear", warmup=1,
+        )  # fmt: skip
+        rates = []
+        for epoch in range(1, 5):
+            for batch in ranks.batches(epoch):
+                gradients(model, optimizer, batch.indices)
+                ranks.step()
+                rates.append([group["lr"] for group in optimizer.param_groups])
+        return rates
+
+    first, second = run_in_threads(2, program)
+    assert first == second
+    rates = np.array(first)
+    assert np.allclose(rates[:, 0], 10 * rates[:, 1])
+    steps = len(rates) // 4
+    assert np.all(np.diff(rates[:steps, 0]) > 0)
+    assert np.allclose(rates[steps : 2 * steps, 0], 0.2)
+    assert np.allclose(rates[2 * steps : 3 * steps, 0], 0.02)
+    assert np.allclose(rates[3 * steps :, 0], 0.002)

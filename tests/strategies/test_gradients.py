@@ -1,0 +1,201 @@
+"""Synchronous SGD against one process with the large batch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rankwise import synchronise
+from rankwise.errors import Interrupted
+from rankwise.world import World, run_in_threads
+
+from .loops import (
+    BATCH,
+    FEATURES,
+    LABELS,
+    RATE,
+    SAMPLES,
+    assert_alike,
+    gradients,
+    make,
+    train_all,
+    weights_of,
+)
+
+TEAMS = [("allreduce", n) for n in (1, 2, 3, 5)] + [("gradient-server", n) for n in (2, 3, 5)]
+
+
+@pytest.mark.parametrize("sync_every", [1, 3])
+@pytest.mark.parametrize(("strategy", "ranks"), TEAMS)
+def test_ranks_are_one_process_with_the_large_batch(strategy: str, ranks: int, sync_every: int) -> None:
+    """N ranks with batch b hold, after more than 50 steps, the weights of one process with the samples of all
+    of them in one batch: momentum, ragged last batches and accumulated gradients included."""
+    epochs = 20 if sync_every == 1 else 60
+    results = train_all(ranks, epochs, strategy=strategy, sync_every=sync_every)
+    assert_alike(results)
+    model, optimizer = make()
+    steps = 0
+    per_epoch = [
+        [
+            result.seen[e * len(result.seen) // epochs : (e + 1) * len(result.seen) // epochs]
+            for result in results
+        ]
+        for e in range(epochs)
+    ]
+    for batches in per_epoch:
+        rounds = max(-(-len(mine) // sync_every) for mine in batches)
+        for number in range(rounds):
+            span = slice(number * sync_every, (number + 1) * sync_every)
+            together = np.concatenate([batch for mine in batches for batch in mine[span]])
+            gradients(model, optimizer, together)
+            optimizer.step()
+            steps += 1
+    assert steps >= 50
+    assert np.allclose(results[0].weights, weights_of(model), atol=1e-5)
+    states = [result.ranks.state for result in results]
+    assert sum(state.committed for state in states) == epochs * SAMPLES
+    assert all(state.pending == 0 for state in states)
+
+
+@pytest.mark.parametrize("strategy", ["local-sgd", "gossip"])
+def test_one_step_a_round_of_plain_sgd_is_allreduce(strategy: str) -> None:
+    """Averaging weights after every plain SGD step is averaging gradients; so is gossip on a complete graph
+    where all batches are of one size."""
+    samples = 4 * BATCH * 3
+    options: dict[str, Any] = {"momentum": 0.0, "samples": samples}
+    topology = {"topology": "complete"} if strategy == "gossip" else {}
+    one = train_all(3, 5, strategy=strategy, sync_every=1, **topology, **options)
+    two = train_all(3, 5, strategy="allreduce", **options)
+    assert np.allclose(one[0].weights, two[0].weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["allreduce", "gradient-server"])
+def test_what_has_few_directions_is_sent_whole(strategy: str) -> None:
+    """One sample a rank makes gradients of rank 1, so powersgd with a direction for each worker loses only
+    what float32 does of any matrix, however the network's tensors lie in memory."""
+
+    torch.manual_seed(0)
+    prototype = nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.Flatten(), nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 9)
+    )
+
+    def trained(world: World, compress: str) -> np.ndarray:
+        model = copy.deepcopy(prototype).to(memory_format=torch.channels_last)
+        model[0].requires_grad_(requires_grad=False)  # what is frozen is not sent at all
+        optimizer = torch.optim.SGD(model[2:].parameters(), lr=RATE / 10)
+        ranks = synchronise(
+            model, optimizer, world, samples=8, batch_size=1, strategy=strategy, compress=compress
+        )
+        images = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+        for batch in ranks.batches(1):
+            optimizer.zero_grad()
+            model(images[batch.indices]).square().sum().backward()
+            ranks.step()
+        return weights_of(model)
+
+    ranks = 2 if strategy == "allreduce" else 3
+    plain, compressed = (
+        run_in_threads(ranks, lambda w, c=c: trained(w, c))[0] for c in ("none", "powersgd:2")
+    )
+    way = np.linalg.norm(plain - weights_of(prototype))
+    assert np.linalg.norm(plain - compressed) < 0.01 * way
+    assert not np.array_equal(plain, compressed)
+
+
+@pytest.mark.parametrize("bucket_mb", [1e-6, 1e-4, 1.0])
+def test_buckets_change_nothing(bucket_mb: float, ranks: int) -> None:
+    """Gradients in many small pieces, sent during the backward pass, give what one piece gives."""
+    whole = train_all(ranks, strategy="allreduce")
+    pieces = train_all(ranks, strategy="allreduce", bucket_mb=bucket_mb)
+    assert_alike(pieces)
+    assert np.allclose(whole[0].weights, pieces[0].weights, atol=1e-6)
+
+
+def test_parameters_without_gradients() -> None:
+    """Frozen parameters stay; one that takes no part in a backward pass hinders nobody."""
+
+    def program(world: World) -> tuple[np.ndarray, np.ndarray]:
+        model, _ = make()
+        model[0].bias.requires_grad_(False)
+        model.register_parameter("unused", nn.Parameter(torch.ones(5)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        ranks = synchronise(
+            model, optimizer, world, samples=SAMPLES, batch_size=BATCH, strategy="allreduce", bucket_mb=1e-6
+        )
+        before = model[0].bias.detach().clone()
+        for batch in ranks.batches(1):
+            gradients(model, optimizer, batch.indices)
+            ranks.step()
+        assert torch.equal(before, model[0].bias)
+        assert torch.equal(model.unused, torch.ones(5))
+        return weights_of(model)
+
+    one, two = run_in_threads(2, program)
+    assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("strategy", ["single", "allreduce", "gradient-server", "local-sgd"])
+def test_gradients_are_clipped_on_their_global_norm(strategy: str) -> None:
+    """With a tiny limit a step of plain SGD moves all weights together by rate times limit."""
+    size = {"allreduce": 2, "gradient-server": 2}.get(strategy, 1)
+
+    def program(world: World) -> np.ndarray:
+        model, optimizer = make(momentum=0.0)
+        options = {} if strategy == "single" else {"sync_every": 1}
+        ranks = synchronise(
+            model,
+            optimizer,
+            world,
+            samples=BATCH,
+            batch_size=BATCH,
+            strategy=strategy,
+            clip_norm=1e-3,
+            **options,
+        )
+        before = weights_of(model)
+        for batch in ranks.batches(1):
+            gradients(model, optimizer, batch.indices)
+            ranks.step()
+        return weights_of(model) - before
+
+    for moved in run_in_threads(size, program):
+        assert np.linalg.norm(moved) == pytest.approx(RATE * 1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bucket_mb": 1e-6}, {"compress": "int8"}, {"strategy": "gradient-server"}]
+)
+def test_one_rank_that_stops_stops_all(options: dict[str, Any]) -> None:
+    """If one rank is told to stop, all raise Interrupted at the same step, none hangs."""
+
+    def program(world: World) -> int:
+        model, optimizer = make()
+        ranks = synchronise(
+            model, optimizer, world, samples=SAMPLES, batch_size=BATCH, **{"strategy": "allreduce", **options}
+        )
+        try:
+            for epoch in range(1, 10):
+                for batch in ranks.batches(epoch):
+                    gradients(model, optimizer, batch.indices)
+                    world.stopping = world.stopping or (ranks.state.rounds == 7 and world.rank == 1)
+                    ranks.step()
+        except Interrupted:
+            return ranks.state.rounds
+        raise AssertionError("went on")
+
+    assert len(set(run_in_threads(3, program))) == 1
+
+
+def test_the_loss_goes_down() -> None:
+    """The problem can be learnt, so that the comparisons above compare something."""
+    result = train_all(3, 30, strategy="allreduce")[0]
+    model, _ = make()
+    nn.utils.vector_to_parameters(torch.from_numpy(result.weights), model.parameters())
+    trained = nn.functional.cross_entropy(model(FEATURES), LABELS)
+    model, _ = make()
+    assert trained < 0.9 * nn.functional.cross_entropy(model(FEATURES), LABELS)

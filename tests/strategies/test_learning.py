@@ -1,0 +1,65 @@
+"""Every strategy and every compression learns, on three ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rankwise.config import TrainConfig
+from rankwise.record import Record
+from rankwise.strategies import STRATEGIES
+
+from .test_contract import COMPRESSIONS
+
+Make = Callable[..., TrainConfig]
+Train = Callable[..., tuple[Record, Any, Any]]
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # The recipe that a user would choose for so small a problem; the interval is the strategy's own.
+    "parameter-averaging": {"lr": 0.01, "epochs": 12},
+    "replication": {"lr": 0.01, "epochs": 6},
+    "paper-stopwatch": {"lr": 0.01, "epochs": 12},
+    "allreduce": {"lr": 0.02, "epochs": 10},
+    "gradient-server": {"lr": 0.02, "epochs": 10},
+    "local-sgd": {"lr": 0.01, "epochs": 10},
+    "post-local-sgd": {"lr": 0.01, "epochs": 10},
+    "slowmo": {"lr": 0.003, "epochs": 16},
+    "diloco": {"lr": 0.005, "epochs": 12},
+    "easgd": {"lr": 0.02, "epochs": 10},
+    "downpour": {"lr": 0.005, "epochs": 10},
+    "gossip": {"lr": 0.01, "epochs": 10},
+}
+
+
+def test_no_strategy_is_left_out() -> None:
+    """All strategies are tried below, but for one rank alone, and ddp, which needs processes."""
+    assert {*RECIPES, "single", "ddp"} == set(STRATEGIES)
+
+
+def check(record: Record) -> None:
+    """Raise AssertionError unless it has learnt, lost nothing, and its ledgers close."""
+    assert record.best.val_accuracy >= 0.95
+    assert record.samples.trained == record.samples.expected
+    assert (record.samples.lost, record.samples.duplicated) == (0, 0)
+    for row in record.ranks:
+        assert sum(row.phases_ns.values()) == row.wall_ns
+        assert sum(row.wait_on_ns.values()) == row.phases_ns["wait"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_strategy_learns(config: Make, train_in_threads: Train, name: str) -> None:
+    """Each strategy takes 3 ranks on digits to 95%, loses no sample, and its ledgers close."""
+    check(train_in_threads(config(ranks=3, strategy=name, batch_size=16, **RECIPES[name]))[0])
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS)
+@pytest.mark.parametrize("name", ["allreduce", "local-sgd"])
+def test_every_compression_learns(config: Make, train_in_threads: Train, name: str, compress: str) -> None:
+    """So do gradients and weights with every compression, and fewer bytes are sent than float32 has."""
+    # What is left out comes later, like a gradient that is stale: the rate must allow for it.
+    options = {"compress": compress, "batch_size": 16, "lr": 0.004, "epochs": 12}
+    record = train_in_threads(config(ranks=3, strategy=name, **options))[0]
+    check(record)
+    assert all(row.measured["compression_ratio"] > 1.4 for row in record.ranks)
