@@ -15,18 +15,15 @@ Nothing else may run beside it. Without --data-dir it trains on made images of C
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from common import command, finish, images_per_s, record_of, spread, start, turns_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -147,32 +144,6 @@ def ledger_cost(arguments: argparse.Namespace) -> None:
         print(f"{batch:>5} {spread(ratios, 4)}")
 
 
-def command(arguments: argparse.Namespace, *options: object, out: Path) -> list[str]:
-    """A run of the command line on the benchmark's dataset, with little evaluation."""
-    words = ["--dataset", arguments.dataset, "--val-limit", 100, *options, "--out", out]
-    words += ["--data-dir", arguments.data_dir] if arguments.data_dir else []
-    return [sys.executable, "-m", "rankwise", "train", *map(str, words)]
-
-
-def finish(*processes: subprocess.Popen[bytes]) -> None:
-    if any(process.wait() for process in processes):
-        sys.exit("a run failed")
-
-
-def start(words: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def record_of(path: Path) -> dict[str, Any]:
-    return json.loads((path / "record.json").read_bytes())
-
-
-def images_per_s(record: dict[str, Any]) -> float:
-    """Over the epochs after the first, which pays for warming up."""
-    rows = record["epochs"][1:]
-    return sum(row["train_samples"] for row in rows) / sum(row["train_s"] for row in rows)
-
-
 def two_workers(arguments: argparse.Namespace, scratch: Path) -> None:
     base = ["--batch-size", 16, "--threads", 1, "--epochs", 4]
 
@@ -196,11 +167,7 @@ def two_workers(arguments: argparse.Namespace, scratch: Path) -> None:
     }
     print("\nTwo workers on two cores, batch 16, images/s; ratios to two single ranks side by side")
     names = list(takers)
-    turns = []
-    for turn in range(arguments.repeats):
-        first = turn % len(names)  # another one begins each turn, so that a drift favours nobody
-        order = names[first:] + names[:first]
-        turns.append({name: takers[name](scratch / f"turn-{turn}") for name in order})
+    turns = turns_of(takers, arguments.repeats, scratch)
     for name in names:
         ratios = [row[name] / row[names[0]] for row in turns]
         print(f"{name:>20} {spread([row[name] for row in turns], 0):>26}  {spread(ratios, 3)}")
@@ -228,11 +195,6 @@ def start_up(arguments: argparse.Namespace, scratch: Path) -> None:
         ]
     print(f"\nLaunch of 3 ranks to the first step: {spread(seconds)} s")
     print(f"Data phase in an epoch: {spread(shares)} %")
-
-
-def spread(values: Any, digits: int = 2) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def main() -> None:
