@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.record import Record
-from rankwise.strategies import STRATEGIES
+from rankwise.strategies import entry_of
 from rankwise.studies.folder import PLACES
 
 STUDY = Path(__file__).parent.parent / "docs" / "reproduction"
@@ -51,7 +51,7 @@ def test_no_sample_is_lost_or_trained_twice(record: Record) -> None:
     samples, config = record.samples, record.config
     assert (samples.duplicated, samples.lost) == (0, 0)
     assert samples.trained == samples.expected == sum(epoch.train_samples for epoch in record.epochs)
-    times = config["ranks"] - 1 if STRATEGIES[config["strategy"]].strategy.replicates else 1
+    times = config["ranks"] - 1 if entry_of(config["strategy"]).replicates else 1
     assert record.epochs[0].train_samples == times * (config["train_limit"] or 50_000)
 
 

@@ -12,7 +12,10 @@ from rankwise.record import Efficiency, Record, RunFolder
 from rankwise.report.charts.times import LABELS
 from rankwise.report.run_page import write_report
 from rankwise.report.summary import group_seconds
+from rankwise.studies.contest import COURSES
+from rankwise.studies.contest_page import contest_page, judge
 from tests.records import epochs, rank, record, run_folder
+from tests.test_contest import VAL_SAMPLES, made, scored
 
 from .browser import DESKTOP, PHONE, Browser, find_or_install
 
@@ -37,6 +40,15 @@ def waiting_run() -> Record:
     return record([master, *workers], epochs=epochs(5), config={"topology": "master"})
 
 
+def contest_of_all(base: Path) -> Path:
+    """The page on which all strategies stand beside each other."""
+    finals = {one.name: [made([0.3, 0.5 + n / 100])] for n, one in enumerate(COURSES[0].entrants)}
+    scores = scored(finals)
+    path = base / "contest.html"
+    contest_page({COURSES[0]: scores}, judge(scores, VAL_SAMPLES), "cifar10", "command", False).write(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A page of each kind."""
@@ -55,7 +67,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     chosen["several"] = [runs["single"], runs["one"], runs["failed"]]
     for name, folders in chosen.items():
         write_report([folder.path for folder in folders], base / f"{name}.html")
-    return {name: base / f"{name}.html" for name in chosen}
+    return {name: base / f"{name}.html" for name in chosen} | {"contest": contest_of_all(base)}
 
 
 def chart(browser: Browser, caption: str, then: str) -> Any:
@@ -69,7 +81,7 @@ def chart(browser: Browser, caption: str, then: str) -> Any:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (DESKTOP, True)])
-@pytest.mark.parametrize("kind", ["one", "single", "failed", "many", "several"])
+@pytest.mark.parametrize("kind", ["one", "single", "failed", "many", "several", "contest"])
 def test_a_page_is_quiet_and_fits(
     browser: Browser, pages: dict[str, Path], kind: str, width: int, dark: bool
 ) -> None:

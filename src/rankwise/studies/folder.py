@@ -79,12 +79,17 @@ class StudyFolder:
 
         Raises UsageError if it was trained with other options than `config` asks for.
         """
+        record = self.record_of(name)
+        if record:
+            require_options(record, config, self.records / f"{name}.json")
+        return record
+
+    def record_of(self, name: str) -> Record | None:
+        """The record of a finished run, whatever its options."""
         try:
-            record = Record.model_validate_json((self.records / f"{name}.json").read_bytes())
+            return Record.model_validate_json((self.records / f"{name}.json").read_bytes())
         except (OSError, ValidationError):
             return None
-        require_options(record, config, self.records / f"{name}.json")
-        return record
 
     def keep(self, name: str, record: Record) -> None:
         """Put a finished run's record aside. Raises StorageError."""

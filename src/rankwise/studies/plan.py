@@ -190,15 +190,19 @@ def trials(experiment: str, scale: Scale) -> list[Trial]:
     return list(found.values())
 
 
+_SAMPLE_S = {"paper-cnn": 140e-6, "mlp": 50e-6, "resnet9": 15e-3, "resnet18": 30e-3}
+
+
 def expected_s(config: TrainConfig, samples_per_epoch: int, cores: int) -> float:
     """Seconds that a run of the paper's network takes, roughly: a weight for the study's progress.
 
     Measured on a server of 2024: 4 s of start-up and 2 s of a core for each rank, then 140 microseconds
-    of a core for each sample and 660 for each step. Where several processes each computed on all of 2
-    cores, a step of each took up to 0.4 s.
+    of a core for each sample of paper-cnn and 660 for each step. Where several processes each computed
+    on all of 2 cores, a step of each took up to 0.4 s.
     """
     steps = config.epochs * samples_per_epoch / config.workers / config.batch_size
-    step_s = (140e-6 * config.batch_size + 660e-6) * max(1, config.workers / cores)
+    sample_s = _SAMPLE_S.get(config.model, _SAMPLE_S["paper-cnn"])
+    step_s = (sample_s * config.batch_size + 660e-6) * max(1, config.workers / cores)
     if config.threads == "all" and config.workers > 1:
         step_s = 0.4
     return 4 + 2 * config.ranks / cores + steps * step_s

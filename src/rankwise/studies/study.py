@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rankwise import data
 from rankwise.config import TrainConfig
 from rankwise.data.selection import select
-from rankwise.errors import LaunchError, TrainingError, UsageError, unknown_name
+from rankwise.errors import TrainingError, UsageError, unknown_name
 from rankwise.launch import preflight, showing_progress
 from rankwise.storage import write_atomically
 from rankwise.studies import plan
@@ -21,7 +22,10 @@ from rankwise.studies.page import study_page
 from rankwise.studies.results import Results
 from rankwise.studies.runner import Run, run_all
 from rankwise.studies.verdicts import Verdict, judge
-from rankwise.world.surroundings import find_mpiexec, started_as_rank
+from rankwise.world.surroundings import find_mpiexec
+
+CONTEST = "strategies"
+"""The experiment that is not the paper's: all strategies against each other."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ class Study:
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def __post_init__(self) -> None:
-        if self.experiment not in plan.EXPERIMENTS:
-            raise UsageError(unknown_name("experiment", self.experiment, plan.EXPERIMENTS))
+        known = (*plan.EXPERIMENTS, CONTEST)
+        if self.experiment not in known:
+            raise UsageError(unknown_name("experiment", self.experiment, known))
         if self.repeats < 1:
             raise UsageError(f"--repeats {self.repeats} was given, expected a number of seeds from 1 on")
 
@@ -51,37 +56,49 @@ class Study:
         """How far it goes."""
         return plan.QUICK if self.quick else plan.FULL
 
-    def config(self, trial: plan.Trial, seed: int) -> TrainConfig:
-        """The options of one run, and no more than are given."""
+    def config(self, options: plan.Options, seed: int) -> TrainConfig:
+        """What one run is given, and no more."""
         places = {"dataset": self.dataset, "data_dir": self.data_dir, "cache_dir": self.cache_dir}
         given = {name: value for name, value in places.items() if value is not None}
-        return TrainConfig(**trial.options, **given, seed=seed)
+        return TrainConfig(**options, **given, seed=seed)
 
-    def runs(self) -> list[Run]:
-        """Its runs, all of one seed before the next, so that one seed is complete as early as can be.
+    def runs(self, named: Mapping[str, plan.Options], seeds: int) -> list[Run]:
+        """Runs by what they are given and their names, but for the seed; all of one seed before the next, so
+        that one seed is complete as early as can be.
 
         Checks all of them, and decodes the dataset if need be. Raises UsageError.
         """
-        trials = plan.trials(self.experiment, self.scale)
-        checked = [preflight.check(self.config(trial, 0)) for trial in trials]
+        checked = [preflight.check(self.config(options, 0)) for options in named.values()]
         if any(config.ranks > 1 for config in checked):
             find_mpiexec()
         with showing_progress(self.console) as on_progress:
             flights = [preflight.prepare(config, on_progress) for config in checked]
         return [
-            Run(f"{trial.name}-seed{seed}", self.config(trial, seed), flight.samples_per_epoch)
-            for seed in range(self.repeats)
-            for trial, flight in zip(trials, flights, strict=True)
+            Run(f"{name}-seed{seed}", self.config(options, seed), flight.samples_per_epoch)
+            for seed in range(seeds)
+            for (name, options), flight in zip(named.items(), flights, strict=True)
         ]
+
+    def open_folder(self) -> StudyFolder:
+        """Its folder, which is made if it is not there. Raises UsageError if it holds another study."""
+        folder = StudyFolder(self.output)
+        folder.require(self.settings)
+        folder.create(self.settings)
+        return folder
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What all runs in one folder have in common."""
+        return {"dataset": self.dataset, "quick": self.quick}
 
     def results(self, folder: StudyFolder) -> Results:
         """All that is finished in the folder, by this command and by earlier ones."""
-        config = self.config(self.scale.alone(), 0)
+        config = self.config(self.scale.alone().options, 0)
         dataset = data.prepare(self.dataset, data_dir=self.data_dir, cache_dir=self.cache_dir)
         records = {}
         for trial in plan.trials("all", self.scale):
             found = {
-                seed: folder.finished(name, self.config(trial, seed))
+                seed: folder.finished(name, self.config(trial.options, seed))
                 for name, seed in folder.seeds(trial.name).items()
             }
             records[trial.name] = {seed: record for seed, record in found.items() if record}
@@ -105,28 +122,30 @@ class Reproduction:
     page: Path
 
 
-def reproduce(study: Study) -> Reproduction:
-    """Run what is not finished yet, and write page, tables and records.
+def reproduce_paper(study: Study) -> Reproduction:
+    """Run what is not finished yet of the paper's experiments, and write page, tables and records.
 
     Raises UsageError before anything is run, Interrupted, and TrainingError at the end if runs failed.
     """
-    if started_as_rank():
-        raise LaunchError("reproduce starts its ranks itself: call it without mpiexec or srun")
-    folder = StudyFolder(study.output)
-    settings: dict[str, object] = {"dataset": study.dataset, "quick": study.quick}
-    folder.require(settings)
-    runs = study.runs()
-    folder.create(settings)
+    StudyFolder(study.output).require(study.settings)
+    trials = plan.trials(study.experiment, study.scale)
+    runs = study.runs({trial.name: trial.options for trial in trials}, study.repeats)
+    folder = study.open_folder()
     failed = run_all(runs, folder, study.console)
     results = study.results(folder)
     judged = judge(results)
     for grid in all_grids(results, judged):
         write_atomically(folder.tables / f"{grid.name}.csv", grid.to_csv().encode())
     study_page(results, judged, study.dataset, study.command).write(folder.page)
+    require_all(runs, failed, folder.page)
+    return Reproduction(judged, folder.page)
+
+
+def require_all(runs: Sequence[Run], failed: Mapping[str, str], page: Path) -> None:
+    """Raises TrainingError if runs failed."""
     if failed:
         name, words = next(iter(failed.items()))
         raise TrainingError(
-            f"{len(failed)} of {len(runs)} runs failed, first {name} ({words}); {folder.page} shows the "
-            "others, and the same command tries again"
+            f"{len(failed)} of {len(runs)} runs failed, first {name} ({words}); {page} shows the others, "
+            "and the same command tries again"
         )
-    return Reproduction(judged, folder.page)

@@ -15,7 +15,7 @@ from rankwise.studies.study import Reproduction
 def summary(done: Reproduction) -> RenderableType:
     """The verdicts, and where the page is."""
     table = Table(box=None)
-    for column in ("the paper's claim", "verdict"):
+    for column in ("claim", "verdict"):
         table.add_column(column)
     for verdict in done.verdicts:
         table.add_row(verdict.claim, verdict.answer)

@@ -1,0 +1,244 @@
+"""The page of the contest between strategies, and what the literature claims of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rankwise.report import run_tables
+from rankwise.report.charts.learning import HEIGHT
+from rankwise.report.page import Block, Chart, Notice, Page, Paragraph, Row, Section, Spec
+from rankwise.report.runs import Run
+from rankwise.studies.contest import REFERENCE, WORKERS, Course, Score
+from rankwise.studies.grids import Grid
+from rankwise.studies.statistics import Contrast, accuracy_difference
+from rankwise.studies.verdicts import Finding, Verdict, points
+
+Scores = Mapping[str, Score]
+
+
+@dataclass(frozen=True)
+class _Claim:
+    text: str
+    source: str
+    rule: str
+    find: Callable[[Scores, int], Finding | None]
+
+
+def _gain(scores: Scores, ours: str, other: str, val_samples: int) -> Contrast | None:
+    """By how much one entrant is more accurate than another after all epochs, seed by seed."""
+    if ours not in scores or other not in scores:
+        return None
+    pairs = zip(scores[ours].records, scores[other].records, strict=False)
+    rows = [(one.epochs[-1].val_accuracy, two.epochs[-1].val_accuracy) for one, two in pairs]
+    return accuracy_difference([one for one, _ in rows], [two for _, two in rows], val_samples)
+
+
+def _no_worse(ours: str, other: str) -> Callable[[Scores, int], Finding | None]:
+    def find(scores: Scores, val_samples: int) -> Finding | None:
+        gain = _gain(scores, ours, other, val_samples)
+        if gain is None:
+            return None
+        evidence = f"{ours} is ahead of {other} by {points(gain)} at equal samples."
+        if gain.below(0):
+            return "does not hold", evidence
+        return ("holds" if gain.low > -0.01 else "undecided"), evidence
+
+    return find
+
+
+def _ahead(ours: str, other: str) -> Callable[[Scores, int], Finding | None]:
+    def find(scores: Scores, val_samples: int) -> Finding | None:
+        gain = _gain(scores, ours, other, val_samples)
+        if gain is None:
+            return None
+        evidence = f"{ours} is ahead of {other} by {points(gain)} at equal samples."
+        return ("holds" if gain.above(0) else "does not hold" if gain.below(0) else "undecided"), evidence
+
+    return find
+
+
+def _far_fewer_bytes(scores: Scores, val_samples: int) -> Finding | None:
+    gain = _gain(scores, "diloco 500", REFERENCE, val_samples)
+    if gain is None:
+        return None
+    ratio = scores[REFERENCE].bytes_sent / scores["diloco 500"].bytes_sent
+    evidence = (
+        f"With a round of 500 steps it sends {ratio:,.0f} times fewer bytes than {REFERENCE} in the same run "
+        f"(an epoch's end ends a round too), and is ahead by {points(gain)}."
+    )
+    if ratio < 100 or gain.below(0):
+        return "does not hold", evidence
+    return ("holds" if ratio >= 250 and gain.low > -0.01 else "undecided"), evidence
+
+
+CLAIMS = (
+    _Claim(
+        "Post-local SGD is no worse than small-batch SGD",
+        "Lin et al. 2020, arXiv:1808.07217",
+        "Holds if at most 1 point of accuracy is lost for sure, does not if any is.",
+        _no_worse("post-local-sgd", REFERENCE),
+    ),
+    _Claim(
+        "DiLoCo sends 500 times fewer bytes at no loss",
+        "Douillard et al. 2023, arXiv:2311.08105",
+        "Holds with half of 500 or more and at most 1 point lost for sure; does not below 100, or if any is.",
+        _far_fewer_bytes,
+    ),
+    _Claim(
+        "PowerSGD of rank 2 has the accuracy of SGD",
+        "Vogels et al. 2019, arXiv:1905.13727",
+        "Holds if at most 1 point of accuracy is lost for sure, does not if any is.",
+        _no_worse("allreduce powersgd:2", REFERENCE),
+    ),
+    _Claim(
+        "EASGD is ahead of Downpour",
+        "Zhang, Choromanska, LeCun 2015, arXiv:1412.6651",
+        "Holds if it is more accurate for sure, does not if less.",
+        _ahead("easgd", "downpour"),
+    ),
+)
+
+
+def judge(scores: Sequence[Score], val_samples: int) -> list[Verdict]:
+    """A verdict on each claim of the literature."""
+    by_name = {score.entrant.name: score for score in scores}
+    judged = []
+    for claim in CLAIMS:
+        answer, evidence = claim.find(by_name, val_samples) or ("undecided", "Not run.")
+        judged.append(Verdict(claim.text, claim.source, answer, evidence, claim.rule))
+    return judged
+
+
+def score_grid(course: Course, scores: Sequence[Score]) -> Grid:
+    """A row an entrant: accuracy, bytes and time, here and over the slow link."""
+    reference = next((score for score in scores if score.entrant.name == REFERENCE), None)
+    rows = tuple(
+        (
+            score.entrant.name,
+            score.rate,
+            _percent(score.accuracy),
+            _percent(score.in_time),
+            score.bytes_sent / 1e6,
+            reference.bytes_sent / max(score.bytes_sent, 1) if reference else None,
+            score.epoch_s,
+            score.linked_epoch_s,
+        )
+        for score in scores
+    )
+    columns = (
+        "strategy", "learning rate", "accuracy (%)", "accuracy at equal time (%)", "sent by all ranks (MB)",
+        f"times fewer bytes than {REFERENCE}", "an epoch (s)", "an epoch at 100 Mbit/s (s)",
+    )  # fmt: skip
+    return Grid(f"strategies_{course.model}", f"{course.model}, {WORKERS} workers", columns, rows)
+
+
+def contest_page(
+    found: Mapping[Course, Sequence[Score]], judged: list[Verdict], dataset: str, command: str, quick: bool
+) -> Page:
+    """The page. `command` is what runs the study again."""
+    sections = [Section("What the literature claims", tuple(_claims(judged, quick)))]
+    for course, scores in found.items():
+        sections.append(Section(course.model, tuple(_course(course, scores))))
+    sections.append(Section("How this was run", tuple(_how(found, command))))
+    return Page(
+        "Ways to keep ranks in step, compared",
+        f"{WORKERS} workers train on {dataset}, each strategy at the learning rate that suited it best in "
+        "short runs on held-out samples: accuracy against bytes sent against time.",
+        tuple(sections),
+    )
+
+
+def _claims(judged: Sequence[Verdict], quick: bool) -> Iterable[Block]:
+    if quick:
+        yield Notice("This is a short form: it shows what the study does, and tells nothing about accuracy.")
+    for verdict in judged:
+        yield Paragraph(
+            f"{verdict.evidence} ({verdict.source}. {verdict.rule})",
+            lead=f"{verdict.claim}: {'undecided' if quick else verdict.answer}.",
+        )
+
+
+def _course(course: Course, scores: Sequence[Score]) -> Iterable[Block]:
+    if not scores:
+        yield Notice("Nothing was run here yet.")
+        return
+    yield Row((_against_bytes(scores), _against_time(scores)))
+    yield score_grid(course, scores).table()
+    if all(score.linked_epoch_s is None for score in scores):
+        yield Notice("Nothing was run over a link of 100 Mbit/s: benchmarks/slow_link.py does that.")
+    yield Paragraph(
+        "Accuracy is that after the last epoch; at equal time it is the best that was reached before the "
+        "fastest of these was through. Bytes are what all ranks handed over in a whole run; those of ddp go "
+        "past the ledger and are not known."
+    )
+
+
+def _against_bytes(scores: Sequence[Score]) -> Chart:
+    known = [score for score in scores if score.entrant.name != "ddp"]
+    return _scatter(
+        known,
+        ("MB sent", [score.bytes_sent / 1e6 for score in known], {"type": "log"}),
+        "Accuracy after all epochs against what all ranks sent in the run; up and to the left is better.",
+    )
+
+
+def _against_time(scores: Sequence[Score]) -> Chart:
+    return _scatter(
+        scores,
+        ("seconds an epoch", [score.epoch_s for score in scores], {"zero": False}),
+        "Accuracy after all epochs against what one took on this machine; up and to the left is better.",
+    )
+
+
+def _scatter(scores: Sequence[Score], across: tuple[str, list[float], Spec], caption: str) -> Chart:
+    """A point with its name for each strategy; `across` is the title, the values and the scale of x."""
+    title, numbers, scale = across
+    values = [
+        {"strategy": score.entrant.name, "accuracy": score.accuracy.mean, title: number}
+        for score, number in zip(scores, numbers, strict=True)
+    ]
+    percent: Spec = {"field": "accuracy", "type": "quantitative", "axis": {"format": "~%"}}
+    spec: Spec = {
+        "data": {"values": values},
+        "height": HEIGHT + 80,
+        "encoding": {
+            "x": {"field": title, "type": "quantitative", "scale": scale},
+            "y": percent | {"scale": {"zero": False}},
+            "tooltip": [{"field": name} for name in ("strategy", title, "accuracy")],
+        },
+        "layer": [
+            {"mark": {"type": "point", "filled": True, "size": 60}},
+            {
+                "mark": {"type": "text", "align": "left", "dx": 6, "fontSize": 10},
+                "encoding": {"text": {"field": "strategy"}},
+            },
+        ],
+    }
+    return Chart(spec, caption, caption)
+
+
+def _percent(estimate: Any) -> Any:
+    half = None if estimate.half_width is None else 100 * estimate.half_width
+    return type(estimate)(100 * estimate.mean, half, estimate.n)
+
+
+def _how(found: Mapping[Course, Sequence[Score]], command: str) -> Iterable[Block]:
+    yield Paragraph(
+        f"{command}, with --output and this folder, keeps what is finished here, runs what is missing, and "
+        "writes this page anew. Learning rates fall along a cosine."
+    )
+    for course in found:
+        yield Paragraph(
+            f"Options of all runs: {_words(course.options)}. To choose among the rates "
+            f"{', '.join(f'{rate:g}' for rate in course.rates)}: {_words(course.tuning)}.",
+            lead=f"{course.model}.",
+        )
+    records = [score.records[0] for scores in found.values() for score in scores]
+    if records:
+        yield from run_tables.environment([Run("all runs", max(records, key=lambda r: len(r.ranks)))])
+
+
+def _words(options: Mapping[str, object]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())

@@ -1,0 +1,86 @@
+"""The contest between strategies, from its options to its page."""
+
+from __future__ import annotations
+
+from rankwise import data
+from rankwise.data.selection import select
+from rankwise.record import Record
+from rankwise.storage import write_atomically
+from rankwise.studies import contest
+from rankwise.studies.contest import Course, Entrant, Score
+from rankwise.studies.contest_page import contest_page, judge, score_grid
+from rankwise.studies.folder import StudyFolder
+from rankwise.studies.plan import Options
+from rankwise.studies.runner import run_all
+from rankwise.studies.study import Reproduction, Study, require_all
+
+
+def hold_contest(study: Study) -> Reproduction:
+    """Choose a learning rate for each strategy, train with it, and write page, tables and records.
+
+    What is finished is kept. Raises UsageError before anything is run, Interrupted, and TrainingError at
+    the end if final runs failed.
+    """
+    courses = contest.QUICK_COURSES if study.quick else contest.COURSES
+    folder = study.open_folder()
+    short = {
+        course.name(entrant, rate, final=False): course.run_options(entrant, rate, final=False)
+        for course, entrant in _all(courses)
+        for rate in course.rates
+    }
+    # A run that diverges has failed, and its rate is not the best one; that is no failure of the study.
+    run_all(study.runs(short, 1), folder, study.console)
+    rates = _choose(courses, folder)
+    final: dict[str, Options] = {
+        course.name(entrant, rate, final=True): course.run_options(entrant, rate, final=True)
+        for course, entrant in _all(courses)
+        if (rate := rates.get((course.model, entrant.name)))
+    }
+    runs = study.runs(final, study.repeats)
+    failed = run_all(runs, folder, study.console)
+    found = {course: _scores(course, rates, folder, study.repeats) for course in courses}
+    config = study.config(courses[0].options, 0)
+    dataset = data.prepare(study.dataset, data_dir=study.data_dir, cache_dir=study.cache_dir)
+    judged = judge(found[courses[0]], len(select(config, dataset).val_pool))
+    for course, scores in found.items():
+        grid = score_grid(course, scores)
+        write_atomically(folder.tables / f"{grid.name}.csv", grid.to_csv().encode())
+    page = folder.path / "strategies.html"
+    contest_page(found, judged, study.dataset, study.command, study.quick).write(page)
+    require_all(runs, failed, page)
+    return Reproduction(judged, page)
+
+
+def _all(courses: tuple[Course, ...]) -> list[tuple[Course, Entrant]]:
+    return [(course, entrant) for course in courses for entrant in course.entrants]
+
+
+def _choose(courses: tuple[Course, ...], folder: StudyFolder) -> dict[tuple[str, str], float]:
+    """The best rate by the model's and the entrant's name, of those that have one."""
+    rates = {}
+    for course, entrant in _all(courses):
+        tuned: dict[float, Record] = {
+            rate: record
+            for rate in course.rates
+            if (record := folder.record_of(f"{course.name(entrant, rate, final=False)}-seed0"))
+        }
+        if tuned:
+            rates[course.model, entrant.name] = contest.best_rate(tuned)
+    return rates
+
+
+def _scores(
+    course: Course, rates: dict[tuple[str, str], float], folder: StudyFolder, repeats: int
+) -> list[Score]:
+    finals, linked = {}, {}
+    for entrant in course.entrants:
+        rate = rates.get((course.model, entrant.name))
+        if rate is None:
+            continue
+        name = course.name(entrant, rate, final=True)
+        records = [folder.record_of(f"{name}-seed{seed}") for seed in range(repeats)]
+        if all(records):
+            finals[entrant.name] = rate, [record for record in records if record]
+        if link := folder.record_of(f"{course.model}-{entrant.slug}-link"):
+            linked[entrant.name] = link
+    return contest.scores(course, finals, linked)
