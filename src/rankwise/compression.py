@@ -217,18 +217,22 @@ class PowerSGD(Compressor):
     def _sum(self, values: Flat, flag: bool, memory: Memory, add_up: Callable[[Flat], None]) -> Reduced:
         matrices, rest = self._split(values)
         directions = self._directions(matrices, memory)
-        projected = [matrix @ q for matrix, q in zip(matrices, directions, strict=True)]
+        projected = [_product(matrix, q) for matrix, q in zip(matrices, directions, strict=True)]
         first = np.concatenate([*(p.ravel() for p in projected), values[rest], [values.dtype.type(flag)]])
         add_up(first)
-        left: list[Flat] = [np.asarray(np.linalg.qr(p)[0]) for p in _cut(first, [p.shape for p in projected])]
-        right: list[Flat] = [matrix.T @ p for matrix, p in zip(matrices, left, strict=True)]
+        left = [_orthonormal(p) for p in _cut(first, [p.shape for p in projected])]
+        right = [_product(matrix.T, p) for matrix, p in zip(matrices, left, strict=True)]
         second = np.concatenate([q.ravel() for q in right]) if right else first[:0].copy()
-        mine = self._join([p @ q.T for p, q in zip(left, right, strict=True)], values[rest], rest, values)
+        mine = self._join(
+            [_product(p, q.T) for p, q in zip(left, right, strict=True)], values[rest], rest, values
+        )
         if right:
             add_up(second)
         right = _cut(second, [q.shape for q in right])
         rest_total = first[len(first) - 1 - rest.sum() : -1]
-        total = self._join([p @ q.T for p, q in zip(left, right, strict=True)], rest_total, rest, values)
+        total = self._join(
+            [_product(p, q.T) for p, q in zip(left, right, strict=True)], rest_total, rest, values
+        )
         sizes = first.nbytes + second.nbytes - first.itemsize
         return Reduced(total, mine, bool(first[-1]), {**memory, "directions": second}, sizes)
 
@@ -259,6 +263,24 @@ class PowerSGD(Compressor):
         if matrices:
             joined[~rest] = np.concatenate([matrix.ravel() for matrix in matrices])
         return joined
+
+
+def _product(one: Flat, other: Flat) -> Flat:
+    """Their matrix product, by torch: numpy's would take all cores, whatever this rank's share of them is."""
+    import torch
+
+    return (torch.from_numpy(one) @ torch.from_numpy(other)).numpy()
+
+
+def _products(left: list[Flat], right: list[Flat]) -> list[Flat]:
+    return [_product(p, q.T) for p, q in zip(left, right, strict=True)]
+
+
+def _orthonormal(columns: Flat) -> Flat:
+    import torch
+
+    basis: Flat = torch.linalg.qr(torch.from_numpy(columns))[0].contiguous().numpy()
+    return basis
 
 
 def _cut(flat: Flat, shapes: Sequence[tuple[int, ...]]) -> list[Flat]:

@@ -1,43 +1,62 @@
 """Floats of 16 bits, kept as uint16: conversion, and the sum that MPI does not know.
 
-fp16 is IEEE's binary16; bf16 is the upper half of a float32. Both round to nearest, ties to even.
+fp16 is IEEE's binary16; bf16 is the upper half of a float32. Both round to nearest, ties to even. torch
+converts: numpy knows no bf16, and is up to 800 times slower with fp16 where numbers are tiny.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    import torch
+
 Kind = Literal["fp16", "bf16"]
 Words = NDArray[np.uint16]
-
-_LARGEST = {"fp16": np.float32(65504.0), "bf16": np.float32(3.3895314e38)}
 
 
 def to_words(values: NDArray[np.floating], kind: Kind) -> Words:
     """Round to 16 bits. What is too large becomes the largest number there is, so that a sum stays finite."""
-    wide = np.clip(values.astype(np.float32, copy=False), -_LARGEST[kind], _LARGEST[kind])
-    if kind == "fp16":
-        return wide.astype(np.float16).view(np.uint16)
-    bits = np.ascontiguousarray(wide).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(wide), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    import torch
+
+    return _round(torch.from_numpy(np.ascontiguousarray(values, np.float32)), kind)
 
 
 def from_words(words: Words, kind: Kind) -> NDArray[np.float32]:
     """The float32 of the same value."""
-    if kind == "fp16":
-        return words.view(np.float16).astype(np.float32)
-    return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide: NDArray[np.float32] = _widen(words, kind).numpy()
+    return wide
 
 
 def add_fp16(one: Words, other: Words, out: Words) -> None:
     """out = one + other, rounded; called like a numpy ufunc."""
-    out[...] = to_words(from_words(one, "fp16") + from_words(other, "fp16"), "fp16")
+    out[...] = _round(_widen(one, "fp16") + _widen(other, "fp16"), "fp16")
 
 
 def add_bf16(one: Words, other: Words, out: Words) -> None:
     """out = one + other, rounded; called like a numpy ufunc."""
-    out[...] = to_words(from_words(one, "bf16") + from_words(other, "bf16"), "bf16")
+    out[...] = _round(_widen(one, "bf16") + _widen(other, "bf16"), "bf16")
+
+
+def _round(wide: torch.Tensor, kind: Kind) -> Words:
+    import torch
+
+    dtype = _dtype(kind)
+    largest = torch.finfo(dtype).max
+    words: Words = wide.clamp(-largest, largest).to(dtype).view(torch.int16).numpy().view(np.uint16)
+    return words
+
+
+def _widen(words: Words, kind: Kind) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(words.view(np.int16)).view(_dtype(kind)).to(torch.float32)
+
+
+def _dtype(kind: Kind) -> Any:
+    import torch
+
+    return torch.float16 if kind == "fp16" else torch.bfloat16
