@@ -20,7 +20,8 @@ demo: $(VENV)/installed  ## Train the paper's network on 3 ranks, on digits that
 	$(BIN)/rankwise train --dataset digits --ranks 3 --lr 0.02 --epochs 12
 
 test: $(VENV)/installed-dev  ## Run all tests, those under a real mpiexec included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not mpi and not alone" --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -m "mpi or alone"
 
 check: $(VENV)/installed-dev  ## Lint, types, layers
 	$(BIN)/ruff check .

@@ -209,6 +209,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_one_rank(command: Command, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C and SIGTERM end a run of one rank with code 130, a valid record and a checkpoint to resume."""

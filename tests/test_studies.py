@@ -138,6 +138,7 @@ def test_bad_input(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.alone
 def test_a_folder_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
     """A folder with another study's settings, or with other files, is refused and stays as it is."""
     assert call("reproduce", "baseline", *QUICK) == 0
@@ -154,6 +155,7 @@ def test_a_folder_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in Path("other").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.alone
 def test_finished_runs_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """The same command again trains nothing, even without the run folders; one more seed trains that
     seed alone. What is kept of a run says nothing of where it lay."""
@@ -227,6 +229,7 @@ def test_a_study_goes_on_after_an_interrupt(command: Command, tmp_path: Path, nu
     assert "1 of 2 runs are finished already" in done.err
 
 
+@pytest.mark.alone
 def test_a_failing_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that fails is tried again, then reported with its own words; the others are run all the
     same, and the study ends with code 1."""

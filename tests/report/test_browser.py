@@ -19,7 +19,11 @@ from tests.test_contest import VAL_SAMPLES, made, scored
 
 from .browser import DESKTOP, PHONE, Browser, find_or_install
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(700)]  # the first test may have to install Chromium
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.timeout(700),  # the first test may have to install Chromium
+    pytest.mark.xdist_group("browser"),
+]
 
 
 @pytest.fixture(scope="module")
