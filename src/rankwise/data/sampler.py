@@ -80,6 +80,7 @@ class Sampler:
         for number, start in enumerate(starts):
             parts = [shard[start : start + span] for shard in shards]
             samples = sum(len(part) for part in parts)
+            weights = self._weights(parts)
             mine = parts[self._worker] if self._worker >= 0 else np.empty(0, np.int64)
             cuts = range(0, max(len(mine), 1), self._batch_size)
             for cut in cuts:
@@ -90,7 +91,7 @@ class Sampler:
                     epoch=epoch,
                     indices=indices,
                     ends_round=ends,
-                    weights=self._weights(parts),
+                    weights=weights,
                     share=len(indices) / samples,
                     position=epoch - 1 + (start + cut + until) / (2 * longest),
                     rounds_left=len(starts) - 1 - number,
