@@ -13,9 +13,10 @@ from rankwise.report.runs import Run
 from rankwise.studies.contest import REFERENCE, WORKERS, Course, Score
 from rankwise.studies.grids import Grid
 from rankwise.studies.statistics import Contrast, accuracy_difference
-from rankwise.studies.verdicts import Finding, Verdict, points
+from rankwise.studies.verdicts import Answer, Finding, Verdict, answer_of, points
 
 Scores = Mapping[str, Score]
+_Find = Callable[[Scores, int], Finding | None]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class _Claim:
     text: str
     source: str
     rule: str
-    find: Callable[[Scores, int], Finding | None]
+    find: _Find
 
 
 def _gain(scores: Scores, ours: str, other: str, val_samples: int) -> Contrast | None:
@@ -35,28 +36,25 @@ def _gain(scores: Scores, ours: str, other: str, val_samples: int) -> Contrast |
     return accuracy_difference([one for one, _ in rows], [two for _, two in rows], val_samples)
 
 
-def _no_worse(ours: str, other: str) -> Callable[[Scores, int], Finding | None]:
+def _by_gain(ours: str, other: str, answer: Callable[[Contrast], Answer]) -> _Find:
+    """Judges by how far one entrant is ahead of another."""
+
     def find(scores: Scores, val_samples: int) -> Finding | None:
         gain = _gain(scores, ours, other, val_samples)
         if gain is None:
             return None
-        evidence = f"{ours} is ahead of {other} by {points(gain)} at equal samples."
-        if gain.below(0):
-            return "does not hold", evidence
-        return ("holds" if gain.low > -0.01 else "undecided"), evidence
+        return answer(gain), f"{ours} is ahead of {other} by {points(gain)} at equal samples."
 
     return find
 
 
-def _ahead(ours: str, other: str) -> Callable[[Scores, int], Finding | None]:
-    def find(scores: Scores, val_samples: int) -> Finding | None:
-        gain = _gain(scores, ours, other, val_samples)
-        if gain is None:
-            return None
-        evidence = f"{ours} is ahead of {other} by {points(gain)} at equal samples."
-        return ("holds" if gain.above(0) else "does not hold" if gain.below(0) else "undecided"), evidence
+def _no_worse(gain: Contrast) -> Answer:
+    loses = gain.below(0)
+    return answer_of(holds=gain.low > -0.01 and not loses, fails=loses)
 
-    return find
+
+def _ahead(gain: Contrast) -> Answer:
+    return answer_of(holds=gain.above(0), fails=gain.below(0))
 
 
 def _far_fewer_bytes(scores: Scores, val_samples: int) -> Finding | None:
@@ -68,9 +66,8 @@ def _far_fewer_bytes(scores: Scores, val_samples: int) -> Finding | None:
         f"With a round of 500 steps it sends {ratio:,.0f} times fewer bytes than {REFERENCE} in the same run "
         f"(an epoch's end ends a round too), and is ahead by {points(gain)}."
     )
-    if ratio < 100 or gain.below(0):
-        return "does not hold", evidence
-    return ("holds" if ratio >= 250 and gain.low > -0.01 else "undecided"), evidence
+    fails = ratio < 100 or gain.below(0)
+    return answer_of(holds=ratio >= 250 and gain.low > -0.01 and not fails, fails=fails), evidence
 
 
 CLAIMS = (
@@ -78,7 +75,7 @@ CLAIMS = (
         "Post-local SGD is no worse than small-batch SGD",
         "Lin et al. 2020, arXiv:1808.07217",
         "Holds if at most 1 point of accuracy is lost for sure, does not if any is.",
-        _no_worse("post-local-sgd", REFERENCE),
+        _by_gain("post-local-sgd", REFERENCE, _no_worse),
     ),
     _Claim(
         "DiLoCo sends 500 times fewer bytes at no loss",
@@ -90,13 +87,13 @@ CLAIMS = (
         "PowerSGD of rank 2 has the accuracy of SGD",
         "Vogels et al. 2019, arXiv:1905.13727",
         "Holds if at most 1 point of accuracy is lost for sure, does not if any is.",
-        _no_worse("allreduce powersgd:2", REFERENCE),
+        _by_gain("allreduce powersgd:2", REFERENCE, _no_worse),
     ),
     _Claim(
         "EASGD is ahead of Downpour",
         "Zhang, Choromanska, LeCun 2015, arXiv:1412.6651",
         "Holds if it is more accurate for sure, does not if less.",
-        _ahead("easgd", "downpour"),
+        _by_gain("easgd", "downpour", _ahead),
     ),
 )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rankwise import data
-from rankwise.data.selection import select
 from rankwise.record import Record
 from rankwise.storage import write_atomically
 from rankwise.studies import contest
@@ -39,9 +37,7 @@ def hold_contest(study: Study) -> Reproduction:
     runs = study.runs(final, study.repeats)
     failed = run_all(runs, folder, study.console)
     found = {course: _scores(course, rates, folder, study.repeats) for course in courses}
-    config = study.config(courses[0].options, 0)
-    dataset = data.prepare(study.dataset, data_dir=study.data_dir, cache_dir=study.cache_dir)
-    judged = judge(found[courses[0]], len(select(config, dataset).val_pool))
+    judged = judge(found[courses[0]], study.val_samples(courses[0].options))
     for course, scores in found.items():
         grid = score_grid(course, scores)
         write_atomically(folder.tables / f"{grid.name}.csv", grid.to_csv().encode())

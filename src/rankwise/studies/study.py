@@ -93,8 +93,6 @@ class Study:
 
     def results(self, folder: StudyFolder) -> Results:
         """All that is finished in the folder, by this command and by earlier ones."""
-        config = self.config(self.scale.alone().options, 0)
-        dataset = data.prepare(self.dataset, data_dir=self.data_dir, cache_dir=self.cache_dir)
         records = {}
         for trial in plan.trials("all", self.scale):
             found = {
@@ -102,7 +100,12 @@ class Study:
                 for name, seed in folder.seeds(trial.name).items()
             }
             records[trial.name] = {seed: record for seed, record in found.items() if record}
-        return Results(self.scale, len(select(config, dataset).val_pool), records)
+        return Results(self.scale, self.val_samples(self.scale.alone().options), records)
+
+    def val_samples(self, options: plan.Options) -> int:
+        """How many samples a run with these options is evaluated on."""
+        dataset = data.prepare(self.dataset, data_dir=self.data_dir, cache_dir=self.cache_dir)
+        return len(select(self.config(options, 0), dataset).val_pool)
 
     @property
     def command(self) -> str:

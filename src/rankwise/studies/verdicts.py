@@ -73,7 +73,7 @@ def _accuracy_falls(results: Results) -> Finding | None:
         f"From {FEW} to {MANY} processes it falls by {points(drop)}; in the paper by {100 * theirs:.1f}. "
     )
     rows = (f"{ranks}: {_accuracy(results, scale.averaging(ranks))}" for ranks in scale.processes)
-    return _answer(drop.above(0), drop.below(0)), evidence + "By processes: " + ", ".join(rows) + "."
+    return answer_of(drop.above(0), drop.below(0)), evidence + "By processes: " + ", ".join(rows) + "."
 
 
 def _three_halve_the_time(results: Results) -> Finding | None:
@@ -91,7 +91,7 @@ def _three_halve_the_time(results: Results) -> Finding | None:
             f"one process at batch 4: {times(in_all)} here, {theirs:.2f} there. Epoch against epoch of these "
             f"runs: {times(an_epoch)} here, {theirs * paper.BASELINE_EPOCHS / paper.EPOCHS:.2f} there."
         )
-    return _answer(same_batch.below(0.6), same_batch.above(0.6)), evidence
+    return answer_of(same_batch.below(0.6), same_batch.above(0.6)), evidence
 
 
 def _time_grows(results: Results) -> Finding | None:
@@ -107,7 +107,7 @@ def _time_grows(results: Results) -> Finding | None:
     shared = results.slowdown([scale.averaging(MANY)], [scale.averaging(FEW)])
     if shared:
         evidence += f" With the cores shared out it takes {times(shared)} times as long."
-    return _answer(all_cores.above(1), all_cores.below(1)), evidence
+    return answer_of(all_cores.above(1), all_cores.below(1)), evidence
 
 
 def _batch_8_is_the_sweet_spot(results: Results) -> Finding | None:
@@ -135,7 +135,7 @@ def _batch_8_is_the_sweet_spot(results: Results) -> Finding | None:
         evidence += f"More accurate but slower is batch {' and '.join(matters_of_taste)}: a matter of taste."
     else:
         evidence += "None is better."
-    return _answer(not better and not matters_of_taste, bool(better)), evidence
+    return answer_of(not better and not matters_of_taste, bool(better)), evidence
 
 
 def _communication_under_a_second(results: Results) -> Finding | None:
@@ -150,7 +150,7 @@ def _communication_under_a_second(results: Results) -> Finding | None:
         for ranks, one in found.items()
     )
     under = all(one.transfer_s + one.wait_s < 1 for one in found.values())
-    return _answer(under, not under), evidence
+    return answer_of(under, not under), evidence
 
 
 def _replication_is_accurate_but_no_faster(results: Results) -> Finding | None:
@@ -166,7 +166,7 @@ def _replication_is_accurate_but_no_faster(results: Results) -> Finding | None:
         f"reached {_until(results)} (the paper: in the 8th)."
     )
     fails = gain.below(0) or slowdown.below(1)
-    return _answer(gain.above(0) and not fails, fails), evidence
+    return answer_of(gain.above(0) and not fails, fails), evidence
 
 
 def _small_shards_overfit(results: Results) -> Finding | None:
@@ -181,7 +181,7 @@ def _small_shards_overfit(results: Results) -> Finding | None:
     )
     half = drop.value / 2
     explains = drop.above(0) and regained.above(half)
-    return _answer(explains, drop.above(0) and regained.below(half)), evidence
+    return answer_of(explains, drop.above(0) and regained.below(half)), evidence
 
 
 CLAIMS = (
@@ -246,7 +246,7 @@ CLAIMS = (
 )
 
 
-def _answer(holds: bool, fails: bool) -> Answer:
+def answer_of(holds: bool, fails: bool) -> Answer:
     return "holds" if holds else "does not hold" if fails else "undecided"
 
 
