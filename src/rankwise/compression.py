@@ -53,8 +53,6 @@ class Reduced:
 class Compressor(ABC):
     """Adds flat arrays up over all ranks. Frozen; what changes from one sum to the next is in `memory`."""
 
-    lossy = True
-
     @abstractmethod
     def sum_by_allreduce(
         self, values: Flat, flag: bool, world: World, memory: Memory, random: np.random.Generator
@@ -223,16 +221,12 @@ class PowerSGD(Compressor):
         left = [_orthonormal(p) for p in _cut(first, [p.shape for p in projected])]
         right = [_product(matrix.T, p) for matrix, p in zip(matrices, left, strict=True)]
         second = np.concatenate([q.ravel() for q in right]) if right else first[:0].copy()
-        mine = self._join(
-            [_product(p, q.T) for p, q in zip(left, right, strict=True)], values[rest], rest, values
-        )
+        mine = self._join(_products(left, right), values[rest], rest, values)
         if right:
             add_up(second)
         right = _cut(second, [q.shape for q in right])
         rest_total = first[len(first) - 1 - rest.sum() : -1]
-        total = self._join(
-            [_product(p, q.T) for p, q in zip(left, right, strict=True)], rest_total, rest, values
-        )
+        total = self._join(_products(left, right), rest_total, rest, values)
         sizes = first.nbytes + second.nbytes - first.itemsize
         return Reduced(total, mine, bool(first[-1]), {**memory, "directions": second}, sizes)
 

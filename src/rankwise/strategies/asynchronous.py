@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import Flat, State, Strategy, start_alike
+from rankwise.strategies.base import State, Strategy, start_alike
 from rankwise.world import World
 
 if TYPE_CHECKING:
@@ -119,14 +120,6 @@ class Asynchronous(Strategy):
         if world.rank == 0:
             return self._serve(state, flat, batch, world)
         return self._call(state, flat, world)
-
-    def commit(
-        self, state: State, replica: Replica, prepared: tuple[CentreState, Flat], world: World
-    ) -> State:
-        after, weights = prepared
-        with world.ledger.phase("pack"):
-            replica.unpack(weights)
-        return after.commit()
 
     def close_epoch(
         self, state: State, replica: Replica, weights: NDArray[np.float64], world: World

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import Flat, State, Strategy, start_alike
+from rankwise.strategies.base import State, Strategy, start_alike
 from rankwise.strategies.exchange import Reduction
 from rankwise.world import World
 

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.compression import Flat, Memory
 from rankwise.data.sampler import Batch
 from rankwise.world import World
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
-
-Flat = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class State:
     committed: int = 0
     pending: int = 0
     measured: Mapping[str, float] = field(default_factory=dict)
-    memory: Mapping[str, Flat] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
 
     def trained(self, samples: int) -> State:
         """After `samples` more were trained here."""
@@ -91,9 +90,14 @@ class Strategy(ABC):
         what was not committed by then is dropped.
         """
 
-    @abstractmethod
     def commit(self, state: State, replica: Replica, prepared: Any, world: World) -> State:
-        """Take over what was prepared. Arrays in the old state's memory are left as they are."""
+        """Take over what was prepared: the state after the exchange and this rank's new weights, unless a
+        strategy prepares something else. Arrays in the old state's memory are left as they are."""
+        after, weights = prepared
+        with world.ledger.phase("pack"):
+            replica.unpack(weights)
+        committed: State = after.commit()
+        return committed
 
     def open_epoch(self, state: State, replica: Replica, world: World) -> State:
         """Before an epoch's first batch, also after a resume; all ranks together."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rankwise.strategies.base import Flat
+from rankwise.compression import Flat
 from rankwise.world import World
 from rankwise.world.world import Exchange
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise import compression
-from rankwise.compression import Compressor
-from rankwise.strategies.base import Flat, State
+from rankwise.compression import Compressor, Flat
+from rankwise.strategies.base import State
 from rankwise.world import World
 
 S = TypeVar("S", bound=State)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import Flat, State, Strategy, start_alike
+from rankwise.strategies.base import State, Strategy, start_alike
 from rankwise.world import World
 
 if TYPE_CHECKING:
@@ -69,14 +70,6 @@ class Gossip(Strategy):
         with world.ledger.phase("optimizer"):
             mixed = _mean_in_rank_order({world.rank: flat, **dict(zip(sources, rows, strict=True))})
         return replace(state, stop_at=stop_at), mixed[:-1]
-
-    def commit(
-        self, state: State, replica: Replica, prepared: tuple[GossipState, Flat], world: World
-    ) -> State:
-        after, mixed = prepared
-        with world.ledger.phase("pack"):
-            replica.unpack(mixed)
-        return after.commit()
 
     def close_epoch(
         self, state: State, replica: Replica, weights: NDArray[np.float64], world: World

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import Flat, State, Strategy, start_alike
+from rankwise.strategies.base import State, Strategy, start_alike
 from rankwise.strategies.buckets import Buckets
 from rankwise.strategies.exchange import Reduction, gather_sum
 from rankwise.world import World

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.averaging import Averaged, ParameterAveraging
-from rankwise.strategies.base import Flat, State
+from rankwise.strategies.base import State
 from rankwise.strategies.exchange import add_up_rows
 from rankwise.world import World
 
