@@ -174,7 +174,7 @@ def test_every_strategy_resumes_to_the_bit(
 @pytest.mark.parametrize("name", ["easgd", "downpour"])
 def test_asynchronous_strategies_go_on(config: Make, train_in_threads: Train, name: str) -> None:
     """After a resume each worker has its own weights again, no sample is lost, and the loss goes on down."""
-    options = {"ranks": 3, "strategy": name, "lr": 0.01}
+    options = {"ranks": 3, "strategy": name, "lr": 0.002}
     train_in_threads(config(**options, epochs=2))
     before = train_in_threads(config(**options, epochs=2), folder="same")[0].epochs[-1]
     record, folder, _ = train_in_threads(config(**options, epochs=5), resume=True)
