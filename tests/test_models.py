@@ -171,3 +171,20 @@ def test_names_cost_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_resnet9_learns_at_the_usual_rates() -> None:
+    """Its outputs are small enough at first that SGD at 0.05 with momentum goes down, not up."""
+    torch.manual_seed(0)
+    model = models.build("resnet9", (3, 32, 32), 10)
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] < 4
+    assert losses[-1] < losses[0] / 2

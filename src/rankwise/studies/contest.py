@@ -94,9 +94,9 @@ COURSES = (
     ),
     Course(
         "resnet9",
-        {"batch_size": 16, "epochs": 4, "train_limit": 6_000, "val_limit": 2_000},
-        {"epochs": 1, "train_limit": 6_000, "validation_split": 0.1, "val_limit": 1_000},
-        rates=(0.03, 0.1),
+        {"batch_size": 16, "epochs": 2, "train_limit": 6_000, "val_limit": 2_000},
+        {"epochs": 1, "train_limit": 3_000, "validation_split": 0.1, "val_limit": 1_000},
+        rates=(0.01, 0.05),
         entrants=_only(
             "allreduce",
             "allreduce topk:0.01",
