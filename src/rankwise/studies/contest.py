@@ -90,7 +90,7 @@ COURSES = (
     Course(
         "paper-cnn",
         {"batch_size": 16, "epochs": 10},
-        {"epochs": 2, "train_limit": 10_000, "validation_split": 0.1},
+        {"epochs": 2, "validation_split": 0.1},
     ),
     Course(
         "resnet9",
