@@ -46,28 +46,33 @@ class Page:
 class Logbook:
     """Logs the exchanges of one rank; `compare` moves what was waiting in them to where it belongs.
 
-    `wait_on_ns` is the waiting by the rank that was waited for, `hidden_ns` what went on behind
+    `wait_on_ns` is the waiting by the rank that was waited for, under the number that it began with,
+    `hidden_ns` what went on behind
     computing, `violations` how often clocks contradicted each other, `origin_ns` the start of
     rank 0's process on the common clock.
     """
 
     def __init__(self, rank: int, size: int, ledger: Ledger, timeline: Timeline, clock: CommonClock) -> None:
-        self._rank = rank
         self._ledger = ledger
         self._timeline = timeline
         self._clock = clock
+        self._members = list(range(size))
+        self._replay = Replay(size)
+        self._begin(rank)
+        self.origin_ns = ledger.start_ns
+        self.wait_on_ns: Counter[int] = Counter()
+        self.hidden_ns = 0
+        self.violations = 0
+
+    def _begin(self, rank: int) -> None:
+        self._rank = rank
         self._collective: list[Row] = []
         self._messages: list[Row] = []
         self._told: dict[Name, Row] = {}
         self._mail = Mail(rank)
         self._sent_to: Counter[int] = Counter()
         self._received_from: Counter[int] = Counter()
-        self._replay = Replay(size)
         self._collectives = self._compared = 0
-        self.origin_ns = ledger.start_ns
-        self.wait_on_ns: Counter[int] = Counter()
-        self.hidden_ns = 0
-        self.violations = 0
 
     def collective(self, pattern: Pattern, root: int, size: int) -> Row:
         """An exchange of all ranks of so many bytes."""
@@ -106,6 +111,10 @@ class Logbook:
             row["peer"], row["number"] = source, self._received_from[source]
             self._received_from[source] += 1
 
+    def fail(self, row: Row) -> None:
+        """The exchange failed, because a rank was lost: what it took was finding that out."""
+        self._ledger.move("transfer", "recovery", self._ledger.mark_ns - row["entered_ns"])
+
     @property
     def due(self) -> bool:
         """Whether the log is so long that it should be compared; the same on all ranks at one exchange."""
@@ -119,16 +128,45 @@ class Logbook:
         """What is over and was not told yet. Collective exchanges are told in order, up to the first that
         is not over."""
         self._compared = self._collectives
-        unfinished = (number for number, row in enumerate(self._collective) if not row["left_ns"])
+        page = self.last_page()
         finished = [row for row in self._messages if row["left_ns"]]
         self._messages = [row for row in self._messages if not row["left_ns"]]
         self._told |= {message_name(row, self._rank): row for row in finished}
+        return page
+
+    def last_page(self) -> Page:
+        """The same, and it may be told again."""
+        unfinished = (number for number, row in enumerate(self._collective) if not row["left_ns"])
         start_ns = np.array([self._ledger.start_ns])
         return Page(
             self._on_common_clock(_table(self._collective[: next(unfinished, None)])),
-            self._on_common_clock(_table(finished)),
+            self._on_common_clock(_table([row for row in self._messages if row["left_ns"]])),
             int(self._clock.to_common(start_ns)[0]),
         )
+
+    def leave_out(self, pages: list[Page], members: list[int], clock: CommonClock) -> None:
+        """Begin anew with the members that are left, and their clock.
+
+        What they had together is compared once more, by their last pages, as if nobody else had been there:
+        who waited for a lost rank was in transfer.
+        """
+        survivors = [self._members.index(member) for member in members]
+        count = min(len(page.collective) for page in pages)
+        rank = survivors.index(self._rank)
+        collective: Log = np.stack([page.collective[:count] for page in pages])
+        roots = collective["peer"][0]
+        kept = np.isin(roots, [-1, *survivors])
+        collective = collective[:, kept]
+        new_of = {old: new for new, old in enumerate(survivors)} | {-1: -1}
+        collective["peer"] = [[new_of[int(root)] for root in roots[kept]]] * len(pages)
+        self._members = members
+        self.origin_ns = pages[0].start_ns
+        entries = [row for row, keep in zip(self._collective[:count], kept, strict=True) if keep]
+        self._take(entries, split(collective, rank))
+        self._replay.leave_out(survivors)
+        self._replay.add(collective, [page.messages[:0] for page in pages])
+        self._clock = clock
+        self._begin(rank)
 
     def compare(self, pages: list[Page]) -> None:
         """Tell waiting from transfer in what all ranks have told; `pages` in rank order."""
@@ -146,13 +184,14 @@ class Logbook:
     def _take(self, entries: list[Row], found: Split) -> None:
         self._ledger.move("transfer", "wait", int(found.wait_ns.sum()))
         self._ledger.move("transfer", "other", found.stopped_ns)
-        self.wait_on_ns.update(found.charged_ns)
+        for rank, ns in found.charged_ns.items():
+            self.wait_on_ns[self._members[rank]] += ns
         self.hidden_ns += found.hidden_ns
         log = _table(entries)
         rows = np.zeros(len(log), EXCHANGE)
         for name in set(_COLUMNS) & set(EXCHANGE.names or ()):
             rows[name] = log[name]
-        rows["wait_ns"], rows["late"] = found.wait_ns, found.late
+        rows["wait_ns"], rows["late"] = found.wait_ns, np.array(self._members)[found.late]
         self._timeline.add_exchanges(rows)
 
     def _on_common_clock(self, log: Log) -> Log:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from rankwise import machine
-from rankwise.errors import LaunchError, one_line
+from rankwise.errors import LaunchError, RankLost, one_line
 from rankwise.ledger import Ledger
 from rankwise.world.halves import Words, add_bf16, add_fp16
+from rankwise.world.surroundings import survives_failures
 from rankwise.world.transport import Buffer, Op, Pending
 from rankwise.world.watch import Watch
 from rankwise.world.world import World
@@ -44,32 +47,51 @@ class _Pending:
         receives: bool = False,
         then: Callable[[], None] = lambda: None,
     ) -> None:
+        self._mpi = mpi
         self._status = mpi.Status() if receives else None
         self._buffers = buffers
         self._then = then
-        self._request = post()
+        try:
+            self._request = post()
+        except mpi.Exception as error:
+            raise _translated(mpi, error) from None
         self._is_over = False
 
     def poll(self) -> None:
         # Once only: testing a request that is over would overwrite its status.
-        self._is_over = self._is_over or self._request.Test(self._status)
+        try:
+            self._is_over = self._is_over or self._request.Test(self._status)
+        except self._mpi.Exception as error:
+            raise _translated(self._mpi, error) from None
 
     def wait(self, watch: Watch) -> int:
         started_ns = watch.look()
         nap_ns = 0
-        while not (self._is_over or self._request.Test(self._status)):
-            if watch.look(nap_ns) - started_ns < SPIN_NS:
-                os.sched_yield()
-            else:
-                nap_ns = min(2 * nap_ns, LONGEST_NAP_NS) or 50_000
-                time.sleep(nap_ns / 1e9)
-        watch.look(nap_ns)
-        self._then()
+        try:
+            while not (self._is_over or self._request.Test(self._status)):
+                if watch.look(nap_ns) - started_ns < SPIN_NS:
+                    os.sched_yield()
+                else:
+                    nap_ns = min(2 * nap_ns, LONGEST_NAP_NS) or 50_000
+                    time.sleep(nap_ns / 1e9)
+            watch.look(nap_ns)
+            self._then()
+        except self._mpi.Exception as error:
+            raise _translated(self._mpi, error) from None
         return -1 if self._status is None else self._status.Get_source()
 
 
+def _translated(mpi: Any, error: Any) -> Exception:
+    """MPI's word for a lost rank becomes ours; its other errors are what they are."""
+    lost = [mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED]
+    if survives_failures():
+        # Open MPI sometimes says only this of a collective exchange whose other end has just gone.
+        lost += [mpi.ERR_OTHER, mpi.ERR_INTERN]
+    return RankLost(f"a rank was lost: {one_line(error)}") if error.Get_error_class() in lost else error
+
+
 class MpiTransport:
-    """MPI_COMM_WORLD, by exchanges that do not block until all ranks are there.
+    """MPI_COMM_WORLD, or what is left of it, by exchanges that do not block until all ranks are there.
 
     Open MPI's Iallreduce takes two to four times as long as its Allreduce, and a barrier in the background
     2 us on one host. So where all wait for all anyway, they meet at a barrier, and then block.
@@ -116,6 +138,36 @@ class MpiTransport:
     def _meet(self, then: Callable[[], None]) -> Pending:
         return _Pending(self._mpi, self._comm.Ibarrier, then=then)
 
+    def repair(self, under_way: Iterable[Pending]) -> list[int]:
+        """By User-Level Failure Mitigation (MPI Forum; Bland et al. 2013, doi:10.1177/1094342013488238)."""
+        before = self._comm
+        if not before.Is_revoked():
+            before.Revoke()
+        for pending in under_way:  # now it fails: MPI must be done with its buffers
+            with suppress(RankLost):
+                pending.wait(Watch())
+        self._comm = cast("MPI.Intracomm", before.Shrink())
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        everybody = before.Get_group()
+        left = list(self._comm.Get_group().Translate_ranks(range(self.size), everybody))
+        clocks = [self.clock_of[rank] for rank in left]
+        self.clock_of = [clocks.index(clock) for clock in clocks]
+        return left
+
+    def agree(self, mine: bool) -> bool:
+        try:
+            return bool(self._comm.Agree(int(mine)))
+        except self._mpi.Exception as error:
+            if isinstance(_translated(self._mpi, error), RankLost):
+                return False  # as all others find too
+            raise
+
+    def die(self) -> None:
+        # Any other way to leave would end the job, or hang those that repair the world.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def describe(self) -> str:
         return library_version(self._mpi)
 
@@ -125,8 +177,13 @@ class MpiTransport:
         self._comm.Abort(code)
 
     def close(self) -> None:
-        if not self._mpi.Is_finalized():
+        if self._mpi.Is_finalized():
+            return
+        with suppress(RankLost):
             _Pending(self._mpi, self._comm.Ibarrier).wait(Watch())
+        # After a rank was lost MPI_Finalize sometimes never returns, and a process that ends with code 0
+        # disturbs nobody.
+        if self._comm is self._mpi.COMM_WORLD:
             self._mpi.Finalize()
 
 

@@ -44,6 +44,12 @@ class Replay:
             self._collective(collective[:, number])
         self._messages([log[a:] for log, a in zip(logs, done, strict=True)])
 
+    def leave_out(self, survivors: list[int]) -> None:
+        """Go on with these ranks alone; messages that are under way are lost."""
+        self._waited_ns = self._waited_ns[survivors]
+        self._sent_ns.clear()
+        self._unsent.clear()
+
     def ideal_ns(self, rank: int, busy_ns: int) -> int:
         """A rank's ideal clock when it has computed for `busy_ns` in all."""
         return int(self._waited_ns[rank]) + busy_ns

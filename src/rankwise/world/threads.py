@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from rankwise.errors import RankLost
 from rankwise.ledger import Ledger
 from rankwise.world.halves import add_bf16, add_fp16
-from rankwise.world.transport import Buffer, Op
+from rankwise.world.transport import Buffer, Op, Pending
 from rankwise.world.watch import Watch
 from rankwise.world.world import World
 
@@ -28,6 +29,10 @@ COMBINE: dict[Op, Callable[..., Any]] = {
 }
 
 
+class Killed(BaseException):
+    """Ends a rank that is a thread, as SIGKILL does a process: the others find out in their exchanges."""
+
+
 class _Board:
     """Where the threads of one world meet: what each rank brought to each collective exchange, and
     messages on their way."""
@@ -39,6 +44,13 @@ class _Board:
         self.gone: dict[int, int] = defaultdict(int)
         self.messages: dict[tuple[int, int], list[tuple[int, Any]]] = defaultdict(list)
         self.broken = False
+        self.live = set(range(size))
+        self.is_whole = True
+        self.repairing: set[int] = set()
+        self.repairs = 0
+        self.repaired = list(range(size))
+        self.votes: dict[int, bool] = {}
+        self.verdict = False
 
     def bring(self, number: int, rank: int, value: Any) -> None:
         """Bring a value to the collective exchange of this number."""
@@ -66,9 +78,63 @@ class _Board:
         """The first message for a rank with a tag, from `source` or from anybody."""
         with self.changed:
             inbox = self.messages[rank, tag]
-            self._until(rank, lambda: any(source in (None, sender) for sender, _ in inbox))
+            # As under MPI, a message is not lost because somebody else is, until ranks begin to repair.
+
+            def ready() -> bool:
+                return any(source in (None, sender) for sender, _ in inbox)
+
+            def lost() -> bool:
+                cut = source is None or bool(self.repairing) or self.repaired[source] not in self.live
+                return cut and not self.is_whole
+
+            self._until(rank, ready, lost)
             place = next(place for place, (sender, _) in enumerate(inbox) if source in (None, sender))
             return inbox.pop(place)
+
+    def leave(self, member: int) -> None:
+        """A rank is gone, killed or at its end: whoever needs it finds out in an exchange."""
+        with self.changed:
+            self.live.discard(member)
+            self.repairing.discard(member)
+            self.is_whole = False
+            self.changed.notify_all()
+
+    def repair(self, member: int) -> list[int]:
+        """Meet all that are left; returns them."""
+        with self.changed:
+            self.is_whole = False
+            self.repairing.add(member)
+            self.changed.notify_all()
+            number = self.repairs
+            self.changed.wait_for(lambda: self.broken or self.repairs > number or self.repairing >= self.live)
+            if self.broken:
+                raise RankLost("the ranks were ended while they repaired their world")
+            if self.repairs == number:  # the first that sees all of them speaks for all
+                self.repairs += 1
+                self.repaired = sorted(self.live)
+                self.size = len(self.repaired)
+                self.brought.clear()
+                self.gone.clear()
+                self.messages.clear()
+                self.repairing.clear()
+                self.is_whole = True
+                self.changed.notify_all()
+            return self.repaired
+
+    def agree(self, member: int, mine: bool) -> bool:
+        """Whether all that are left say yes, and nobody was lost."""
+        with self.changed:
+            votes = self.votes
+            votes[member] = mine
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.broken or votes is not self.votes or votes.keys() >= self.live)
+            if self.broken:
+                raise RankLost("the ranks were ended while they repaired their world")
+            if votes is self.votes:  # the first that sees all of them speaks for all
+                self.verdict = self.is_whole and all(votes.values())
+                self.votes = {}
+                self.changed.notify_all()
+            return self.verdict
 
     def abort(self) -> None:
         """Release everybody who waits."""
@@ -76,9 +142,11 @@ class _Board:
             self.broken = True
             self.changed.notify_all()
 
-    def _until(self, rank: int, ready: Callable[[], bool]) -> None:
-        self.changed.wait_for(lambda: self.broken or ready())
-        if self.broken:
+    def _until(self, rank: int, ready: Callable[[], bool], lost: Callable[[], object] | None = None) -> None:
+        lost = lost or (lambda: not self.is_whole)
+        self.changed.wait_for(lambda: self.broken or lost() or ready())
+        # As under MPI an exchange may succeed on one rank and fail on another.
+        if self.broken or not ready():
             raise RankLost(f"rank {rank} waited for a rank that has ended")
 
 
@@ -98,14 +166,17 @@ class _Pending:
 
 
 class ThreadTransport:
-    """One thread's place at the board."""
+    """One thread's place at the board. After so many `calls` it is killed, for tests."""
 
-    def __init__(self, rank: int, size: int, board: _Board) -> None:
+    def __init__(self, rank: int, size: int, board: _Board, calls: float = math.inf) -> None:
+        self._calls_left = calls
         self.rank = rank
         self.size = size
         self.in_threads = size > 1
         self.clock_of = [0] * size
         self._board = board
+        self._member = rank
+        self._members = list(range(size))
         self._number = 0
 
     def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> _Pending:
@@ -139,16 +210,37 @@ class ThreadTransport:
         return self._collective(buffer.copy(), range(self.size), finish)
 
     def send(self, buffer: Buffer, dest: int, tag: int = 0) -> _Pending:
+        self._count_down()
         self._board.post(self.rank, dest, tag, buffer.copy())
         return _Pending(lambda: -1)
 
     def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> _Pending:
+        self._count_down()
+
         def finish() -> int:
             sender, content = self._board.fetch(self.rank, source, tag)
             buffer[...] = content
             return sender
 
         return _Pending(finish)
+
+    def repair(self, under_way: Iterable[Pending]) -> list[int]:
+        self._count_down()
+        left = self._board.repair(self._member)
+        survivors = [self._members.index(member) for member in left]
+        clocks = [self.clock_of[rank] for rank in survivors]
+        self.clock_of = [clocks.index(clock) for clock in clocks]
+        self._members = left
+        self.rank, self.size = left.index(self._member), len(left)
+        self._number = 0
+        return survivors
+
+    def agree(self, mine: bool) -> bool:
+        self._count_down()
+        return self._board.agree(self._member, mine)
+
+    def die(self) -> None:
+        raise Killed
 
     def describe(self) -> str:
         return f"threads of Python {platform.python_version()}"
@@ -160,6 +252,7 @@ class ThreadTransport:
         """Nothing to leave: the threads end by themselves."""
 
     def _collective(self, mine: Any, needed: range, finish: Callable[[dict[int, Buffer]], None]) -> _Pending:
+        self._count_down()
         number, self._number = self._number, self._number + 1
         self._board.bring(number, self.rank, mine)
 
@@ -169,14 +262,24 @@ class ThreadTransport:
 
         return _Pending(take)
 
+    def _count_down(self) -> None:
+        self._calls_left -= 1
+        if self._calls_left < 0:
+            raise Killed
+
 
 def solo_world(ledger: Ledger | None = None) -> World:
     """The world of one rank; needs no MPI."""
     return World(ThreadTransport(0, 1, _Board(1)), ledger)
 
 
-def run_in_threads(size: int, program: Callable[[World], T]) -> list[T]:
+def run_in_threads(
+    size: int, program: Callable[[World], T], *, kill_at: Mapping[int, int] | None = None
+) -> list[T]:
     """Run `program` on `size` ranks, each a thread of this process; results in rank order.
+
+    A rank that raises Killed has that as its result; `kill_at` says after how many calls of its transport
+    a rank does.
 
     If a rank raises, the others are released from whatever they wait for, and the error of the
     first rank that failed is raised here. The threads share torch's global random state.
@@ -187,10 +290,15 @@ def run_in_threads(size: int, program: Callable[[World], T]) -> list[T]:
 
     def work(rank: int) -> None:
         try:
-            results[rank] = program(World(ThreadTransport(rank, size, board)))
+            calls = (kill_at or {}).get(rank, math.inf)
+            results[rank] = program(World(ThreadTransport(rank, size, board, calls)))
+        except Killed:
+            results[rank] = Killed
         except BaseException as error:  # handed to the caller below, whatever it is
             failures.append(error)
             board.abort()
+        finally:
+            board.leave(rank)
 
     threads = [threading.Thread(target=work, args=(rank,), name=f"rank-{rank}") for rank in range(size)]
     for thread in threads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
@@ -21,13 +22,13 @@ class Pending(Protocol):
 
     def wait(self, watch: Watch) -> int:
         """Come to its end, looking at the watch meanwhile. Returns a receive's source, else -1. Called
-        once."""
+        once. Raises RankLost if a rank without which it cannot end was lost, or the world is repaired."""
 
 
 class Transport(Protocol):
     """What carries bytes between ranks.
 
-    Collective calls are made by all ranks in the same order. Every call but the last three starts an
+    Collective calls are made by all ranks in the same order. Every call but the last six starts an
     exchange and returns at once.
     """
 
@@ -60,6 +61,19 @@ class Transport(Protocol):
 
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
         """Put rank k's buffer into row k of `into` on every rank."""
+
+    def repair(self, under_way: Iterable[Pending]) -> list[int]:
+        """Go on without ranks that are gone. All that are left call it, and it waits for them; whoever is in
+        an exchange finds it failed with RankLost. `under_way` are this rank's exchanges in the background,
+        which are given up. Returns the ranks so far of those that are left, in the order of their new
+        ones; `rank`, `size` and `clock_of` are new."""
+
+    def agree(self, mine: bool) -> bool:
+        """Whether all ranks say yes; no if one was lost. All that are left get the same answer, whatever
+        happens meanwhile."""
+
+    def die(self) -> None:
+        """End this rank at once, as kill -9 does: the others find out by themselves."""
 
     def describe(self) -> str:
         """The library behind this transport, with its version."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from rankwise.errors import RankLost
 from rankwise.ledger import Ledger
 from rankwise.timeline import Timeline
 from rankwise.world.clocks import CommonClock
@@ -56,10 +59,15 @@ class Exchange:
         """Come to its end. Returns the rank whose message was received, else -1. Called once."""
         ledger, logbook = self._world.ledger, self._world.logbook
         self._watch.skip()
-        with ledger.phase("transfer"):
-            logbook.enter(self._row)
-            source = self._pending.wait(self._watch)
+        try:
+            with ledger.phase("transfer"):
+                logbook.enter(self._row)
+                source = self._pending.wait(self._watch)
+        except RankLost:
+            logbook.fail(self._row)
+            raise
         self._watch.look()
+        self._world.under_way.discard(self._pending)
         logbook.leave(self._row, source, self._watch.lapse)
         return source
 
@@ -70,6 +78,11 @@ class World:
     Buffers are contiguous numpy arrays of the same shape and dtype on every rank. `stopping` is set
     by whoever wants the run to end (a signal handler); strategies carry it to all ranks with the
     next synchronisation, so that all of them stop at the same point.
+
+    `members` are the numbers that the ranks began with: they stay when ranks are lost and `rank` changes.
+
+    With `survives` the others go on if this rank ends. `in_exchange` is called in each blocking exchange,
+    after this rank has begun it.
 
     Once `cross_check` is set, each blocking collective exchange is preceded by a barrier whose time is
     added up in `barrier_wait_ns`: the stopwatch that the logs do without, to check them by.
@@ -86,8 +99,12 @@ class World:
         self.in_threads = transport.in_threads
         self.cross_check = False
         self.barrier_wait_ns = 0
+        self.in_exchange: Callable[[], None] = lambda: None
+        self.survives = False
         self._clock = CommonClock(transport, self.ledger.clock)
         self._clock.measure()
+        self.members = list(range(self.size))
+        self.under_way: set[Pending] = set()
         self.logbook = Logbook(self.rank, self.size, self.ledger, self.timeline, self._clock)
 
     def allreduce(self, buffer: Buffer, op: Op = "sum") -> None:
@@ -178,6 +195,46 @@ class World:
         """Wait until every rank has come here."""
         self.allgather_object(None)
 
+    def repair(self, standing: Any = None) -> list[Any]:
+        """Go on without ranks that were lost; all that are left call it, after an exchange raised RankLost.
+
+        Each tells its `standing` (picklable); returns those of all, in the order of their new ranks.
+        `rank`, `size` and `members` are new. If more are lost meanwhile it begins again by itself.
+        """
+        with self.ledger.phase("recovery"):
+            while True:
+                left = self._transport.repair(self.under_way)
+                self.under_way.clear()
+                self.members = [self.members[rank] for rank in left]
+                self.rank, self.size = self._transport.rank, self._transport.size
+                clock = CommonClock(self._transport, self.ledger.clock)
+                told: list[Any] = []
+                try:
+                    clock.measure()
+                    told = self.allgather_object((standing, self.logbook.last_page()))
+                except RankLost:
+                    pass
+                if self._transport.agree(bool(told)):
+                    break
+            standings, pages = zip(*told, strict=True)
+            self._clock = clock
+            self.logbook.leave_out(list(pages), self.members, clock)
+            return list(standings)
+
+    def confirm(self) -> None:
+        """All ranks have come so far. If one was lost it raises RankLost, on all that are left or on none."""
+        with self.ledger.phase("recovery"):
+            if not self._transport.agree(True):
+                raise RankLost("a rank was lost")
+
+    def die(self) -> None:
+        """End this rank at once, as kill -9 does: the others find out by themselves."""
+        self._transport.die()
+
+    def hang(self) -> None:
+        """Stop this rank's process until somebody wakes or ends it."""
+        os.kill(os.getpid(), signal.SIGSTOP)
+
     def describe(self) -> str:
         """The library behind this world, with its version."""
         return self._transport.describe()
@@ -229,14 +286,21 @@ class World:
             self.logbook.post(row)
             pending = start()
         watch.look()
+        self.under_way.add(pending)
         return Exchange(self, pending, row, watch)
 
     def _exchange(self, row: Row, start: Callable[[], Pending]) -> int:
         watch = self._watch()
-        with self.ledger.phase("transfer"):
-            self.logbook.post(row)
-            self.logbook.enter(row)
-            source = start().wait(watch)
+        try:
+            with self.ledger.phase("transfer"):
+                self.logbook.post(row)
+                self.logbook.enter(row)
+                pending = start()
+                self.in_exchange()
+                source = pending.wait(watch)
+        except RankLost:
+            self.logbook.fail(row)
+            raise
         watch.look()
         self.logbook.leave(row, source, watch.lapse)
         return source
