@@ -107,13 +107,14 @@ def test_rounds_agree_over_ranks(
     a master, or a worker with nothing left, joins with an empty batch."""
     labels, workers = case
 
-    def shards_of(epoch: int) -> list[np.ndarray]:
+    def shards_of(epoch: int, workers: int) -> list[np.ndarray]:
         return deal(mode, labels=labels, workers=workers, epoch=epoch, seed=1)
 
     samplers = [
         Sampler(
             shards_of,
             rank=rank,
+            size=workers + master,
             first_worker=int(master),
             batch_size=batch_size,
             sync_every=lambda epoch: sync_every,

@@ -14,7 +14,8 @@ from rankwise.schedule import rate_factor, scheduler
 
 
 def factor(position: float, **options: object) -> float:
-    return rate_factor(TrainConfig(**{"epochs": 10, **options}), position)
+    config = TrainConfig(**{"epochs": 10, **options})
+    return rate_factor(config, position, config.workers)
 
 
 def test_by_default_the_rate_is_left_alone() -> None:

@@ -18,20 +18,21 @@ MILESTONES = (0.5, 0.75)
 """Parts of a run after which `step` divides the rate by 10."""
 
 
-def scheduler(config: TrainConfig) -> Callable[[float], float] | None:
+def scheduler(config: TrainConfig) -> Callable[[float, int], float] | None:
     """`rate_factor` for a configuration, None if the rate never changes: then it is left alone."""
     if (config.schedule, config.lr_scaling, config.warmup) == ("constant", "none", 0):
         return None
     return functools.partial(rate_factor, config)
 
 
-def rate_factor(config: TrainConfig, position: float) -> float:
-    """What the learning rate is multiplied by once `position` epochs are over.
+def rate_factor(config: TrainConfig, position: float, workers: int) -> float:
+    """What the learning rate is multiplied by once `position` epochs are over and `workers` are left.
 
     Scaling with the number of workers k, by k (`linear`: Goyal et al. 2017, arXiv:1706.02677) or its
     root, makes up for the larger batch of all workers together; `warmup` epochs lead up to it from 0.
     """
-    scale = {"none": 1.0, "linear": float(config.workers), "sqrt": math.sqrt(config.workers)}
+    k = float(workers if config.on_shrink == "keep-local-batch" else config.workers)
+    scale = {"none": 1.0, "linear": k, "sqrt": math.sqrt(k)}
     warm = min(1.0, position / config.warmup) if config.warmup else 1.0
     return scale[config.lr_scaling] * warm * _shape(config.schedule, min(1.0, position / config.epochs))
 

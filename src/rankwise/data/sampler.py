@@ -1,14 +1,16 @@
-"""Batches and rounds: what one rank trains between two synchronisations."""
+"""Batches and rounds: what each rank trains between two synchronisations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.data.partition import Indices
+
+NOTHING: Indices = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Batch:
 
     Of the samples that all ranks train in the round, `weights` [ranks] are the shares of the ranks, a
     master's being 0, and `share` is this batch's own. `position` is how many epochs are over in the
-    middle of this step, `rounds_left` the number of rounds of the epoch after this one.
+    middle of this step, `rounds_left` the number of rounds of the epoch after this one, and `step` that of
+    the worker that has the most, from 1.
     """
 
     epoch: int
@@ -27,80 +30,186 @@ class Batch:
     share: float
     position: float
     rounds_left: int
+    step: int
 
     def __len__(self) -> int:
         return len(self.indices)
 
 
-class Sampler:
-    """Cuts each epoch's shards into batches and rounds, alike on all ranks.
+@dataclass(frozen=True)
+class Round:
+    """What the ranks train between two synchronisations: `parts` [ranks] in the order of training.
 
-    `shards_of(epoch)` gives one shard a worker. `first_worker` is the rank of worker 0: 1 with a
+    The first `done` [ranks] samples of each part are in its rank's weights already: they were trained
+    before another rank was lost, and are not trained again.
+    """
+
+    parts: tuple[Indices, ...]
+    done: tuple[int, ...]
+
+    @property
+    def sizes(self) -> NDArray[np.float64]:
+        """Samples of each rank, those that are done included."""
+        return np.array([len(part) for part in self.parts], np.float64)
+
+    def only(self, ranks: Sequence[int]) -> Round:
+        """What these ranks have of it, all of which is done."""
+        return Round(
+            tuple(self.parts[rank] for rank in ranks), tuple(len(self.parts[rank]) for rank in ranks)
+        )
+
+    def left(self, rank: int) -> Indices:
+        """What a rank has still to train."""
+        return self.parts[rank][self.done[rank] :]
+
+
+class Sampler:
+    """Cuts each epoch's shards into rounds and batches, alike on all ranks.
+
+    `deal(epoch, workers)` gives one shard a worker. `first_worker` is the rank of worker 0: 1 with a
     master, else 0. A round of an epoch ends after `sync_every(epoch)` steps of every worker, None for the
-    whole epoch.
-    Every rank sees the same number of rounds, so nobody waits for a round that another never joins.
+    whole epoch. Every rank sees the same number of rounds, so nobody waits for a round that another never
+    joins. When ranks are lost, `leave_out` deals what they had not brought in to the others, whose batches
+    stay as they are, or with `keeps_global_batch` grow so that those of all together do.
     """
 
     def __init__(
         self,
-        shards_of: Callable[[int], list[Indices]],
+        deal: Callable[[int, int], list[Indices]],
         *,
         rank: int,
+        size: int,
         first_worker: int,
         batch_size: int,
         sync_every: Callable[[int], int | None],
+        keeps_global_batch: bool = False,
     ) -> None:
-        self._shards_of = shards_of
-        self._worker = rank - first_worker
+        self._deal = deal
+        self._rank = rank
+        self._size = size
         self._first_worker = first_worker
         self._batch_size = batch_size
         self._sync_every = sync_every
-        self._dealt: tuple[int, list[Indices]] = (-1, [])
+        self._global_batch = batch_size * self.workers if keeps_global_batch else None
+        self._planned: tuple[int, list[Round]] = (-1, [])
+        self._credited: tuple[int, Indices] = (-1, NOTHING)
 
-    def _shards(self, epoch: int) -> list[Indices]:
-        if self._dealt[0] != epoch:
-            self._dealt = (epoch, self._shards_of(epoch))
-        return self._dealt[1]
+    @property
+    def workers(self) -> int:
+        """Ranks that train."""
+        return self._size - self._first_worker
+
+    def rounds(self, epoch: int) -> list[Round]:
+        """All rounds of an epoch."""
+        if self._planned[0] != epoch:
+            shards = self._deal(epoch, self.workers)
+            self._planned = (epoch, self._cut([NOTHING] * self._first_worker + shards, epoch))
+        return self._planned[1]
 
     def steps(self, epoch: int) -> int:
         """Steps in an epoch of the worker that has the most."""
-        return -(-max(len(shard) for shard in self._shards(epoch)) // self._batch_size)
+        return -(-int(max(self._totals(epoch))) // self._batch_size)
+
+    def samples(self, epoch: int) -> int:
+        """Samples that all ranks train in an epoch, those that were lost included."""
+        return int(self._totals(epoch).sum()) + len(self.credited(epoch))
 
     def shard(self, epoch: int) -> Indices:
         """The samples of this rank in the order of training; none for a master."""
-        return self._shards(epoch)[self._worker] if self._worker >= 0 else np.empty(0, np.int64)
+        return np.concatenate([round.parts[self._rank] for round in self.rounds(epoch)])
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """This rank's batches of one epoch; the last of each round says so, and may be empty."""
-        shards = self._shards(epoch)
-        longest = max(len(shard) for shard in shards)
-        every = self._sync_every(epoch)
-        span = longest if every is None else every * self._batch_size
-        starts = range(0, longest, span)
-        for number, start in enumerate(starts):
-            parts = [shard[start : start + span] for shard in shards]
-            samples = sum(len(part) for part in parts)
-            weights = self._weights(parts)
-            mine = parts[self._worker] if self._worker >= 0 else np.empty(0, np.int64)
+    def weights(self, epoch: int) -> NDArray[np.float64]:
+        """The share of each rank [ranks] in the samples of an epoch."""
+        totals = self._totals(epoch)
+        return np.asarray(totals / totals.sum())
+
+    def batches(self, epoch: int, first_round: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one epoch, from a round on; the last of each round says so, and may be
+        empty."""
+        rounds = self.rounds(epoch)
+        longest = np.array([round.sizes.max() for round in rounds], np.int64)
+        over = np.concatenate([[0], np.cumsum(longest)])
+        steps = np.concatenate([[0], np.cumsum(-(-longest // self._batch_size))])
+        for number, round in enumerate(rounds[first_round:], start=first_round):
+            sizes = round.sizes
+            weights = sizes / sizes.sum()
+            mine, done = round.left(self._rank), round.done[self._rank]
             cuts = range(0, max(len(mine), 1), self._batch_size)
             for cut in cuts:
                 ends = cut == cuts[-1]
                 indices = mine[cut : cut + self._batch_size]
-                until = min(longest, start + (span if ends else cut + self._batch_size))
+                start = over[number] + done + cut
+                until = over[number + 1] if ends else start + len(indices)
                 yield Batch(
                     epoch=epoch,
                     indices=indices,
                     ends_round=ends,
                     weights=weights,
-                    share=len(indices) / samples,
-                    position=epoch - 1 + (start + cut + until) / (2 * longest),
-                    rounds_left=len(starts) - 1 - number,
+                    share=len(indices) / sizes.sum(),
+                    position=epoch - 1 + (start + until) / (2 * over[-1]),
+                    rounds_left=len(rounds) - 1 - number,
+                    step=int(steps[number + 1] if ends else steps[number] + cut // self._batch_size + 1),
                 )
 
-    def weights(self, epoch: int) -> NDArray[np.float64]:
-        """The share of each rank [ranks] in the samples of an epoch."""
-        return self._weights(self._shards(epoch))
+    def leave_out(self, epoch: int, number: int, survivors: Sequence[int], done: Sequence[int]) -> None:
+        """Go on without ranks that were lost when `number` rounds of an epoch were committed.
 
-    def _weights(self, parts: list[Indices]) -> NDArray[np.float64]:
-        sizes = np.array([0] * self._first_worker + [len(part) for part in parts], np.float64)
-        return np.asarray(sizes / sizes.sum())
+        `survivors` are the ranks that are left, in the order of their new numbers, and `done` [survivors]
+        says how many samples of the round under way each keeps in its weights. What the lost ranks had
+        in this round, and what a worker had left that becomes the master, is dealt to the workers and
+        trained in it; what they had in later rounds is dealt too, and later rounds are cut anew. What
+        they had in the rounds before is `credited` [samples], as it was committed.
+        """
+        before = self.rounds(epoch)
+        past, current, later = before[:number], before[number : number + 1], before[number + 1 :]
+        lost = [rank for rank in range(self._size) if rank not in survivors]
+        credited = _join(
+            [self.credited(epoch), *(done_round.parts[rank] for done_round in past for rank in lost)]
+        )
+        workers = range(min(self._first_worker, len(survivors) - 1), len(survivors))
+        plan = [done_round.only(survivors) for done_round in past]
+        for under_way in current:
+            parts = [under_way.parts[rank] for rank in survivors]
+            cuts = [done[rank] if rank not in workers else len(part) for rank, part in enumerate(parts)]
+            spare = [under_way.parts[rank] for rank in lost]  # what was done is lost with them
+            spare += [part[cut:] for part, cut in zip(parts, cuts, strict=True)]
+            kept = [part[:cut] for part, cut in zip(parts, cuts, strict=True)]
+            plan.append(Round(_dealt(spare, kept, workers), tuple(done)))
+        tails = [_join(to_come.parts[rank] for to_come in later) for rank in survivors]
+        spare = [_join(to_come.parts[rank] for to_come in later) for rank in lost]
+        spare += [tail for rank, tail in enumerate(tails) if rank not in workers]
+        tails = [tail if rank in workers else NOTHING for rank, tail in enumerate(tails)]
+        tails = list(_dealt(spare, tails, workers))
+        self._rank = survivors.index(self._rank)
+        self._size, self._first_worker = len(survivors), workers.start
+        if self._global_batch is not None:
+            self._batch_size = max(1, round(self._global_batch / self.workers))
+        self._planned = (epoch, [*plan, *(self._cut(tails, epoch) if any(map(len, tails)) else [])])
+        self._credited = (epoch, credited)
+
+    def credited(self, epoch: int) -> Indices:
+        """What ranks that were lost had committed in an epoch."""
+        return self._credited[1] if self._credited[0] == epoch else NOTHING
+
+    def _cut(self, shards: Sequence[Indices], epoch: int) -> list[Round]:
+        every = self._sync_every(epoch)
+        longest = max(map(len, shards))
+        span = longest if every is None else every * self._batch_size
+        nothing_done = (0,) * len(shards)
+        return [
+            Round(tuple(shard[start : start + span] for shard in shards), nothing_done)
+            for start in range(0, longest, span)
+        ]
+
+    def _totals(self, epoch: int) -> NDArray[np.float64]:
+        return np.asarray(np.sum([round.sizes for round in self.rounds(epoch)], axis=0))
+
+
+def _dealt(spare: Sequence[Indices], parts: Sequence[Indices], workers: range) -> tuple[Indices, ...]:
+    """The parts [ranks], with equal shares of what is to spare behind those of the workers."""
+    extra = dict(zip(workers, np.array_split(_join(spare), len(workers)), strict=True))
+    return tuple(_join([part, extra.get(rank, NOTHING)]) for rank, part in enumerate(parts))
+
+
+def _join(parts: Iterable[Indices]) -> Indices:
+    return np.concatenate([NOTHING, *parts])
