@@ -20,6 +20,7 @@ from rankwise.config import TrainConfig
 from rankwise.record import Record, RunFolder
 from rankwise.world import run_in_threads
 from rankwise.world.surroundings import mpi_environment
+from rankwise.world.threads import Killed
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")  # how long an example takes says nothing about the code
@@ -62,15 +63,20 @@ def train_in_threads(tmp_path: Path) -> Callable[..., tuple[Record, RunFolder, d
     from rankwise.run import run
 
     def train(
-        config: TrainConfig, *, folder: str = "run", resume: bool = False
+        config: TrainConfig,
+        *,
+        folder: str = "run",
+        resume: bool = False,
+        kill_at: dict[int, int] | None = None,
     ) -> tuple[Record, RunFolder, dict[str, Any]]:
         place = RunFolder(tmp_path / folder)
         if not resume:
             place.create()
         start = checkpoint.newest(place.checkpoints, on_damage=print) if resume else None
-        record = run_in_threads(
-            config.ranks, lambda world: run(config, world, place, say=print, start=start)
-        )[0]
+        records = run_in_threads(
+            config.ranks, lambda world: run(config, world, place, say=print, start=start), kill_at=kill_at
+        )
+        record = next(record for record in records if record is not Killed)
         return record, place, read_weights(place)
 
     return train

@@ -29,11 +29,13 @@ import rankwise.training
 from rankwise import models
 from rankwise.config import TrainConfig
 from rankwise.data import prepare
+from rankwise.data.feed import Feed
 from rankwise.ledger import PHASES
 from rankwise.models.replica import Replica
 from rankwise.record import RunFolder
 from rankwise.run import _make_job
 from rankwise.strategies import exchange, resolve
+from rankwise.training import Losses, train_epoch
 from rankwise.world import World, join
 
 ROUNDS = 3
@@ -50,22 +52,10 @@ def late(function: Callable[..., Any], length_s: float) -> Callable[..., Any]:
     return held_up
 
 
-def late_each(feed: Callable[..., Any], length_s: float) -> Callable[..., Any]:
-    """The generator function, held up before each item."""
-
-    def held_up(*arguments: Any, **options: Any) -> Any:
-        for item in feed(*arguments, **options):
-            time.sleep(length_s)
-            yield item
-
-    return held_up
-
-
 def held_up(kind: str, length_s: float) -> contextlib.AbstractContextManager[Any]:
     """While inside, this rank is held up."""
     if kind == "data":
-        feed = rankwise.training.feed
-        return mock.patch.object(rankwise.training, "feed", late_each(feed, length_s))
+        return mock.patch.object(Feed, "take", late(Feed.take, length_s))
     if kind in ("forward", "barriers"):
         loss = rankwise.training.F.cross_entropy
         return mock.patch.object(rankwise.training.F, "cross_entropy", late(loss, length_s))
@@ -111,7 +101,7 @@ def main(topology: str, *cases: str) -> None:
     )
     model = models.build("mlp", dataset.image_shape, len(dataset.classes))
     job = _make_job(config, dataset, model, world, RunFolder(Path(".")))
-    rankwise.training.train_epoch(job, 1)  # warms up
+    train_epoch(job, 1, Losses())  # warms up
     for case in cases:
         kind, rank, length_s = case.split(":")
         before, started_s = told(world), time.monotonic()
@@ -140,9 +130,9 @@ def live(job: rankwise.training.Job, kind: str, length_s: float) -> None:
         epoch = 1
         while not over(world, started_s, length_s):
             epoch += 1
-            rankwise.training.train_epoch(job, epoch)
+            train_epoch(job, epoch, Losses())
     else:
-        rankwise.training.train_epoch(job, 2)
+        train_epoch(job, 2, Losses())
     world.cross_check = False
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import launched
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.mpi, pytest.mark.alone, pytest.mark.timeout(120)]
 
 LENGTH_S = 0.3
 ROUNDS = 3
@@ -95,4 +95,4 @@ def test_a_stopwatch_with_barriers_agrees(told: dict[str, list[Told]]) -> None:
     for _, _, others in chosen(told, "barriers"):
         for row in others:
             assert row["barrier"] == about(row["wait"])
-            assert row["wait"] > 0.95 * TOTAL_S  # there was something to agree on
+            assert row["wait"] > 0.8 * TOTAL_S  # there was something to agree on

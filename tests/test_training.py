@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -310,10 +309,7 @@ def test_the_sample_count_is_exact(ranks: int, data: st.DataObject) -> None:
     )
 
     def program(world: World) -> tuple[int, int, int]:
-        job: Any = SimpleNamespace(
-            config=TrainConfig(), expected=expected, synchroniser=SimpleNamespace(world=world)
-        )
-        return count_samples(job, counts[world.rank])
+        return count_samples(world, counts[world.rank], expected, seed=0)
 
     surplus = counts.sum(0) - expected
     true = (int(counts.sum()), int(surplus[surplus > 0].sum()), int(-surplus[surplus < 0].sum()))

@@ -145,6 +145,34 @@ class TrainConfig(BaseModel):
     target_accuracy: float | None = Field(
         None, gt=0, le=1, description="Stop after the epoch that reaches this validation accuracy (fraction)."
     )
+    on_failure: Literal["continue", "restart", "stop"] | None = Field(
+        None,
+        description="What a rank that is lost means: continue (the others share its samples out and go on), "
+        "restart (all are started again from the newest checkpoint) or stop. By default continue where MPI "
+        "and strategy can, else stop.",
+    )
+    hang_timeout: float = Field(
+        60.0,
+        ge=0,
+        description="End a rank that computes without an end, or is stopped, after so many seconds; 0 never.",
+    )
+    on_shrink: Literal["keep-local-batch", "keep-global-batch"] = Field(
+        "keep-local-batch",
+        description="What ranks that go on without another keep: the batch of each worker, or that of all "
+        "together, which then each worker has a larger part of.",
+    )
+    min_ranks: int = Field(
+        1, ge=1, description="Go on with so many ranks at least; with fewer the run is started again."
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="How often a run is started again from its newest checkpoint."
+    )
+    fault: tuple[str, ...] = Field(
+        (),
+        description="Put a fault into the run, KIND:KEY=VALUE,...: kill, crash, hang, sleep (seconds), slow "
+        "(factor) or nan, at a rank, epoch, step and phase (compute, exchange, evaluation, checkpoint, "
+        "recovery), or by chance with probability p an epoch. Can be given several times.",
+    )
     cross_check: bool = Field(
         False,
         description="Put a barrier before each exchange and time it, to check the ledger's waiting by it "

@@ -6,15 +6,18 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from rankwise import checkpoint, machine
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
+from rankwise.errors import ResumeError, one_line
+from rankwise.faults import DEADLY, read_marks
 from rankwise.ledger import USEFUL
 from rankwise.record import (
     SCHEMA_VERSION,
@@ -22,6 +25,7 @@ from rankwise.record import (
     Efficiency,
     Environment,
     Epoch,
+    Fault,
     Host,
     Outcome,
     Rank,
@@ -29,6 +33,7 @@ from rankwise.record import (
     Role,
     RunFolder,
     Samples,
+    seconds_since,
     utc_before,
 )
 from rankwise.tracking import NoTracker, Say, open_tracker
@@ -66,42 +71,128 @@ class Keeper:
         self._job = job
         self._threads = threads
         self._start = start
-        self._role: Role = "master" if job.worker is None else "worker"
         self._environment = _environment(world, hosts)
         self._started_at = utc_before(world.ledger.close().wall_ns / 1e9)
         notes = start.notes if start else {"epochs": [], "samples": {}}
-        self._epochs = [Epoch.model_validate(row) for row in notes["epochs"]]
-        self._tally = _Tally(**notes["samples"])
+        try:
+            self._epochs = [Epoch.model_validate(row) for row in notes["epochs"]]
+            self._tallies = {0: _Tally(**notes["samples"])}
+        except (KeyError, TypeError, ValidationError) as error:
+            raise ResumeError(
+                f"the notes of the checkpoint do not fit this rankwise: {one_line(error)[:200]}"
+            ) from None
+        self._rows: dict[int, Rank] = {}
+        self._dead: dict[int, Rank] = {}
+        self._losses = [
+            _recovered(fault) for fault in self._last_faults() if fault.action in ("continue", "restart")
+        ]
+        self._told = len(self._losses)
+        self._say = say
         if world.rank == 0:
             folder.keep_metrics(self._epochs)
         self._tracker = open_tracker(config, folder, self._epochs, say) if world.rank == 0 else NoTracker()
 
     def after_epoch(self, result: EpochResult, start_s: float) -> None:
-        """Count the epoch in, save it, and write it down; all ranks together."""
-        self._tally.expected += int(self._job.expected.sum())
-        self._tally.trained += result.epoch.train_samples
-        self._tally.duplicated += result.duplicated
-        self._tally.lost += result.lost
-        self._epochs.append(result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s}))
+        """Count the epoch in, save it, and write it down; all ranks together.
+
+        If a rank is lost meanwhile it comes again with the same epoch, which then takes the place of the
+        first.
+        """
         number = result.epoch.epoch
+        if self._epochs and self._epochs[-1].epoch == number:
+            self._epochs.pop()
+        self._tallies[number] = _Tally(
+            self._job.synchroniser.sampler.samples(number),
+            result.epoch.train_samples,
+            result.duplicated,
+            result.lost,
+        )
+        self._epochs.append(result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s}))
         if number % self._config.checkpoint_every == 0 or result.last:
             self.save_checkpoint(number)
             # The checkpoint itself takes part of the epoch: what it holds is without that part.
             self._epochs[-1] = result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s})
         if self._world.rank == 0:
-            self._folder.append_metrics(self._epochs[-1])
+            self._folder.keep_metrics(self._epochs)
             with self._world.ledger.phase("instrument"):
                 self._tracker.epoch(self._epochs[-1])
         self.write("running", ended=number)
 
+    def after_recovery(self, lost: list[int], seconds: float) -> None:
+        """Ranks were lost, and the others go on; who is rank 0 now keeps the folder."""
+        position = self._job.synchroniser.position
+        now_s = self._world.ledger.close().wall_ns / 1e9
+        strikes = {mark.rank: mark for mark in read_marks(self._folder.faults) if mark.kind in DEADLY}
+        for member in lost:
+            row = self._rows.get(member)
+            if row is not None:
+                self._dead[member] = row.model_copy(update={"died_at_s": now_s - seconds})
+            strike, words = strikes.get(member), self._folder.read_words(member)
+            since_s = max(0.0, time.time() - seconds - strike.at_s) if strike else words.get("silent_s")
+            self._losses.append(
+                Fault(
+                    rank=member,
+                    kind=strike.kind if strike else words.get("kind", "lost"),
+                    found_at=utc_before(seconds, "milliseconds"),
+                    epoch=position.epoch,
+                    step=strike.step if strike else None,
+                    detected_after_s=since_s,
+                    recovered_after_s=seconds + (since_s or 0),
+                    action="continue",
+                )
+            )
+        if position.closed:
+            self._told = len(self._losses)  # there is no round to commit
+        self._say(
+            f"lost {', '.join(f'rank {member}{self._why(member)}' for member in lost)} in epoch "
+            f"{position.epoch}: {self._world.size} go on, after {1e3 * seconds:.0f} ms"
+        )
+        if self._world.rank == 0 and isinstance(self._tracker, NoTracker):
+            self._tracker = open_tracker(self._config, self._folder, self._epochs, self._say)
+
+    def after_next_commit(self, seconds: float) -> None:
+        """A round is committed again, so many seconds after a loss was found."""
+        for place, fault in enumerate(self._losses):
+            if place >= self._told:
+                after_s = seconds + (fault.detected_after_s or 0)
+                self._losses[place] = fault.model_copy(update={"recovered_after_s": after_s})
+        self._told = len(self._losses)
+
+    def _why(self, member: int) -> str:
+        """Why a rank ended, in brackets, if it is known."""
+        words = self._folder.read_words(member)
+        return f" ({words['message']})" if words else ""
+
+    def _last_faults(self) -> list[Fault]:
+        """Those of the sittings before this one."""
+        return self._folder.read().faults if self._start and self._folder.record.exists() else []
+
+    def _faults(self) -> list[Fault]:
+        """All so far: ranks that were lost, and what was injected and did not end its rank."""
+        if not self._config.fault:
+            return self._losses
+        marks = [mark for mark in read_marks(self._folder.faults) if mark.kind not in DEADLY]
+        harmless = [
+            Fault(
+                rank=mark.rank,
+                kind=mark.kind,
+                epoch=mark.epoch,
+                step=mark.step,
+                action="dropped" if mark.kind == "nan" else "none",
+            )
+            for mark in marks
+        ]
+        return sorted([*self._losses, *harmless], key=lambda fault: fault.epoch)
+
     def save_checkpoint(self, epoch: int) -> None:
         """Write the checkpoint of `epoch`; all ranks together."""
-        synchroniser, workers = self._job.synchroniser, self._config.workers
+        synchroniser = self._job.synchroniser
+        workers = self._world.size - self._job.first_worker
         writers = {"keep": workers, "average": 1, "reset": 0}[self._config.optimizer_state]
         worker = self._job.worker
         if synchroniser.shares_optimizer:
             writers, worker = 1, self._world.rank
-        with self._world.ledger.phase("checkpoint"):
+        with self._world.ledger.phase("checkpoint"), synchroniser.faults.during("checkpoint"):
             checkpoint.save(
                 self._folder.checkpoints,
                 epoch,
@@ -113,7 +204,7 @@ class Keeper:
                 keep=self._config.checkpoint_keep,
                 notes={
                     "epochs": [row.model_dump() for row in self._epochs],
-                    "samples": vars(self._tally),
+                    "samples": vars(self._tally()),
                     "rounds": synchroniser.state.rounds,
                     "config": self._config.model_dump(mode="json"),
                 },
@@ -128,12 +219,14 @@ class Keeper:
         if outcome != "running":
             self._world.settle()  # nobody will tell later what was waiting in the first one
         self._save_timeline(ended)
-        rows = [Rank(**row) for row in self._world.allgather_object(self._rank_row())]
+        live = [Rank(**row) for row in self._world.allgather_object(self._rank_row())]
+        self._rows |= {row.rank: row for row in live}
+        rows = sorted([*live, *self._dead.values()], key=lambda row: row.rank)
         record = Record(
             schema_version=SCHEMA_VERSION,
             rankwise_version=metadata.version("rankwise"),
             started_at=self._started_at,
-            wall_s=rows[0].wall_ns / 1e9,
+            wall_s=live[0].wall_ns / 1e9,
             outcome=outcome,
             message=message,
             resumed_from_epoch=self._start.epoch if self._start else None,
@@ -144,16 +237,25 @@ class Keeper:
             clock=Clock(error_bound_ns=self._world.clock_error_ns, violations=self._world.logbook.violations),
             cpu_percent=_cpu_percent(rows, self._environment.hosts),
             efficiency=_efficiency(rows),
-            samples=Samples(**vars(self._tally)),
-            faults=[],
+            samples=Samples(**vars(self._tally())),
+            faults=self._faults(),
         )
         if self._world.rank == 0:
             with self._world.ledger.phase("checkpoint"):
                 self._folder.write(record)
             if outcome != "running":
                 self._folder.progress.unlink(missing_ok=True)
+                self._folder.beats.unlink(missing_ok=True)
                 self._tracker.finish(record)
         return record
+
+    def _tally(self) -> _Tally:
+        """Over all epochs so far."""
+        return _Tally(*(sum(column) for column in zip(*map(astuple, self._tallies.values()), strict=True)))
+
+    @property
+    def _role(self) -> Role:
+        return "master" if self._job.worker is None else "worker"
 
     def _save_timeline(self, ended: int | None) -> None:
         world, ledger = self._world, self._world.ledger
@@ -161,8 +263,8 @@ class Keeper:
             world.timeline.epoch(ended, ledger.close())
         with ledger.phase("instrument"):
             world.timeline.save(
-                self._folder.timeline_of(world.rank),
-                rank=world.rank,
+                self._folder.timeline_of(world.members[world.rank]),
+                rank=world.members[world.rank],
                 role=self._role,
                 host=machine.host_name(),
                 to_common=world.since_start,
@@ -174,7 +276,7 @@ class Keeper:
         cpu_s = machine.cpu_seconds()
         traffic = world.traffic
         return {
-            "rank": world.rank,
+            "rank": world.members[world.rank],
             "role": self._role,
             "host": machine.host_name(),
             "threads": self._threads,
@@ -195,6 +297,14 @@ class Keeper:
             "max_rss_bytes": machine.max_rss_bytes(),
             "died_at_s": None,
         }
+
+
+def _recovered(fault: Fault) -> Fault:
+    """A fault after which the run goes on now."""
+    if fault.recovered_after_s is not None or fault.found_at is None:
+        return fault
+    after_s = seconds_since(fault.found_at) + (fault.detected_after_s or 0)
+    return fault.model_copy(update={"recovered_after_s": after_s})
 
 
 def _cpu_percent(rows: list[Rank], hosts: list[Host]) -> float:

@@ -104,6 +104,11 @@ class Ledger:
         return before
 
     @property
+    def running(self) -> str:
+        """The running phase."""
+        return self._phase
+
+    @property
     def mark_ns(self) -> int:
         """When the running phase began, on this ledger's clock."""
         return self._mark_ns

@@ -74,10 +74,16 @@ def cpu_model() -> str:
 def process_start_ns() -> int:
     """When this process started, on `time.monotonic_ns`'s clock (to 10 ms, the kernel's tick)."""
     # Not from its wall-clock time: that counts from the second of the boot, rounded down.
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    ticks_since_boot = int(fields[19])
-    started_ns = ticks_since_boot * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    started_ns = (start_ticks(os.getpid()) or 0) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
     return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - started_ns)
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in kernel ticks since the boot; None if there is none of that number."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
 
 
 def clock_name() -> str:

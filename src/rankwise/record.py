@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
@@ -119,6 +121,23 @@ class Samples(_Row):
     lost: int
 
 
+class Fault(_Row):
+    """A rank that was lost, or a fault that was injected, and what became of it."""
+
+    rank: int = Field(description="-1 if nobody could tell")
+    kind: str = Field(description="what was injected; lost for what nobody asked for")
+    found_at: str | None = Field(default=None, description="UTC, ISO 8601")
+    epoch: int
+    step: int | None = None
+    detected_after_s: float | None = Field(
+        default=None, description="from the injection, or from the last sign of life"
+    )
+    recovered_after_s: float | None = Field(
+        default=None, description="from the same moment until a round was committed again"
+    )
+    action: str = Field(description="what was done about it: continue, restart, dropped, none")
+
+
 class Record(_Row):
     """record.json."""
 
@@ -137,7 +156,7 @@ class Record(_Row):
     cpu_percent: float = Field(default=0.0, description="CPU time of all ranks, of all cores of their hosts")
     efficiency: Efficiency
     samples: Samples
-    faults: list[dict[str, Any]]
+    faults: list[Fault]
 
     @property
     def best(self) -> Epoch:
@@ -156,9 +175,14 @@ class Record(_Row):
         return median(row.samples_per_s for row in self.epochs)
 
 
-def utc_before(seconds: float) -> str:
+def utc_before(seconds: float, timespec: str = "seconds") -> str:
     """The moment so many seconds ago, as the record writes it."""
-    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="seconds")
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec=timespec)
+
+
+def seconds_since(moment: str) -> float:
+    """How long ago a moment was that `utc_before` gave."""
+    return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
 
 
 class RunFolder:
@@ -172,10 +196,37 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.failure = path / "failure.json"
         self.progress = path / ".progress"
+        self.faults = path / "faults"
+        self.last_words = path / "last-words"
+        self.beats = path / ".beats"
 
     def timeline_of(self, rank: int) -> Path:
         """The timeline of one rank."""
         return self.timeline / f"rank-{rank:04d}.npz"
+
+    def leave_words(
+        self, rank: int, kind: str, message: str, *, silent_s: float | None = None, **more: Any
+    ) -> None:
+        """Leave word of why a rank ends that the others go on without. The first one counts."""
+        path = self._words_of(rank)
+        path.parent.mkdir(exist_ok=True)
+        with suppress(FileExistsError), path.open("x") as file:
+            json.dump({"kind": kind, "message": message, "silent_s": silent_s, **more}, file, indent=1)
+
+    def read_words(self, rank: int) -> dict[str, Any]:
+        """The last words about a rank, empty if there are none."""
+        try:
+            return dict(json.loads(self._words_of(rank).read_bytes()))
+        except (OSError, ValueError):
+            return {}
+
+    def forget_failures(self) -> None:
+        """The run goes on: what ended it, or one of its ranks, was before."""
+        self.failure.unlink(missing_ok=True)
+        shutil.rmtree(self.last_words, ignore_errors=True)
+
+    def _words_of(self, rank: int) -> Path:
+        return self.last_words / f"rank-{rank:04d}.json"
 
     def create(self) -> list[Path]:
         """Make the folder; returns the folders that were not there before, the innermost first.
@@ -216,16 +267,8 @@ class RunFolder:
             if isinstance(version, int) and version > SCHEMA_VERSION:
                 raise ResumeError(f"{self.record} was written by a newer rankwise (schema {version})")
             return Record.model_validate(content)
-        except (OSError, ValueError, ValidationError, AttributeError) as error:
+        except (OSError, ValueError, ValidationError, AttributeError, RecursionError) as error:
             raise ResumeError(f"{self.record} is damaged: {one_line(error)[:200]}") from None
-
-    def append_metrics(self, epoch: Epoch) -> None:
-        """Add a line to metrics.jsonl. Raises StorageError."""
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(epoch.model_dump_json() + "\n")
-        except OSError as error:
-            raise StorageError(f"cannot write {self.metrics}: {error.strerror}") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The epochs that stand in metrics.jsonl so far; a line that is just being written does not count."""
@@ -236,8 +279,13 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
     def keep_metrics(self, epochs: list[Epoch]) -> None:
-        """Start metrics.jsonl anew with these epochs (what a resumed run goes on from)."""
+        """Make metrics.jsonl hold these epochs."""
         write_atomically(self.metrics, "".join(e.model_dump_json() + "\n" for e in epochs).encode())
+
+    def note(self, fault: Fault) -> None:
+        """Add a fault that the ranks could not write down themselves."""
+        record = self.read()
+        self.write(record.model_copy(update={"faults": [*record.faults, fault]}))
 
     def close(self, outcome: Outcome, message: str) -> None:
         """Set the outcome of a run whose ranks are gone and could not do it themselves."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from rankwise import data, models, placement, strategies
@@ -14,6 +14,7 @@ from rankwise.config import TrainConfig
 from rankwise.data.dataset import Dataset
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError, Interrupted
+from rankwise.faults import Faults, NoFaults, parse_all
 from rankwise.keeper import Keeper
 from rankwise.models.replica import Replica
 from rankwise.progress import Progress
@@ -21,6 +22,7 @@ from rankwise.record import Host, Record, RunFolder
 from rankwise.schedule import scheduler
 from rankwise.strategies.synchroniser import Synchroniser, make_sampler
 from rankwise.training import Job, train
+from rankwise.watchdog import Watchdog
 from rankwise.world import World
 
 Say = Callable[[str], None]
@@ -40,7 +42,7 @@ def run(
     """
     ledger = world.ledger
     announce = _announcer(say)
-    say = say if world.rank == 0 else silent
+    say = _by_rank_0(say, world)
     _agree_on_options(config, world)
     world.cross_check = config.cross_check
     ledger.enter("data")
@@ -55,6 +57,14 @@ def run(
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     job = _make_job(config, dataset, model, world, folder)
     keeper = Keeper(config, world, folder, job, threads, hosts, start, say)
+    dog = _watchdog(config, folder, world)
+
+    def after_recovery(lost: list[int], seconds: float) -> None:
+        dog.forget(lost)
+        keeper.after_recovery(lost, seconds)
+
+    job.synchroniser.on_recovery = after_recovery
+    job.synchroniser.on_next_commit = keeper.after_next_commit
     if start is None:
         keeper.save_checkpoint(0)
     else:
@@ -63,17 +73,27 @@ def run(
     ledger.enter("other")
     world.settle()  # so that no waiting from before is found out in the first epoch
     world.timeline.begin(ledger.close())
+    world.survives = job.synchroniser.survives
     try:
-        train(job, start.epoch + 1 if start else 1, keeper.after_epoch)
+        with dog:
+            train(job, start.epoch + 1 if start else 1, keeper.after_epoch)
     except Interrupted as stop:
         message = f"{stop}; go on with: rankwise train --resume {folder.path}"
         keeper.write("interrupted", message)
         raise Interrupted(message) from None
-    return keeper.write("completed")
+    record = job.synchroniser.surely(lambda: keeper.write("completed"))
+    world.survives = False
+    return record
 
 
-def silent(_: str) -> None:
-    """Ranks other than 0 keep their remarks to themselves."""
+def _by_rank_0(say: Say, world: World) -> Say:
+    """Says what whoever is rank 0 at that time has to say."""
+
+    def speak(line: str) -> None:
+        if world.rank == 0:
+            say(line)
+
+    return speak
 
 
 def _announcer(say: Say) -> Callable[[str, int, int], None]:
@@ -122,9 +142,6 @@ def _make_job(
 ) -> Job:
     assert config.strategy is not None
     chosen = select(config, dataset)
-    first_worker = 1 if config.has_master else 0
-    evaluators = 1 if config.has_master else world.size
-    shares = np.array_split(chosen.val_pool, evaluators)
     entry = strategies.entry_of(config.strategy)
     replica = Replica(
         model,
@@ -133,19 +150,47 @@ def _make_job(
         clip_norm=config.clip_norm,
     )
     sampler = make_sampler(config, chosen.train_pool, dataset.train.labels[chosen.train_pool], world.rank)
-    expected = np.zeros(len(dataset.train.labels), np.int64)
-    expected[chosen.train_pool] = config.workers if entry.replicates else 1
     return Job(
         config=config,
         synchroniser=Synchroniser(
-            replica, entry.build(config), sampler, world, rate_factor=scheduler(config)
+            replica,
+            entry.build(config),
+            sampler,
+            world,
+            rate_factor=scheduler(config),
+            survives=config.on_failure == "continue" and world.size > 1,
+            min_ranks=config.min_ranks,
+            faults=_faults(config, folder, world, replica),
         ),
         train=dataset.train,
         validation=chosen.validation,
-        val_pool=shares[world.rank] if world.rank < evaluators else chosen.val_pool[:0],
-        worker=world.rank - first_worker if world.rank >= first_worker else None,
-        expected=expected,
+        val_pool=chosen.val_pool,
+        pool=chosen.train_pool,
         progress=Progress(folder.progress, world.rank, world.size),
+    )
+
+
+def _watchdog(config: TrainConfig, folder: RunFolder, world: World) -> Watchdog:
+    def report(rank: int, words: str, silent_s: float) -> None:
+        folder.leave_words(rank, "hang", words, silent_s=silent_s)
+
+    return Watchdog(
+        folder.beats,
+        rank=world.rank,
+        ranks=world.size,
+        ledger=world.ledger,
+        # Ranks that are threads are one process: none of them can be ended alone.
+        timeout_s=math.inf if world.in_threads else config.hang_timeout or math.inf,
+        report=report,
+    )
+
+
+def _faults(config: TrainConfig, folder: RunFolder, world: World, replica: Replica) -> NoFaults:
+    if not config.fault:
+        return NoFaults()
+    plans = parse_all(config.fault, world.size)
+    return Faults(
+        plans, folder.faults, rank=world.rank, seed=config.seed, victim=world, poison=replica.poison
     )
 
 

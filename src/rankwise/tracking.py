@@ -99,7 +99,11 @@ class TensorBoard(Tracker):
         # TensorBoard hides the points from this step on that an earlier sitting wrote and this one repeats.
         self._writer = cast(Any, SummaryWriter(log, purge_step=len(done) + 1))
         shown = dict.fromkeys(("val_accuracy", "val_loss", "train_loss"))  # beside the options
-        options, start, self._end = hparams(config.model_dump(mode="json"), shown)  # type: ignore[no-untyped-call]
+        values = {
+            name: ", ".join(value) if isinstance(value, list) else value
+            for name, value in config.model_dump(mode="json").items()
+        }
+        options, start, self._end = hparams(values, shown)  # type: ignore[no-untyped-call]
         self._writer.file_writer.add_summary(options)
         self._writer.file_writer.add_summary(start)
         for row in missing:

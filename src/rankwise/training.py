@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Split
-from rankwise.data.feed import feed
+from rankwise.data.feed import Feed, feed
 from rankwise.data.partition import Indices
 from rankwise.errors import DivergedError
 from rankwise.progress import Progress
 from rankwise.record import Epoch
 from rankwise.strategies.synchroniser import Synchroniser
+from rankwise.world import World
 
 EVALUATION_BATCH = 500
 """Samples a forward pass of the evaluation; a matter of speed alone."""
@@ -28,9 +29,9 @@ EVALUATION_BATCH = 500
 class Job:
     """Everything that one rank trains with.
 
-    `train` and `validation` are whole splits; the sampler's indices point into the first, and
-    `val_pool` holds those of the second that this rank evaluates. `worker` counts the ranks that
-    train, None for a master. `expected` [n] says how often an epoch shall train each sample.
+    `train` and `validation` are whole splits; the sampler's indices point into the first, and `val_pool`
+    holds those of the second that all ranks evaluate together. `pool` are the indices of the samples
+    that are trained.
     """
 
     config: TrainConfig
@@ -38,9 +39,26 @@ class Job:
     train: Split
     validation: Split
     val_pool: Indices
-    worker: int | None
-    expected: Indices
+    pool: Indices
     progress: Progress
+
+    @property
+    def worker(self) -> int | None:
+        """This rank's number among those that train, None for a master. It changes when ranks are lost."""
+        world = self.synchroniser.world
+        worker = world.rank - self.first_worker
+        return worker if worker >= 0 else None
+
+    @property
+    def first_worker(self) -> int:
+        """The lowest rank that trains; a master that is alone does."""
+        return int(self.config.has_master and self.synchroniser.world.size > 1)
+
+    def expected(self, epoch: int) -> Indices:
+        """How often an epoch shall train each sample of the training split."""
+        counts = np.zeros(len(self.train.labels), np.int64)
+        counts[self.pool] = self.synchroniser.sampler.samples(epoch) // len(self.pool)
+        return counts
 
 
 @dataclass(frozen=True)
@@ -61,19 +79,29 @@ def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float]
     """
     for number in range(first_epoch, job.config.epochs + 1):
         start_s = time.monotonic()
-        loss_sum, counts = train_epoch(job, number)
-        train_s = time.monotonic() - start_s
-        result = summarise(job, number, loss_sum, counts, evaluate(job), train_s)
-        after_epoch(result, start_s)
-        if result.last:
+        losses = Losses()
+
+        def whole_epoch(number: int = number, losses: Losses = losses, start_s: float = start_s) -> bool:
+            train_epoch(job, number, losses)
+            train_s = time.monotonic() - start_s
+            result = summarise(job, number, losses, evaluate(job), train_s)
+            after_epoch(result, start_s)
+            return result.last
+
+        if job.synchroniser.surely(whole_epoch):
             return
 
 
-def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
-    """One pass over this rank's share.
+@dataclass
+class Losses:
+    """The sum of the losses of `samples` samples."""
 
-    Returns the sum of the losses of its samples, and how often it trained each sample [n].
-    """
+    total: float = 0.0
+    samples: int = 0
+
+
+def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
+    """One pass over this rank's share, or over what is left of it; adds to the losses."""
     config, synchroniser = job.config, job.synchroniser
     model, optimizer = synchroniser.model, synchroniser.replica.optimizer
     ledger = synchroniser.world.ledger
@@ -82,23 +110,20 @@ def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
     # Every random number is drawn from seed, epoch and worker: a resumed run draws the same ones.
     seed = np.random.SeedSequence([config.seed, epoch, job.worker or 0]).generate_state(2, np.uint64)
     torch.manual_seed(int(seed[0]))
-    batches = feed(
+    batches = Feed(
         job.train,
         synchroniser.sampler.shard(epoch),
-        config.batch_size,
         flip=config.flip,
         crop_padding=config.crop_padding,
         generator=torch.Generator().manual_seed(int(seed[1])),
     )
-    loss_sum = 0.0
-    trained: list[Indices] = []
     job.progress.start(epoch)
     model.train()
 
     ledger.enter("other")
     for step, batch in enumerate(synchroniser.batches(epoch), start=1):
         ledger.enter("data")
-        images, labels = next(batches)
+        images, labels = batches.take(batch.indices)
 
         ledger.enter("forward")
         loss = F.cross_entropy(model(images), labels)
@@ -108,30 +133,35 @@ def train_epoch(job: Job, epoch: int) -> tuple[float, Indices]:
         torch.autograd.backward(loss)
         value = loss.item()
         if not math.isfinite(value):
-            raise DivergedError(
+            synchroniser.drop(
                 f"the loss is {value} in epoch {epoch}, step {step}: try a smaller --lr than {config.lr}"
             )
+            continue
 
         ledger.enter("optimizer")
         synchroniser.step()
 
         ledger.enter("other")
-        loss_sum += value * len(batch)
-        trained.append(batch.indices)
+        losses.total += value * len(batch)
+        losses.samples += len(batch)
         job.progress.add(len(batch), value * len(batch))
-    counts = (
-        np.bincount(np.concatenate(trained), minlength=len(job.expected)) if trained else 0 * job.expected
-    )
-    return loss_sum, counts
 
 
 def evaluate(job: Job) -> tuple[float, int]:
     """Sum of the losses and number of right answers on this rank's share of the validation samples."""
-    model = job.synchroniser.replica.model
+    model, world = job.synchroniser.replica.model, job.synchroniser.world
+    evaluators = 1 if job.config.has_master else world.size
+    shares = np.array_split(job.val_pool, evaluators)
+    mine = shares[world.rank] if world.rank < evaluators else job.val_pool[:0]
     loss_sum, correct = 0.0, 0
-    with job.synchroniser.world.ledger.phase("evaluation"), torch.inference_mode():
+    with (
+        world.ledger.phase("evaluation"),
+        job.synchroniser.faults.during("evaluation"),
+        torch.inference_mode(),
+    ):
         model.eval()
-        for images, labels in feed(job.validation, job.val_pool, EVALUATION_BATCH):
+        for images, labels in feed(job.validation, mine, EVALUATION_BATCH):
+            world.ledger.enter("evaluation")  # a sign of life
             scores = model(images)
             loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
             correct += int((scores.argmax(1) == labels).sum())
@@ -139,23 +169,25 @@ def evaluate(job: Job) -> tuple[float, int]:
 
 
 def summarise(
-    job: Job, epoch: int, loss_sum: float, counts: Indices, evaluation: tuple[float, int], train_s: float
+    job: Job, epoch: int, losses: Losses, evaluation: tuple[float, int], train_s: float
 ) -> EpochResult:
     """Add up what all ranks did in the epoch."""
     world = job.synchroniser.world
     val_loss_sum, correct = evaluation
-    sums = np.array([loss_sum, val_loss_sum, correct, len(job.val_pool)], np.float64)
+    sums = np.array([losses.total, losses.samples, val_loss_sum, correct], np.float64)
     world.allreduce(sums)
-    trained, duplicated, lost = count_samples(job, counts)
+    expected = job.expected(epoch)
+    counts = np.bincount(job.synchroniser.trained(), minlength=len(expected))
+    trained, duplicated, lost = count_samples(world, counts, expected, job.config.seed)
     slowest = np.array([train_s])
     world.allreduce(slowest, op="max")
-    if not math.isfinite(sums[1]):
-        raise DivergedError(f"the validation loss is {sums[1]} after epoch {epoch}: try a smaller --lr")
+    if not math.isfinite(sums[2]):
+        raise DivergedError(f"the validation loss is {sums[2]} after epoch {epoch}: try a smaller --lr")
     row = Epoch(
         epoch=epoch,
-        train_loss=sums[0] / trained,
-        val_loss=sums[1] / sums[3],
-        val_accuracy=sums[2] / sums[3],
+        train_loss=sums[0] / sums[1],
+        val_loss=sums[2] / len(job.val_pool),
+        val_accuracy=sums[3] / len(job.val_pool),
         train_samples=trained,
         steps=job.synchroniser.sampler.steps(epoch),
         learning_rate=job.synchroniser.replica.optimizer.param_groups[0]["lr"],
@@ -167,20 +199,20 @@ def summarise(
     return EpochResult(row, duplicated, lost, last)
 
 
-def count_samples(job: Job, counts: Indices) -> tuple[int, int, int]:
+def count_samples(world: World, counts: Indices, expected: Indices, seed: int) -> tuple[int, int, int]:
     """How many samples all ranks trained in an epoch, how many of them too often, and how many too seldom.
 
-    `counts` [n] says how often this rank trained each sample. To prove that the sum over all ranks is
-    what it should be, 8 bytes are enough: each sample has a random 64-bit number, and the sums of the
-    numbers trained and expected agree, modulo 2**64, only for the same samples. If they do not, the
-    counts themselves are added up.
+    `counts` [n] says how often this rank trained each sample, `expected` [n] how often all should. To
+    prove that what all ranks trained is that, 8 bytes are enough: each sample has a random 64-bit
+    number, and the sums of the numbers trained and expected agree, modulo 2**64, only for the same
+    samples. If they do not, the counts themselves are added up.
     """
-    numbers = np.random.default_rng(job.config.seed).integers(2**64, size=len(counts), dtype=np.uint64)
+    numbers = np.random.default_rng(seed).integers(2**64, size=len(counts), dtype=np.uint64)
     fingerprint = np.array([np.sum(numbers * counts.astype(np.uint64))])
-    job.synchroniser.world.allreduce(fingerprint)
-    if fingerprint[0] == np.sum(numbers * job.expected.astype(np.uint64)):
-        return int(job.expected.sum()), 0, 0
+    world.allreduce(fingerprint)
+    if fingerprint[0] == np.sum(numbers * expected.astype(np.uint64)):
+        return int(expected.sum()), 0, 0
     total = counts.copy()
-    job.synchroniser.world.allreduce(total)
-    surplus = total - job.expected
+    world.allreduce(total)
+    surplus = total - expected
     return int(total.sum()), int(surplus.clip(min=0).sum()), int(-surplus.clip(max=0).sum())

@@ -186,14 +186,14 @@ def test_what_was_measured_beside_the_ledger_is_shown() -> None:
         rank(0, wait_on_s={1: 2.0}, barrier_wait_ns=2_500_000_000, measured={"send_s": 0.125}),
         rank(1, barrier_wait_ns=0),
     ]
-    fault = {"rank": 1, "kind": "kill", "epoch": 2, "recovered_after_s": 0.25}
+    fault = {"rank": 1, "kind": "kill", "epoch": 2, "recovered_after_s": 0.25, "action": "continue"}
     run_folder(Path("run"), record(ranks, faults=[fault]))
     rows = [row for block in blocks(page_of("run")) if isinstance(block, Table) for row in block.rows]
     assert (0, 2.0, 2.5) in rows
     assert (1, 0.0, 0.0) in rows
     assert (0, 0.125) in rows
     assert (1, None) in rows
-    assert ("1", "kill", "2", "0.25") in rows
+    assert ("1", "kill", "2", "0.25", "continue") in rows
 
 
 def test_options_that_differ() -> None:

@@ -65,6 +65,13 @@ class Replica:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()
 
+    def poison(self) -> None:
+        """Make a gradient not a number, as an overflow or a broken machine would."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.nan)
+                return
+
     def pack(self, tail: int = 0) -> NDArray[np.floating]:
         """The weights as one flat array, with `tail` free places at its end, in the same memory each time."""
         return self._weights.pack(tail)
@@ -89,11 +96,11 @@ class Replica:
         """Overwrite the integer buffers from a flat array."""
         self._integers.unpack(flat)
 
-    def snapshot(self) -> Snapshot:
-        """A copy of all that a step changes."""
-        return Snapshot(
-            [(tensor, tensor.clone()) for tensor in [*self._all, *self.optimizer_state().values()]]
-        )
+    def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
+        """A copy of all that a step changes, in the memory of one that nobody needs any more."""
+        snapshot = reuse or Snapshot([*self._all, *self.optimizer_state().values()])
+        snapshot.take()
+        return snapshot
 
     def optimizer_tensors(self) -> list[Tensor]:
         """The optimiser's tensors that are shaped like their parameter, in a fixed order."""
@@ -132,13 +139,17 @@ class Replica:
 class Snapshot:
     """What a replica was; `restore` makes it so again."""
 
-    def __init__(self, copies: list[tuple[Tensor, Tensor]]) -> None:
-        self._copies = copies
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        self._copies = [torch.empty_like(tensor) for tensor in tensors]
+
+    def take(self) -> None:
+        """Copy the replica as it is now."""
+        torch._foreach_copy_(self._copies, self._tensors)
 
     def restore(self) -> None:
         """Overwrite the replica."""
-        for tensor, copy in self._copies:
-            tensor.copy_(copy)
+        torch._foreach_copy_(self._tensors, self._copies)
 
 
 class _Flat:

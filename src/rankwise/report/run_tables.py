@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rankwise.record import Record
+from rankwise.record import Fault, Record
 from rankwise.report.charts.scaling import strategy
 from rankwise.report.page import Cell, Number, Numbers, Table
 from rankwise.report.runs import Run
@@ -104,8 +104,9 @@ def waited_for(record: Record) -> Table:
 def faults(record: Record) -> Iterable[Table]:
     """What befell the ranks of a run, if anything did."""
     if record.faults:
-        columns = tuple(dict.fromkeys(key for fault in record.faults for key in fault))
-        rows = tuple(tuple(_text(fault.get(key)) for key in columns) for fault in record.faults)
+        known = (key for fault in record.faults for key, value in fault if value is not None)
+        columns = tuple(sorted(set(known), key=[*Fault.model_fields].index))
+        rows = tuple(tuple(_text(getattr(fault, key)) for key in columns) for fault in record.faults)
         yield Table(columns, rows, "Faults")
 
 

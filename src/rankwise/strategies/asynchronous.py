@@ -83,6 +83,7 @@ class Asynchronous(Strategy):
     """
 
     topologies: ClassVar = ("master",)
+    survives: ClassVar = False
     sync_every: ClassVar = 4
 
     max_staleness: int | None = None

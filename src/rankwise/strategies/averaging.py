@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, start_alike
+from rankwise.strategies.base import State, Strategy, require_finite, start_alike
 from rankwise.strategies.exchange import Reduction
 from rankwise.world import World
 
@@ -82,6 +82,8 @@ class ParameterAveraging(Strategy):
             # One place behind the weights carries the wish to stop, so that no extra message does.
             flat = replica.pack(tail=1)
             flat[-1] = world.stopping
+            if batch.weights[world.rank]:
+                require_finite(flat)
             if state.reduction.compressor and state.about is not None:
                 flat[:-1] -= state.about  # what has changed is small, and can be sent with fewer bits
             flat[:-1] *= flat.dtype.type(batch.weights[world.rank])

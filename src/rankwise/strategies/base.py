@@ -47,6 +47,10 @@ class State:
         return replace(self, memory={**self.memory, **arrays})
 
 
+class NotFiniteError(Exception):
+    """What was about to be averaged, or what came of it, is not a number."""
+
+
 class Strategy(ABC):
     """A way to keep ranks in step. Frozen: all that changes is in the state and the replica.
 
@@ -64,6 +68,13 @@ class Strategy(ABC):
 
     shares_optimizer: ClassVar[bool] = False
     """Whether rank 0's optimiser state is that of all ranks."""
+
+    survives: ClassVar[bool] = True
+    """Whether the ranks can go on when one of them is lost."""
+
+    keeps_local_work: ClassVar[bool] = True
+    """Whether what a rank has trained in a round is still in its replica when the round's exchange failed;
+    otherwise it is trained again."""
 
     @abstractmethod
     def init(self, replica: Replica, world: World) -> State:
@@ -87,7 +98,8 @@ class Strategy(ABC):
         """Exchange at the end of a round; returns what `commit` needs.
 
         Raises Interrupted, on all ranks at the same step, when `world.stopping` was set on any of them;
-        what was not committed by then is dropped.
+        what was not committed by then is dropped. Raises NotFiniteError on a rank that has sent nothing
+        yet, or on all ranks.
         """
 
     def commit(self, state: State, replica: Replica, prepared: Any, world: World) -> State:
@@ -98,6 +110,10 @@ class Strategy(ABC):
             replica.unpack(weights)
         committed: State = after.commit()
         return committed
+
+    def recover(self, state: State, replica: Replica, world: World) -> State:
+        """After ranks were lost, before the round is gone on with; without an exchange."""
+        return state
 
     def open_epoch(self, state: State, replica: Replica, world: World) -> State:
         """Before an epoch's first batch, also after a resume; all ranks together."""
@@ -112,6 +128,13 @@ class Strategy(ABC):
         """
         agree_on_buffers(replica, weights, world)
         return state
+
+
+def require_finite(flat: Flat) -> None:
+    """Raises NotFiniteError if a number of a flat array is none, or too large to be added up."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not np.isfinite(flat.sum()):
+            raise NotFiniteError
 
 
 def start_alike(replica: Replica, world: World) -> None:

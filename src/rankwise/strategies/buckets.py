@@ -104,10 +104,14 @@ class Buckets:
                 self._send(len(self._buckets))
             for exchange in self._under_way:
                 exchange.wait()
+        self.clear()
+        return bool(self.flat[-1])
+
+    def clear(self) -> None:
+        """Forget the round."""
         self._under_way.clear()
         self._next = 0
         self._holds_some = self._sends = False
-        return bool(self.flat[-1])
 
     def give(self) -> None:
         """Make what is in the flat array the parameters' gradients, until the next batch is expected."""

@@ -37,6 +37,7 @@ class Gossip(Strategy):
     """
 
     topologies: ClassVar = ("ring", "exponential", "complete")
+    survives: ClassVar = False
 
     topology: Literal["ring", "exponential", "complete"]
 

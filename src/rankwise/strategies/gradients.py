@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, start_alike
+from rankwise.strategies.base import State, Strategy, require_finite, start_alike
 from rankwise.strategies.buckets import Buckets
 from rankwise.strategies.exchange import Reduction, gather_sum
 from rankwise.world import World
@@ -40,6 +40,7 @@ class GradientAveraging(Strategy):
 
     topologies: ClassVar = ("allreduce", "master")
     shares_optimizer: ClassVar = True
+    keeps_local_work: ClassVar = False
 
     topology: Literal["master", "allreduce"]
     compress: str = "none"
@@ -56,6 +57,10 @@ class GradientAveraging(Strategy):
     def expect(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
         _buckets(state).expect(batch.share, sends=batch.ends_round)
 
+    def recover(self, state: State, replica: Replica, world: World) -> State:
+        _buckets(state).clear()
+        return replace(state, pending=0)
+
     def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
         if not len(batch):
             return state
@@ -69,9 +74,12 @@ class GradientAveraging(Strategy):
         buckets = _buckets(state)
         if self.topology == "allreduce" and state.reduction.compressor is None:
             stops = buckets.reduce()
+            require_finite(buckets.flat)
         elif state.reduction.compressor is None:
             return self._serve(buckets, replica, batch, world)
         else:
+            if batch.weights[world.rank]:
+                require_finite(buckets.flat)
             stops, state = state.reduction(buckets.close(), batch.weights, world, state)
         if stops:
             raise Interrupted(f"stopped in epoch {batch.epoch}")
@@ -90,6 +98,8 @@ class GradientAveraging(Strategy):
 
     def _serve(self, buckets: Buckets, replica: Replica, batch: Batch, world: World) -> Flat:
         """Gradients to the master, weights back."""
+        if batch.weights[world.rank]:
+            require_finite(buckets.flat)
         stops = gather_sum(buckets.close(), batch.weights, world)
         if stops is False:
             with world.ledger.phase("pack"):

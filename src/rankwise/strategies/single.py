@@ -20,6 +20,7 @@ class Single(Strategy):
 
     topologies: ClassVar = ()
     sync_every: ClassVar = None
+    survives: ClassVar = False
 
     def init(self, replica: Replica, world: World) -> State:
         return State()

@@ -55,6 +55,7 @@ class PaperStopwatch(ParameterAveraging):
     """
 
     topologies: ClassVar[tuple[str, ...]] = ("master",)
+    survives: ClassVar[bool] = False
 
     def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Averaged:
         watch = _Stopwatch(world.ledger.clock)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
 from rankwise.data import partition
-from rankwise.data.sampler import Batch, Sampler
-from rankwise.errors import ConfigError
+from rankwise.data.partition import Indices
+from rankwise.data.sampler import NOTHING, Batch, Sampler
+from rankwise.errors import ConfigError, DivergedError, RankLost
+from rankwise.faults import NoFaults
 from rankwise.schedule import scheduler
 from rankwise.strategies import entry_of, resolve
-from rankwise.strategies.base import State, Strategy
+from rankwise.strategies.base import NotFiniteError, State, Strategy
 from rankwise.world import World
 
 if TYPE_CHECKING:
@@ -25,9 +27,31 @@ if TYPE_CHECKING:
     from rankwise.models.replica import Replica, Snapshot
 
 
+T = TypeVar("T")
+
+MOST_DROPS = 3
+"""Times in a row that a rank may find that what it computed is not a number."""
+
+MOST_FRUITLESS = 3
+"""Recoveries in a row in which it turns out that no rank was lost."""
+
 SETTLE_ROUNDS = 1024
 """Rounds, of which all ranks make the same number, after which logs are compared: an epoch of nothing but
 messages has no exchange at which the world could do it by itself."""
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far a run is: rounds of an epoch that are committed, and whether the epoch is closed."""
+
+    epoch: int = 0
+    rounds: int = 0
+    closed: bool = True
+
+
+_Standing = list[tuple[Position, int]]
+"""Where a rank was when another was lost, last, and where it can go back to; with the samples that it had
+trained there since the last commit."""
 
 
 class Synchroniser:
@@ -39,10 +63,14 @@ class Synchroniser:
             synchroniser.step()          # in place of optimizer.step()
 
     Ranks without work (a master, a worker whose shard has run out) take their part in the rounds
-    while they iterate, and their loop body is not run. `rate_factor` says, from how many epochs are over,
-    what the learning rates that the optimiser came with are multiplied by.
+    while they iterate, and their loop body is not run. `rate_factor` says, from how many epochs are over and
+    how many workers there are, what the learning rates that the optimiser came with are multiplied by.
 
-    With `undoable` the last step that was committed can be taken back by `undo`.
+    With `survives` a rank that is lost does not end the others: what it had not brought in is dealt to
+    them, and they go on. `on_recovery` then gets the ranks that were lost, by the numbers with which they
+    began, and how long it took in seconds; `on_next_commit` the seconds until the next round was committed.
+    The last commit can then be taken back by `undo`: an exchange may have succeeded
+    on one rank and failed on another. An epoch's end is a commit of its own, after its last round.
     """
 
     def __init__(
@@ -52,48 +80,81 @@ class Synchroniser:
         sampler: Sampler,
         world: World,
         *,
-        rate_factor: Callable[[float], float] | None = None,
-        undoable: bool = False,
+        rate_factor: Callable[[float, int], float] | None = None,
+        survives: bool = False,
+        min_ranks: int = 1,
+        faults: NoFaults | None = None,
     ) -> None:
         self.replica = replica
         self.world = world
         self.sampler = sampler
+        self.position = Position()
+        self.on_recovery: Callable[[list[int], float], None] = lambda lost, seconds: None
+        self.on_next_commit: Callable[[float], None] = lambda seconds: None
         self._strategy = strategy
         self._batch: Batch | None = None
         self._rounds = 0
+        self._begun_again = 0
+        self._members = list(world.members)
+        self._fruitless = 0
+        self._does_again = False
         self._rate_factor = rate_factor
         self._rates = [group["lr"] for group in replica.optimizer.param_groups]
-        self._undoable = undoable
-        self._before: tuple[State, Snapshot] | None = None
+        self.survives = survives
+        self._min_ranks = min_ranks
+        self.faults = faults or NoFaults()
+        world.in_exchange = self.faults.in_exchange
+        self._found_ns: int | None = None
+        self._before: list[tuple[State, Snapshot, Position]] = []
+        self._start: Snapshot | None = None
+        self._at_start = (0, 0)
+        self._spare: Snapshot | None = None
+        self._drops = 0
+        self._trained: list[Indices] = []
+        self._under_way: list[Indices] = []
         self.state: State = strategy.init(replica, world)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches that this rank trains in `epoch`, each to be followed by one `step()`."""
-        self.state = self._strategy.open_epoch(self.state, self.replica, self.world)
-        for batch in self.sampler.batches(epoch):
-            if self.world.stopping:
-                # Go straight to the round's end, where the others learn that the run is to stop.
-                if not batch.ends_round:
-                    continue
-                batch = replace(batch, indices=batch.indices[:0], share=0.0)
-            self._set_rates(batch.position)
-            self._strategy.expect(self.state, self.replica, batch, self.world)
-            if not len(batch):
-                self._step(batch)
-                continue
-            self._batch = batch
-            yield batch
-            if self._batch is not None:
-                raise RuntimeError("a batch was not followed by step(), and ranks would lose step")
-        weights = self.sampler.weights(epoch)
-        self.state = self._strategy.close_epoch(self.state, self.replica, weights, self.world)
+        """The batches that this rank trains in `epoch`, each to be followed by one `step()`; if `surely` does
+        the epoch again, what is left of them."""
+        if self.position.epoch != epoch or not self._does_again:
+            self.position = Position(epoch, closed=False)
+            self._trained.clear()
+            self.faults.begin(epoch, self.sampler.steps(epoch))
+            self.state = self._strategy.open_epoch(self.state, self.replica, self.world)
+            self._keep_start()
+        while not self.position.closed:
+            try:
+                yield from self._rounds_of(epoch)
+                if self.position.rounds == len(self.sampler.rounds(epoch)):
+                    self._close(epoch)
+            except RankLost:
+                self.recover()
 
     def step(self) -> None:
         """Use the gradients of the current batch, and synchronise if the strategy has it due now."""
         if self._batch is None:
             raise RuntimeError("step() stands alone: call it once in each turn of a loop over batches()")
         batch, self._batch = self._batch, None
-        self._step(batch)
+        self.faults.at("compute")
+        try:
+            self._step(batch)
+        except RankLost:
+            self.recover()
+
+    def drop(self, why: str) -> None:
+        """In place of `step()`, for a batch whose loss is not a number: it is not averaged in.
+
+        The round is trained again from its beginning. Raises DivergedError after three times in a row, and at
+        once where a lost rank ends the run, as then nothing is kept to go back to.
+        """
+        if not self.survives:
+            raise DivergedError(why)
+        if not self._strategy.keeps_local_work:
+            self.step()  # part of it may be under way to the others: all find it out together
+            return
+        self._batch = None
+        self._drop(why)
 
     def resume(self, checkpoint: Checkpoint, worker: int | None) -> None:
         """Go on from a checkpoint; `worker` is this rank's number among workers, None for a master."""
@@ -111,48 +172,195 @@ class Synchroniser:
         """Whether rank 0's optimiser state is that of all ranks."""
         return self._strategy.shares_optimizer
 
+    def trained(self) -> Indices:
+        """The samples of this epoch that this rank has brought in, each as often as it was; on rank 0 with
+        those that ranks brought in before they were lost."""
+        credited = self.sampler.credited(self.position.epoch) if self.world.rank == 0 else NOTHING
+        return np.concatenate([NOTHING, *self._trained, credited])
+
     def undo(self) -> None:
-        """Take the last committed step back: replica and state are as they were when its exchange began."""
-        if self._before is None:
+        """Take the last commit back: replica and state are as they were when its exchange began."""
+        if not self._before:
             raise RuntimeError("there is no step to undo")
-        self.state, snapshot = self._before
+        self.state, snapshot, position = self._before.pop()
         snapshot.restore()
-        self._before = None
+        if position.rounds < self.position.rounds:
+            self._under_way = [self._trained.pop()]
+        self.position = position
+
+    def surely(self, action: Callable[[], T]) -> T:
+        """Do what all ranks do together, and do it again if a rank was lost before all had done it. What is
+        done may train an epoch, which then goes on from where it was."""
+        while True:
+            try:
+                result = action()
+                if self.survives:
+                    self.world.confirm()
+                self._does_again = False
+                return result
+            except RankLost:
+                self.recover()
+                self._does_again = True
+
+    def recover(self) -> None:
+        """Go on without ranks that were lost, from the last commit that all have; all that are left call it.
+
+        Raises RankLost again where a rank that is lost ends the run.
+        """
+        if not self.survives:
+            raise RankLost("a rank was lost")
+        started_ns = self.world.ledger.clock()
+        reached = [(position, state.pending) for state, _, position in self._before]
+        with self.faults.during("recovery"):
+            standings: list[_Standing] = self.world.repair([*reached, (self.position, self.state.pending)])
+        if self.world.size < self._min_ranks:
+            raise RankLost(
+                f"{self.world.size} ranks are left, fewer than the {self._min_ranks} of --min-ranks"
+            )
+        with self.world.ledger.phase("recovery"):
+            self._meet(standings)
+            survivors = [self._members.index(member) for member in self.world.members]
+            lost = [member for member in self._members if member not in self.world.members]
+            self._members = list(self.world.members)
+            self._fruitless = 0 if lost else self._fruitless + 1
+            if self._fruitless > MOST_FRUITLESS:
+                raise RankLost("exchanges fail again and again, though no rank was lost")
+            keeps = self._strategy.keeps_local_work
+            done = [keeps * dict(standing).get(self.position, 0) for standing in standings]
+            self.sampler.leave_out(self.position.epoch, self.position.rounds, survivors, done)
+            self.state = self._strategy.recover(self.state, self.replica, self.world)
+            if not keeps:
+                self._under_way.clear()
+        self._begun_again += 1
+        self._keep_start()
+        if not self.position.closed:
+            self._found_ns = self._found_ns or started_ns
+        self.on_recovery(lost, (self.world.ledger.clock() - started_ns) / 1e9)
+
+    def _drop(self, why: str) -> None:
+        """Begin the round again, with everything as it was when it began."""
+        self._drops += 1
+        if self._drops == MOST_DROPS or not self.survives:
+            raise DivergedError(why)
+        with self.world.ledger.phase("recovery"):
+            if self._start is not None:
+                self._start.restore()
+            batches, samples = self._at_start
+            del self._under_way[batches:]
+            dropped = {**self.state.measured, "dropped": self.state.measured.get("dropped", 0) + 1}
+            state = replace(self.state, pending=samples, measured=dropped)
+            self.state = self._strategy.recover(state, self.replica, self.world)
+        self._begun_again += 1
+
+    def _meet(self, standings: list[_Standing]) -> None:
+        """Bring this rank to the position from which all go on."""
+        first = min(standing[-1][0] for standing in standings)
+        while self.position > first:
+            self.undo()
+        self._before.clear()
+
+    def _rounds_of(self, epoch: int) -> Iterator[Batch]:
+        """The batches from this position on, until a rank is lost."""
+        begun_again = self._begun_again
+        for batch in self.sampler.batches(epoch, self.position.rounds):
+            if self.world.stopping:
+                # Go straight to the round's end, where the others learn that the run is to stop.
+                if not batch.ends_round:
+                    continue
+                batch = replace(batch, indices=batch.indices[:0], share=0.0)
+            self._set_rates(batch.position)
+            self._strategy.expect(self.state, self.replica, batch, self.world)
+            self.faults.step(batch.step)
+            if not len(batch):
+                self.faults.at("compute")
+                self._step(batch)
+                if self._begun_again > begun_again:
+                    return
+                continue
+            self._batch = batch
+            yield batch
+            self._require_step()
+            if self._begun_again > begun_again:
+                return
+
+    def _require_step(self) -> None:
+        if self._batch is not None:
+            raise RuntimeError("a batch was not followed by step(), and ranks would lose step")
+
+    def _close(self, epoch: int) -> None:
+        self._remember()
+        weights = self.sampler.weights(epoch)
+        self.state = self._strategy.close_epoch(self.state, self.replica, weights, self.world)
+        self.position = replace(self.position, closed=True)
 
     def _step(self, batch: Batch) -> None:
         strategy, replica, world = self._strategy, self.replica, self.world
         self.state = strategy.train(self.state, replica, batch, world)
+        self._under_way.append(batch.indices)
         if batch.ends_round:
-            if self._undoable:
-                with world.ledger.phase("recovery"):
-                    self._before = self.state, replica.snapshot()
-            prepared = strategy.prepare(self.state, replica, batch, world)
-            self.state = strategy.commit(self.state, replica, prepared, world)
+            self._remember()
+            try:
+                with self.faults.during("exchange"):
+                    prepared = strategy.prepare(self.state, replica, batch, world)
+                    self.state = strategy.commit(self.state, replica, prepared, world)
+            except NotFiniteError:
+                self._before = self._before[:-1]
+                where = f"in epoch {batch.epoch}, step {batch.step}"
+                self._drop(f"weights or gradients are not finite {where}: try a smaller learning rate")
+                return
+            self._drops = 0
+            self.position = replace(self.position, rounds=self.position.rounds + 1)
+            # All have come to this round, so nobody goes back behind its beginning.
+            if len(self._before) > 1:
+                self._spare = self._before[0][1]
+                self._before = self._before[-1:]
+            self._trained.append(np.concatenate(self._under_way))
+            self._under_way = []
+            self._keep_start()
+            self._tell_of_recovery()
         world.timeline.step(batch.epoch, len(batch))
         self._rounds += batch.ends_round
         if batch.ends_round and self._rounds % SETTLE_ROUNDS == 0:
             world.settle()
 
+    def _remember(self) -> None:
+        """Keep what `undo` needs."""
+        if self.survives:
+            with self.world.ledger.phase("recovery"):
+                snapshot, self._spare = self.replica.snapshot(self._spare), None
+                self._before.append((self.state, snapshot, self.position))
+
+    def _tell_of_recovery(self) -> None:
+        if self._found_ns is not None:
+            self.on_next_commit((self.world.ledger.clock() - self._found_ns) / 1e9)
+            self._found_ns = None
+
+    def _keep_start(self) -> None:
+        """Keep what `_drop` needs: a strategy that steps at a round's end alone has it still."""
+        self._at_start = len(self._under_way), self.state.pending
+        if self.survives and self._strategy.keeps_local_work:
+            with self.world.ledger.phase("recovery"):
+                self._start = self.replica.snapshot(self._start)
+
     def _set_rates(self, position: float) -> None:
         if self._rate_factor is not None:
-            factor = self._rate_factor(position)
+            factor = self._rate_factor(position, self.sampler.workers)
             for group, rate in zip(self.replica.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
 
 
-def shards_of(config: TrainConfig, pool: partition.Indices, labels: partition.Indices) -> Any:
-    """The function epoch -> shards (one a worker) over the samples `pool`, whose classes are `labels`."""
+def dealing_of(config: TrainConfig, pool: Indices, labels: Indices) -> Callable[[int, int], list[Indices]]:
+    """The function (epoch, workers) -> shards, one a worker, over the samples `pool`, whose classes are
+    `labels`."""
     assert config.strategy is not None
     replicates = entry_of(config.strategy).replicates
 
-    def deal(epoch: int) -> list[partition.Indices]:
+    def deal(epoch: int, workers: int) -> list[Indices]:
         if replicates:
-            shards = partition.replicate(
-                samples=len(pool), workers=config.workers, epoch=epoch, seed=config.seed
-            )
+            shards = partition.replicate(samples=len(pool), workers=workers, epoch=epoch, seed=config.seed)
         else:
             shards = partition.deal(
-                config.shards, labels=labels, workers=config.workers, epoch=epoch, seed=config.seed
+                config.shards, labels=labels, workers=workers, epoch=epoch, seed=config.seed
             )
         return [pool[shard] for shard in shards]
 
@@ -164,11 +372,13 @@ def make_sampler(
 ) -> Sampler:
     """The sampler of `rank` for a resolved configuration."""
     return Sampler(
-        shards_of(config, pool, labels),
+        dealing_of(config, pool, labels),
         rank=rank,
+        size=config.ranks,
         first_worker=1 if config.has_master else 0,
         batch_size=config.batch_size,
         sync_every=lambda epoch: _steps_a_round(config, epoch),
+        keeps_global_batch=config.on_shrink == "keep-global-batch",
     )
 
 
@@ -191,8 +401,8 @@ def synchronise(
 
     `samples` is the size of the training set. `options` are those of `rankwise train` that say how
     ranks work together (strategy, topology, sync_every, compress, optimizer_state, shards, batch_size,
-    seed and those of single strategies) and how the learning rate goes (epochs, schedule, lr_scaling,
-    warmup, clip_norm); the rate itself is the optimiser's.
+    seed, on_failure and those of single strategies) and how the learning rate goes (epochs, schedule,
+    lr_scaling, warmup, clip_norm); the rate itself is the optimiser's.
     Raises ConfigError, one line, for an option that does not exist or does not fit.
     """
     from rankwise.models.replica import Replica
@@ -215,4 +425,6 @@ def synchronise(
         make_sampler(config, pool, np.zeros(samples, np.int64), world.rank),
         world,
         rate_factor=scheduler(config),
+        survives=config.on_failure == "continue" and world.size > 1,
+        min_ranks=config.min_ranks,
     )

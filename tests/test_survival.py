@@ -1,0 +1,164 @@
+"""Training that loses ranks: nothing is lost with them, and nothing is trained twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rankwise.config import TrainConfig
+from rankwise.errors import DivergedError
+from rankwise.models.replica import Replica
+from rankwise.record import Record
+from rankwise.strategies import entry_of, resolve
+from rankwise.strategies.synchroniser import Synchroniser, make_sampler
+from rankwise.world import World
+from rankwise.world.threads import Killed, run_in_threads
+
+from .strategies.loops import BATCH, SAMPLES, gradients, make, weights_of
+
+Make = Callable[..., TrainConfig]
+Train = Callable[..., tuple[Record, Any, Any]]
+
+SYNCHRONOUS = [
+    ("parameter-averaging", "master"),
+    ("parameter-averaging", "allreduce"),
+    ("local-sgd", "allreduce"),
+    ("local-sgd", "master"),
+    ("allreduce", "allreduce"),
+    ("gradient-server", "master"),
+    ("slowmo", "allreduce"),
+    ("diloco", "master"),
+    ("replication", "allreduce"),
+]
+
+
+@pytest.mark.parametrize("call", [63, 101])
+@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize(("strategy", "topology"), SYNCHRONOUS)
+def test_a_rank_is_lost_and_no_sample(
+    config: Make, train_in_threads: Train, strategy: str, topology: str, lost: int, call: int
+) -> None:
+    """Whichever rank is killed, and whenever, the others finish the run: each sample trains once an epoch,
+    the fault and the dead rank stand in the record, and every ledger closes."""
+    options = {
+        "strategy": strategy,
+        "topology": topology,
+        "train_limit": 200,
+        "val_limit": 50,
+        "model": "mlp",
+    }
+    record, _, _ = train_in_threads(
+        config(ranks=3, epochs=3, batch_size=16, on_failure="continue", **options), kill_at={lost: call}
+    )
+    assert record.outcome == "completed"
+    assert [row.epoch for row in record.epochs] == [1, 2, 3]
+    assert record.samples.trained == record.samples.expected
+    assert (record.samples.lost, record.samples.duplicated) == (0, 0)
+    assert [row.rank for row in record.ranks] == [0, 1, 2]
+    for row in record.ranks:
+        assert sum(row.phases_ns.values()) == row.wall_ns
+        assert (row.died_at_s is not None) == (row.rank in {fault.rank for fault in record.faults})
+
+
+@pytest.mark.parametrize("strategy", ["parameter-averaging", "allreduce", "local-sgd", "slowmo"])
+def test_a_loss_costs_no_accuracy(config: Make, train_in_threads: Train, strategy: str) -> None:
+    """A run that loses two of its four ranks ends within a point of one that loses none."""
+    options = {"ranks": 4, "epochs": 15, "strategy": strategy, "topology": "allreduce", "batch_size": 16}
+    options |= {"schedule": "cosine", "on_failure": "continue"}
+    kills = ["kill:rank=0,epoch=5", "kill:rank=2,epoch=9,phase=exchange"]
+    whole, _, _ = train_in_threads(config(**options), folder="whole")
+    struck, _, _ = train_in_threads(config(**options, fault=kills), folder="struck")
+    assert len(struck.faults) == 2
+    assert struck.epochs[-1].val_accuracy > whole.epochs[-1].val_accuracy - 0.01
+
+
+def loop(world: World, options: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Three epochs of a plain loop; returns the weights, and how often each sample was trained in each."""
+    config = resolve(TrainConfig(ranks=world.size, batch_size=BATCH, epochs=3, **options))
+    assert config.strategy is not None
+    model, optimizer = make()
+    synchroniser = Synchroniser(
+        Replica(model, optimizer),
+        entry_of(config.strategy).build(config),
+        make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), world.rank),
+        world,
+        survives=True,
+    )
+    counts = []
+    for epoch in range(1, 4):
+
+        def train(epoch: int = epoch) -> Any:
+            for batch in synchroniser.batches(epoch):
+                gradients(synchroniser.model, optimizer, batch.indices)
+                synchroniser.step()
+            trained = np.bincount(synchroniser.trained(), minlength=SAMPLES)
+            world.allreduce(trained)
+            return trained
+
+        counts.append(synchroniser.surely(train))
+    return weights_of(model), counts
+
+
+@pytest.mark.parametrize("shrink", ["keep-local-batch", "keep-global-batch"])
+@pytest.mark.parametrize(
+    "strategy", ["parameter-averaging", "local-sgd", "allreduce", "gradient-server", "slowmo"]
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(2, 5), data=st.data())
+def test_ranks_are_lost_at_any_call(strategy: str, shrink: str, size: int, data: st.DataObject) -> None:
+    """Whichever ranks are killed, at whichever calls, also inside a recovery: those that are left come to the
+    end with the same weights, and every sample was trained once an epoch."""
+    dead = data.draw(st.sets(st.integers(0, size - 1), max_size=size - 1))
+    kill_at = {rank: data.draw(st.integers(6, 90)) for rank in sorted(dead)}
+    options = {"strategy": strategy, "on_shrink": shrink}
+    if strategy == "parameter-averaging":
+        options["sync_every"] = 3
+    results = run_in_threads(size, lambda world: loop(world, options), kill_at=kill_at)
+    left = [result for result in results if result is not Killed]
+    assert len(left) >= size - len(dead)
+    for weights, counts in left:
+        assert np.array_equal(weights, left[0][0])
+        assert all((trained == 1).all() for trained in counts)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(("strategy", "topology"), SYNCHRONOUS)
+def test_what_is_no_number_is_not_averaged_in(
+    config: Make, train_in_threads: Train, strategy: str, topology: str, rank: int
+) -> None:
+    """A poisoned gradient is found before it reaches the others; its round is trained again, and the run
+    ends with all samples and finite losses."""
+    options = {"strategy": strategy, "topology": topology, "train_limit": 200, "val_limit": 50}
+    made = config(ranks=3, on_failure="continue", fault=[f"nan:rank={rank},epoch=2,step=2"], **options)
+    record, _, _ = train_in_threads(made)
+    assert record.outcome == "completed"
+    assert record.samples.trained == record.samples.expected
+    assert all(np.isfinite(row.val_loss) for row in record.epochs)
+    trains = record.ranks[rank].role == "worker"
+    assert [(fault.rank, fault.kind, fault.action) for fault in record.faults] == [(rank, "nan", "dropped")]
+    assert any(row.measured.get("dropped") for row in record.ranks) == trains
+
+
+@pytest.mark.parametrize("strategy", ["parameter-averaging", "allreduce"])
+def test_three_times_no_number_ends_the_run(config: Make, train_in_threads: Train, strategy: str) -> None:
+    """A run that diverges is not tried for ever: it ends with the reason."""
+    made = config(ranks=3, on_failure="continue", strategy=strategy, lr=1e30, train_limit=200)
+    with pytest.raises(DivergedError) as error:
+        train_in_threads(made)
+    assert "epoch 1" in str(error.value)
+
+
+@pytest.mark.parametrize(("shrink", "batch"), [("keep-local-batch", 16), ("keep-global-batch", 24)])
+def test_batches_after_a_loss(config: Make, shrink: str, batch: int) -> None:
+    """What stays when a worker is lost is the batch of each, or that of all together, as was asked for."""
+    made = config(ranks=4, topology="master", batch_size=16, on_shrink=shrink, strategy="local-sgd")
+    sampler = make_sampler(made, np.arange(960), np.zeros(960, np.int64), 3)
+    assert len(next(sampler.batches(1))) == 16
+    sampler.leave_out(1, 2, [0, 1, 3], [0, 0, 0])
+    assert len(next(sampler.batches(1, 2))) == batch
+    assert len(next(sampler.batches(2))) == batch
