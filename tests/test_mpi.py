@@ -128,10 +128,11 @@ def test_resume_to_the_bit_under_mpi(command: Command, tmp_path: Path) -> None:
 def ranks_of(folder: Path) -> list[int]:
     """The processes of the ranks that our launcher started for this run folder."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "cwd"]):
         words = process.info["cmdline"] or []
-        of_ours = "--launched" in words and "python" in Path(words[0]).name
-        if of_ours and Path(words[words.index("--out") + 1]).name == folder.name:
+        if not ("--launched" in words and "python" in Path(words[0]).name and process.info["cwd"]):
+            continue
+        if Path(process.info["cwd"], words[words.index("--out") + 1]) == folder.absolute():
             found.append(process.pid)
     return found
 
@@ -185,6 +186,8 @@ def test_a_rank_that_raises_ends_the_job(
         "50",
         "--topology",
         topology,
+        "--on-failure",
+        "stop",
         "--out",
         "run",
     ]
@@ -213,9 +216,10 @@ def test_a_rank_that_raises_ends_the_job(
 
 
 def test_a_killed_rank_ends_the_job(command: Command, tmp_path: Path) -> None:
-    """A rank killed from outside ends the job with code 1, one message, and the record `failed`."""
+    """With --on-failure stop a rank killed from outside ends the job with code 1, one message, and the record
+    `failed`."""
     words = ["--dataset", "digits", "--model", "mlp", "--epochs", "1000", "--ranks", "3", "--out", "run"]
-    process = command.start(sys.executable, *train(*words))
+    process = command.start(sys.executable, *train(*words, "--on-failure", "stop"))
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 1)
     os.kill(max(ranks_of(tmp_path / "run")), signal.SIGKILL)
     _, err = process.communicate(timeout=30)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,12 +18,19 @@ from types import FrameType
 from typing import IO, Literal
 
 from rankwise import machine
+from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
+from rankwise.faults import DEADLY, read_marks
 from rankwise.launch.order import Order, to_arguments
 from rankwise.launch.preflight import Flight
 from rankwise.launch.signals import handling
-from rankwise.record import Record, RunFolder
+from rankwise.record import Fault, Record, RunFolder, utc_before
 from rankwise.world.surroundings import Mpiexec, allocated_hosts, find_mpiexec, mpi_environment
+
+FIRST_PAUSE_S = 1.0
+"""How long to wait before the first restart; twice as long before each further one, up to a limit."""
+
+LONGEST_PAUSE_S = 60.0
 
 GRACE_S = 30.0
 """How long interrupted ranks may take to agree, to save and to leave."""
@@ -31,21 +39,81 @@ GRACE_S = 30.0
 def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
     """Start the ranks on this machine, show how they fare, and return the final record.
 
-    Raises the error of the rank that failed first, or Interrupted.
+    If the run fails in a way that may not come again, it is started again from its newest checkpoint, as
+    far as the options allow. Raises the error of the rank that failed first, or Interrupted.
     """
     config = flight.config
-    arguments = to_arguments(order) if order.arguments is None else order.arguments
-    if not any(word.split("=")[0] == "--out" for word in arguments):
-        arguments = [*arguments, "--out", str(folder.path)]
-    command = command_line(
-        find_mpiexec(),
-        config.ranks,
-        [sys.executable, "-m", "rankwise", "train", *arguments, "--launched"],
-    )
+    mpiexec = find_mpiexec()
+    survives = config.on_failure == "continue"
     live = order.console.is_terminal
+    resume = order.resume is not None
     with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
-        ending = supervise(command, display.say)
-    return _judge(ending, folder)
+        for restarts in range(config.max_restarts + 1):
+            program = [sys.executable, "-m", "rankwise", "train", *_arguments(order, config, folder, resume)]
+            ending = supervise(command_line(mpiexec, config.ranks, program, survives=survives), display.say)
+            try:
+                return _judge(ending, folder)
+            except RestartableError as error:
+                over = config.on_failure == "stop" or restarts == config.max_restarts
+                if over or not folder.record.exists():
+                    raise
+                folder.note(_why(folder, ending))
+                pause_s = min(FIRST_PAUSE_S * 2**restarts, LONGEST_PAUSE_S)
+                display.say(
+                    f"{error}; starting again in {pause_s:g} s ({restarts + 1} of {config.max_restarts})"
+                )
+                time.sleep(pause_s)
+                folder.forget_failures()
+                resume = True
+    raise AssertionError("the last restart returns or raises")
+
+
+def _why(folder: RunFolder, ending: Ending) -> Fault:
+    """The fault after which a run is started again, by what was left in the folder and what mpiexec said."""
+    record = folder.read()
+    epoch = len(record.epochs) + 1
+    known = {(fault.rank, fault.kind, fault.epoch) for fault in record.faults}
+    strikes = [mark for mark in read_marks(folder.faults) if mark.kind in DEADLY]
+    found_at = utc_before(0, "milliseconds")
+    for mark in reversed(strikes):
+        if (mark.rank, mark.kind, mark.epoch) not in known:
+            return Fault(
+                rank=mark.rank,
+                kind=mark.kind,
+                epoch=mark.epoch,
+                step=mark.step,
+                found_at=found_at,
+                detected_after_s=time.time() - mark.at_s,
+                action="restart",
+            )
+    named = re.search(r"process rank (\d+)", ending.last_words)
+    rank = json.loads(folder.failure.read_bytes())["rank"] if folder.failure.exists() else -1
+    rank = int(named[1]) if named else rank
+    words = folder.read_words(rank)
+    return Fault(
+        rank=rank,
+        kind=words.get("kind", "lost"),
+        epoch=epoch,
+        found_at=found_at,
+        detected_after_s=words.get("silent_s"),
+        action="restart",
+    )
+
+
+def _arguments(order: Order, config: TrainConfig, folder: RunFolder, resume: bool) -> list[str]:
+    """What a rank's command line says: what the user gave, the folder, and what was settled here."""
+    arguments = list(to_arguments(order) if order.arguments is None else order.arguments)
+
+    def given(option: str) -> bool:
+        return any(word.split("=")[0] == option for word in arguments)
+
+    if not given("--out"):
+        arguments += ["--out", str(folder.path)]
+    if resume and not given("--resume"):
+        arguments += ["--resume", str(folder.path)]
+    if not given("--on-failure"):
+        arguments += ["--on-failure", str(config.on_failure)]
+    return [*arguments, "--launched"]
 
 
 def _judge(ending: Ending, folder: RunFolder) -> Record:
@@ -55,7 +123,8 @@ def _judge(ending: Ending, folder: RunFolder) -> Record:
         if failure["exit_code"] == UsageError.exit_code:
             raise UsageError(failure["message"])
         _close(folder, "failed", failure["message"])
-        raise TrainingError(failure["message"])
+        kind = RestartableError if failure["may_restart"] else TrainingError
+        raise kind(failure["message"])
     last_words = " ".join(ending.last_words.split())[:600] or "it left no word"
     if not folder.record.exists():
         if ending.interrupted:
@@ -67,9 +136,16 @@ def _judge(ending: Ending, folder: RunFolder) -> Record:
         _close(folder, "interrupted", message)
         raise Interrupted(message)
     if record.outcome == "running":
+        words = {row.rank: folder.read_words(row.rank) for row in record.ranks}
+        if all(its.get("kind") == "crash" for its in words.values()):  # a fault of the program's own
+            message = f"all ranks failed: {words[0]['message']}"
+            _close(folder, "failed", message)
+            raise TrainingError(message)
+        known = [f"rank {rank}: {its['message']}" for rank, its in words.items() if its]
+        last_words = "; ".join(known) or last_words
         message = f"the ranks ended in the middle of the run, mpiexec with code {ending.code}: {last_words}"
         _close(folder, "failed", message)
-        raise TrainingError(message)
+        raise RestartableError(message)
     return record
 
 
@@ -79,8 +155,8 @@ def _close(folder: RunFolder, outcome: Literal["interrupted", "failed"], message
         folder.close(outcome, message)
 
 
-def command_line(mpiexec: Mpiexec, ranks: int, program: list[str]) -> list[str]:
-    """The command that starts `program` on `ranks` ranks.
+def command_line(mpiexec: Mpiexec, ranks: int, program: list[str], *, survives: bool = False) -> list[str]:
+    """The command that starts `program` on `ranks` ranks, which with `survives` go on if one dies.
 
     Ranks of this machine are bound to a NUMA domain, where their memory is near, but not to a core:
     bound to cores, two ranks on two cores lost 7% to whatever else ran there. With more ranks than
@@ -89,6 +165,8 @@ def command_line(mpiexec: Mpiexec, ranks: int, program: list[str]) -> list[str]:
     knows best.
     """
     command = [str(mpiexec.path), "-n", str(ranks)]
+    if survives:
+        command += ["--with-ft", "ulfm"]
     if mpiexec.is_open_mpi and allocated_hosts() == 1:
         # Shared memory alone spares a second of looking at networks.
         command += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm"]
@@ -100,6 +178,10 @@ def command_line(mpiexec: Mpiexec, ranks: int, program: list[str]) -> list[str]:
         else:
             command += ["--map-by", "numa", "--bind-to", "numa"]
     return [*command, *program]
+
+
+class RestartableError(TrainingError):
+    """A failure that may not come again when the run goes on from its newest checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +264,9 @@ def _pass_on(stream: IO[bytes], show: Callable[[str], None], banners: list[str])
         line = raw.decode(errors="replace").rstrip("\n").replace("\0", "")  # Open MPI ends a line with NUL
         if len(line) > 20 and set(line) == {"-"}:
             in_banner = not in_banner
-        elif in_banner or line.startswith(("prterun", "mpirun", "mpiexec", "Abort(")):
+        elif in_banner or line.startswith(("prterun", "mpirun", "mpiexec", "Abort(", "NBC_Progress:")):
             banners.append(line)
-        elif line or raw == b"\n":
+        elif line:
             show(line)
 
 

@@ -53,7 +53,7 @@ def open_folder(order: Order, config: TrainConfig) -> tuple[RunFolder, list[Path
     """The run's folder, made now or resumed, and the folders that are new (the innermost first)."""
     folder = RunFolder(order.resume or config.out or new_run_path(config.model))
     if order.resume:
-        folder.failure.unlink(missing_ok=True)
+        folder.forget_failures()
         return folder, []
     return folder, folder.create()
 
@@ -117,6 +117,8 @@ def to_arguments(order: Order) -> list[str]:
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list):
+            words += [word for item in value for word in (f"--{option}", str(item))]
         elif value is not None:
             words += [f"--{option}", str(value)]
     return words

@@ -9,6 +9,9 @@ from rankwise import data, models, strategies, tracking
 from rankwise.config import TrainConfig
 from rankwise.data.partition import parse_shards
 from rankwise.data.selection import select
+from rankwise.errors import ConfigError
+from rankwise.faults import parse_all
+from rankwise.world.surroundings import survives_failures
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,31 @@ def check(config: TrainConfig) -> TrainConfig:
     parse_shards(config.shards)
     data.check(config.dataset, config.data_dir)
     tracking.check(config.track)
-    return config
+    parse_all(config.fault, config.ranks)
+    return _settle_failures(config)
+
+
+def _settle_failures(config: TrainConfig) -> TrainConfig:
+    """Fill in what a lost rank means, by what strategy and MPI can."""
+    assert config.strategy is not None
+    if config.min_ranks > config.ranks:
+        raise ConfigError(f"--min-ranks {config.min_ranks} was given, but there are {config.ranks} ranks")
+    can = strategies.entry_of(config.strategy).strategy.survives
+    wants = config.on_failure
+    if wants == "continue" and not can:
+        raise ConfigError(
+            f"--on-failure continue was given, but the ranks of --strategy {config.strategy} cannot go on "
+            "without one of them: use --on-failure restart or stop"
+        )
+    alone = config.ranks == 1
+    if wants == "continue" and not (alone or survives_failures()):
+        raise ConfigError(
+            "--on-failure continue needs an MPI that survives failures: Open MPI 5, started by rankwise or "
+            "by mpiexec --with-ft ulfm; else use --on-failure restart or stop"
+        )
+    if wants is None:
+        wants = "continue" if can and not alone and survives_failures() else "stop"
+    return config.model_copy(update={"on_failure": wants})
 
 
 def prepare(config: TrainConfig, on_progress: Callable[[str, int, int], None] | None = None) -> Flight:

@@ -15,13 +15,13 @@ from types import FrameType
 
 from rankwise import checkpoint, machine
 from rankwise.config import TrainConfig
-from rankwise.errors import Interrupted, LaunchError, RankwiseError, UsageError, one_line
+from rankwise.errors import Interrupted, LaunchError, RankLost, RankwiseError, UsageError, one_line
 from rankwise.launch import preflight
 from rankwise.launch.order import Order, discard, open_folder
 from rankwise.launch.signals import handling
 from rankwise.ledger import Ledger, measure_cost
 from rankwise.record import Record, RunFolder
-from rankwise.run import Say, run, silent
+from rankwise.run import Say, run
 from rankwise.world import World, solo_world
 from rankwise.world.mpi import mpi_world
 
@@ -54,7 +54,7 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
     """One rank of a world that mpiexec or srun made; all ranks return the record, its folder, their rank.
 
     A rank that fails leaves word in the folder (and to the user, unless a launcher of ours will), and
-    ends all ranks.
+    ends all ranks, unless they can go on without it.
     """
     folder = RunFolder(order.resume or order.config.out or Path()) if order.launched else None
     new: list[Path] = []
@@ -76,6 +76,8 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
         world.close()
         raise
     except BaseException as error:
+        if folder and world.survives and not isinstance(error, RankwiseError | KeyboardInterrupt):
+            _die_alone(world, folder, error)
         _end_all_ranks(order, world, folder, new, error)
         raise
     world.close()
@@ -108,10 +110,14 @@ def _train(order: Order, config: TrainConfig, world: World, folder: RunFolder, s
     start = None
     with _stop_on_signal(world):
         if order.resume:
-            say = say if world.rank == 0 else silent
-            start = checkpoint.newest(folder.checkpoints, on_damage=say)
-            say(f"going on after epoch {start.epoch} of {config.epochs}")
+            tell = say if world.rank == 0 else _silent
+            start = checkpoint.newest(folder.checkpoints, on_damage=tell)
+            tell(f"going on after epoch {start.epoch} of {config.epochs}")
         return run(config, world, folder, say=say, start=start)
+
+
+def _silent(_: str) -> None:
+    """Ranks other than 0 keep their remarks to themselves."""
 
 
 def _ledger() -> Ledger:
@@ -160,12 +166,24 @@ def _end_all_ranks(
     world.abort(told.exit_code)
 
 
+def _die_alone(world: World, folder: RunFolder, error: BaseException) -> None:
+    """Leave word of why, and end: the other ranks go on, and tell the user."""
+    folder.leave_words(
+        world.members[world.rank],
+        "crash",
+        f"{type(error).__name__}: {one_line(error)}",
+        traceback="".join(traceback.format_exception(error)),
+    )
+    world.die()
+
+
 def _write_failure(folder: RunFolder, rank: int, told: RankwiseError, error: BaseException) -> bool:
     """Leave word of the run's first failure, and of what was behind it; returns whether it was the first."""
     content = {
         "rank": rank,
         "message": str(told),
         "exit_code": told.exit_code,
+        "may_restart": not isinstance(error, RankwiseError) or isinstance(error, RankLost),
         "traceback": "".join(traceback.format_exception(error)),
     }
     try:

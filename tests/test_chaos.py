@@ -1,0 +1,292 @@
+"""Ranks that are really killed, wherever they are in a run: the others go on, and nothing is lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from rankwise.record import Record, RunFolder
+
+from .conftest import Command, mpiexec_words
+from .test_cli import count_epochs, wait_for
+from .test_mpi import closes, ranks_of
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+
+WAYS = [
+    ("parameter-averaging", "master"),
+    ("parameter-averaging", "allreduce"),
+    ("replication", "master"),
+    ("replication", "allreduce"),
+    ("allreduce", "allreduce"),
+    ("gradient-server", "master"),
+    ("local-sgd", "allreduce"),
+    ("local-sgd", "master"),
+    ("post-local-sgd", "allreduce"),
+    ("post-local-sgd", "master"),
+    ("slowmo", "allreduce"),
+    ("slowmo", "master"),
+    ("diloco", "allreduce"),
+    ("diloco", "master"),
+]
+PHASES = ("compute", "exchange", "evaluation", "checkpoint", "recovery")
+VICTIMS = [(ranks, rank) for ranks in (3, 5) for rank in range(ranks)]
+
+SMALL = [
+    "--dataset",
+    "digits",
+    "--model",
+    "mlp",
+    "--lr",
+    "0.01",
+    "--train-limit",
+    "480",
+    "--val-limit",
+    "120",
+]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A rank that kills itself in some epoch and phase."""
+
+    rank: int
+    epoch: int
+    phase: str
+
+    def __str__(self) -> str:
+        step = ",step=2" if self.phase in ("compute", "exchange") else ""
+        return f"kill:rank={self.rank},epoch={self.epoch},phase={self.phase}{step}"
+
+
+CHAOS = os.environ.get("RANKWISE_CHAOS") == "full"
+"""`make chaos` runs all cases, the tests of every day a selection of them."""
+
+
+def one_by_one() -> list[tuple[str, str, int, list[Kill]]]:
+    """Every way, phase and victim, a run for each."""
+    cases = []
+    for way, phase, (ranks, rank) in itertools.product(WAYS, PHASES, VICTIMS):
+        first = [Kill((rank + 1) % ranks, 1, "compute")] if phase == "recovery" else []
+        cases.append((*way, ranks, [*first, Kill(rank, 1, phase)]))
+    return cases
+
+
+def several_at_once() -> list[tuple[str, str, int, list[Kill]]]:
+    """A run of 5 ranks for every way, which loses one after the other until a single one is left. In turn the
+    first dies in an exchange or while it computes; the second dies while the others recover from that."""
+    cases = []
+    for turn, way in enumerate(WAYS):
+        first, second, third, fourth = ((turn + 2 * step) % 5 for step in range(4))
+        kills = [Kill(first, 1, ("exchange", "compute")[turn // 2 % 2]), Kill(second, 1, "recovery")]
+        kills += [Kill(third, 2, "evaluation"), Kill(fourth, 3, "checkpoint")]
+        cases.append((*way, 5, kills))
+    return cases
+
+
+def test_the_selection_covers_what_it_says() -> None:
+    """Every way to keep step meets a recovery, an evaluation, a checkpoint, and one of the two others; every
+    phase meets victims of all numbers, those of the two others together."""
+    met = [
+        ((strategy, topology), kill.phase, kill.rank)
+        for strategy, topology, _, kills in several_at_once()
+        for kill in kills
+    ]
+    for way in WAYS:
+        phases = {phase for its, phase, _ in met if its == way}
+        assert phases > {"recovery", "evaluation", "checkpoint"}
+    assert {phase for _, phase, _ in met} == set(PHASES)
+    for phases in ({"recovery"}, {"evaluation"}, {"checkpoint"}, {"exchange", "compute"}):
+        assert {rank for _, phase, rank in met if phase in phases} == set(range(5))
+
+
+def survives(run: Record, dead: set[int]) -> None:
+    """What holds of every run that went on: it is complete, no sample is lost or trained twice, every ledger
+    closes, and the dead stand in it."""
+    assert run.outcome == "completed", run.message
+    assert [row.epoch for row in run.epochs] == list(range(1, run.config["epochs"] + 1))
+    assert run.samples.trained == run.samples.expected > 0
+    assert (run.samples.lost, run.samples.duplicated) == (0, 0)
+    assert closes(run)
+    assert {fault.rank for fault in run.faults} == dead
+    assert {row.rank for row in run.ranks if row.died_at_s is not None} == dead
+    assert [row.rank for row in run.ranks] == list(range(run.config["ranks"]))
+    assert all(fault.action == "continue" for fault in run.faults)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "topology", "ranks", "kills"), one_by_one() if CHAOS else several_at_once(), ids=str
+)
+def test_killed_ranks_cost_nothing(
+    command: Command, tmp_path: Path, strategy: str, topology: str, ranks: int, kills: list[Kill]
+) -> None:
+    """SIGKILL of any rank in any phase, inside the recovery from another kill too: the run goes on to its end
+    with all samples."""
+    epochs = max(kill.epoch for kill in kills) + 1
+    words = [*SMALL, "--strategy", strategy, "--topology", topology, "--ranks", str(ranks)]
+    words += [word for kill in kills for word in ("--fault", str(kill))]
+    done = command.rankwise("train", *words, "--epochs", str(epochs), "--out", "run", timeout=110)
+    assert done.code == 0, done
+    run = RunFolder(tmp_path / "run").read()
+    survives(run, {kill.rank for kill in kills})
+    assert math.isfinite(run.epochs[-1].val_loss)
+    assert ranks_of(tmp_path / "run") == []
+    assert done.err.count("go on, after") >= 1
+    assert "NBC_Progress" not in done.err
+
+
+@pytest.mark.parametrize("strategy", ["parameter-averaging", "allreduce"])
+def test_only_one_is_left(command: Command, tmp_path: Path, strategy: str) -> None:
+    """All ranks but one are killed, two of them at once: the last trains what is left by itself."""
+    faults = ["kill:rank=0,epoch=1,step=2", "kill:rank=2,epoch=1,step=2", "kill:rank=1,epoch=2,step=3"]
+    words = [*SMALL, "--strategy", strategy, "--ranks", "4", "--epochs", "3"]
+    words += [word for fault in faults for word in ("--fault", fault)]
+    done = command.rankwise("train", *words, "--out", "run")
+    assert done.code == 0, done
+    survives(RunFolder(tmp_path / "run").read(), {0, 1, 2})
+
+
+def test_a_kill_that_nobody_asked_for(command: Command, tmp_path: Path) -> None:
+    """kill -9 from outside is survived as one on demand is; rank 0 is another one then, and Ctrl-C still
+    stops the run, which goes on later with all its ranks."""
+    words = [*SMALL, "--epochs", "2000", "--ranks", "3", "--out", "run"]
+    process = command.start(sys.executable, "-m", "rankwise", "train", *words)
+    folder = tmp_path / "run"
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and count_epochs(folder) >= 2)
+    os.kill(min(ranks_of(folder)), signal.SIGKILL)
+    before = count_epochs(folder)
+    wait_for(lambda: count_epochs(folder) >= before + 3, 30)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == 130, err
+    run = RunFolder(folder).read()
+    assert (run.outcome, len(run.faults), run.faults[0].kind) == ("interrupted", 1, "lost")
+    assert closes(run)
+    epochs = len(run.epochs) + 2
+    again = command.rankwise("train", "--resume", "run", "--epochs", str(epochs))
+    assert again.code == 0, again
+    run = RunFolder(folder).read()
+    assert (run.outcome, len(run.epochs), len(run.ranks)) == ("completed", epochs, 3)
+    assert run.samples.trained == run.samples.expected
+    assert all(row.died_at_s is None for row in run.ranks)
+
+
+def test_a_rank_that_raises(command: Command, tmp_path: Path) -> None:
+    """An exception on one rank is told in one line, and the others go on."""
+    words = [*SMALL, "--ranks", "3", "--epochs", "2", "--fault", "crash:rank=1,epoch=1,step=3"]
+    done = command.rankwise("train", *words, "--out", "run")
+    assert done.code == 0, done
+    run = RunFolder(tmp_path / "run").read()
+    survives(run, {1})
+    assert run.faults[0].kind == "crash"
+    told = [line for line in done.err.splitlines() if "lost rank 1" in line]
+    assert len(told) == 1
+    assert "InjectedCrash" in told[0]
+    assert "Traceback" not in done.err
+
+
+def test_all_ranks_raise(command: Command, tmp_path: Path) -> None:
+    """An error that all ranks make is the program's own: it ends the run at once with code 1 and one line."""
+    faults = [word for rank in range(3) for word in ("--fault", f"crash:rank={rank},epoch=1,step=1")]
+    done = command.rankwise("train", *SMALL, "--ranks", "3", "--epochs", "2", *faults, "--out", "run")
+    assert done.code == 1, done
+    told = [line for line in done.err.splitlines() if line.startswith("rankwise: ")]
+    assert len(told) == 1
+    assert "InjectedCrash" in told[0]
+    assert "starting again" not in done.err
+    assert RunFolder(tmp_path / "run").read().outcome == "failed"
+
+
+def test_a_rank_that_hangs(command: Command, tmp_path: Path) -> None:
+    """A stopped process is found, named and killed after --hang-timeout, and the others go on."""
+    words = [*SMALL, "--ranks", "3", "--epochs", "2", "--hang-timeout", "2"]
+    done = command.rankwise("train", *words, "--fault", "hang:rank=0,epoch=1,step=2", "--out", "run")
+    assert done.code == 0, done
+    run = RunFolder(tmp_path / "run").read()
+    survives(run, {0})
+    (fault,) = run.faults
+    assert fault.kind == "hang"
+    assert fault.detected_after_s is not None
+    assert fault.detected_after_s > 1
+    assert "no sign of life" in done.err
+    assert "waiting for it: rank" in done.err
+
+
+@pytest.mark.parametrize("kind", ["kill", "crash"])
+def test_a_run_is_started_again(command: Command, tmp_path: Path, kind: str) -> None:
+    """With --on-failure restart all ranks begin again from the newest checkpoint, and the fault does not come
+    back; the record holds it, and the samples of every epoch once."""
+    words = [*SMALL, "--ranks", "3", "--epochs", "3", "--on-failure", "restart"]
+    done = command.rankwise("train", *words, "--fault", f"{kind}:rank=1,epoch=3,step=2", "--out", "run")
+    assert done.code == 0, done
+    run = RunFolder(tmp_path / "run").read()
+    assert (run.outcome, len(run.epochs), run.resumed_from_epoch) == ("completed", 3, 2)
+    assert run.samples.trained == run.samples.expected == 3 * 480
+    (fault,) = run.faults
+    assert (fault.rank, fault.kind, fault.epoch, fault.action) == (1, kind, 3, "restart")
+    assert fault.recovered_after_s is not None
+    assert fault.recovered_after_s > 1
+    assert done.err.count("starting again in") == 1
+
+
+def test_too_few_ranks_are_started_again(command: Command, tmp_path: Path) -> None:
+    """When fewer than --min-ranks are left they do not go on by themselves: all are started again."""
+    words = [*SMALL, "--ranks", "3", "--epochs", "2", "--min-ranks", "3"]
+    done = command.rankwise("train", *words, "--fault", "kill:rank=2,epoch=2,step=2", "--out", "run")
+    assert done.code == 0, done
+    run = RunFolder(tmp_path / "run").read()
+    assert (run.outcome, run.resumed_from_epoch) == ("completed", 1)
+    assert [(fault.rank, fault.action) for fault in run.faults] == [(2, "restart")]
+    assert run.samples.trained == run.samples.expected == 2 * 480
+
+
+def test_restarts_come_to_an_end(command: Command, tmp_path: Path) -> None:
+    """After --max-restarts the run fails with the reason and code 1, and can be resumed."""
+    words = [*SMALL, "--ranks", "2", "--epochs", "2", "--on-failure", "restart", "--max-restarts", "1"]
+    faults = [word for epoch in (1, 2) for word in ("--fault", f"kill:rank=1,epoch={epoch},step=2")]
+    done = command.rankwise("train", *words, *faults, "--out", "run")
+    assert done.code == 1, done
+    assert len([line for line in done.err.splitlines() if line.startswith("rankwise: ")]) == 1
+    run = RunFolder(tmp_path / "run").read()
+    assert (run.outcome, len(run.epochs), len(run.faults)) == ("failed", 1, 1)
+    assert command.rankwise("train", "--resume", "run").code == 0
+
+
+def test_under_a_given_mpiexec(command: Command, tmp_path: Path) -> None:
+    """The user's own mpiexec --with-ft ulfm is enough for ranks to go on; without it they are told so."""
+    words = ["-m", "rankwise", "train", *SMALL, "--epochs", "2", "--out", "run", "--strategy", "local-sgd"]
+    mpiexec = mpiexec_words(3)
+    tolerant = [mpiexec[0], "--with-ft", "ulfm", *mpiexec[1:]]
+    command(*tolerant, sys.executable, *words, "--fault", "kill:rank=0,epoch=1,step=2")
+    survives(RunFolder(tmp_path / "run").read(), {0})
+    refused = command(*mpiexec, sys.executable, *words[:-4], "--on-failure", "continue")
+    assert refused.code == 2, refused
+    assert "mpiexec --with-ft ulfm" in refused.err
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "gossip", "easgd"])
+def test_strategies_that_cannot_go_on(command: Command, strategy: str) -> None:
+    """A strategy whose ranks cannot do without one of them refuses --on-failure continue in one line, before
+    a rank is started."""
+    done = command.rankwise(
+        "train", *SMALL, "--ranks", "3", "--strategy", strategy, "--on-failure", "continue"
+    )
+    assert done.code == 2, done
+    assert f"--strategy {strategy}" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_the_words_of_a_crash_are_kept(command: Command, tmp_path: Path) -> None:
+    """The traceback of a rank that ended is in the run folder, for whoever looks for the cause."""
+    words = [*SMALL, "--ranks", "2", "--epochs", "1", "--fault", "crash:rank=1"]
+    assert command.rankwise("train", *words, "--out", "run").code == 0
+    (path,) = (tmp_path / "run" / "last-words").iterdir()
+    assert "Traceback" in json.loads(path.read_bytes())["traceback"]
