@@ -149,7 +149,7 @@ def verify(path: Path) -> Checkpoint:
         return Checkpoint(path, int(manifest["epoch"]), dict(manifest["notes"]), int(manifest["workers"]))
     except OSError as error:
         raise ResumeError(f"checkpoint {path} is damaged: {error.filename}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ResumeError(f"checkpoint {path} is damaged: {MANIFEST}: {one_line(error)}") from None
 
 
