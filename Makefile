@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check paper format clean
+.PHONY: demo test chaos check paper format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -22,6 +22,9 @@ demo: $(VENV)/installed  ## Train the paper's network on 3 ranks, on digits that
 test: $(VENV)/installed-dev  ## Run all tests, those under a real mpiexec included
 	$(BIN)/python -m pytest -m "not mpi and not alone" --numprocesses auto --maxprocesses 4 --dist loadgroup
 	$(BIN)/python -m pytest -m "mpi or alone"
+
+chaos: $(VENV)/installed-dev  ## Kill every rank in every phase under every strategy, for real; takes an hour
+	RANKWISE_CHAOS=full $(BIN)/python -m pytest tests/test_chaos.py -m mpi
 
 check: $(VENV)/installed-dev  ## Lint, types, layers
 	$(BIN)/ruff check .
