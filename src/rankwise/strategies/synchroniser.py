@@ -69,8 +69,8 @@ class Synchroniser:
     With `survives` a rank that is lost does not end the others: what it had not brought in is dealt to
     them, and they go on. `on_recovery` then gets the ranks that were lost, by the numbers with which they
     began, and how long it took in seconds; `on_next_commit` the seconds until the next round was committed.
-    The last commit can then be taken back by `undo`: an exchange may have succeeded
-    on one rank and failed on another. An epoch's end is a commit of its own, after its last round.
+    The last commit can then be taken back by `undo`: an exchange may have succeeded on one rank and failed
+    on another. An epoch's end is a commit of its own, after its last round.
     """
 
     def __init__(
@@ -271,15 +271,13 @@ class Synchroniser:
             self._set_rates(batch.position)
             self._strategy.expect(self.state, self.replica, batch, self.world)
             self.faults.step(batch.step)
-            if not len(batch):
+            if len(batch):
+                self._batch = batch
+                yield batch
+                self._require_step()
+            else:
                 self.faults.at("compute")
                 self._step(batch)
-                if self._begun_again > begun_again:
-                    return
-                continue
-            self._batch = batch
-            yield batch
-            self._require_step()
             if self._begun_again > begun_again:
                 return
 
