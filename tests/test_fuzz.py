@@ -92,6 +92,29 @@ def test_values_of_options(option: str, value: Any) -> None:
         TrainConfig(**{option: value})
 
 
+@anywhere
+@given(data=st.data())
+def test_records(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject) -> None:
+    """A record with anything in any place is compared, or answered with one line and code 2."""
+    plain = json.loads(records.record().model_dump_json())
+    path = data.draw(st.sampled_from(list(places(plain))))
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir(exist_ok=True)
+    folder.record.write_text(json.dumps(replaced(plain, path, data.draw(LEAVES))))
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir(exist_ok=True)
+    other.record.write_text(json.dumps(plain))
+    try:
+        cli.main(["compare", str(folder.path), str(other.path)])
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    err = capsys.readouterr().err
+    assert code in (0, 2), err
+    assert "Traceback" not in err
+    assert code == 0 or err.count("\n") == 1
+
+
 def whole_timeline(tmp_path: Path) -> bytes:
     """The bytes of a timeline that can be read."""
     folder = records.run_folder(tmp_path / "whole", records.record(), steps=3)

@@ -80,10 +80,23 @@ def process_start_ns() -> int:
 
 def start_ticks(pid: int) -> int | None:
     """When a process started, in kernel ticks since the boot; None if there is none of that number."""
+    fields = _status_of(pid)
+    return int(fields[19]) if fields else None
+
+
+def session(leader: int) -> list[int]:
+    """The live processes of the session that a process began, whether it still lives or not."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    told = ((pid, _status_of(pid)) for pid in pids)
+    return [pid for pid, fields in told if fields and fields[0] != "Z" and int(fields[3]) == leader]
+
+
+def _status_of(pid: int) -> list[str]:
+    """What the kernel tells of a process, from its state on; nothing if there is none of that number."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
+        return []
 
 
 def clock_name() -> str:

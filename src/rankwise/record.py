@@ -8,11 +8,13 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from rankwise.config import TrainConfig
 from rankwise.errors import ResumeError, StorageError, UsageError, one_line
+from rankwise.ledger import PHASES
 from rankwise.storage import write_atomically
 
 SCHEMA_VERSION = 1
@@ -49,19 +51,25 @@ class Epoch(_Row):
     """One pass over the training set; a line of metrics.jsonl."""
 
     epoch: int = Field(ge=1)
-    train_loss: float = Field(description="mean over the samples that were trained")
+    train_loss: float | None = Field(
+        description="mean over the samples that ranks trained which are still there; None if none of them is"
+    )
     val_loss: float
     val_accuracy: float = Field(ge=0, le=1)
     train_samples: int
     steps: int = Field(description="of the worker with the most")
     learning_rate: float
     wall_s: float = Field(description="evaluation and checkpoint included")
-    train_s: float = Field(description="training and synchronisation alone")
+    train_s: float = Field(gt=0, description="training and synchronisation alone")
 
     @property
     def samples_per_s(self) -> float:
         """Samples that all ranks together trained a second, without evaluation and checkpoint."""
         return self.train_samples / self.train_s
+
+
+def _all_phases(phases_ns: dict[str, int]) -> dict[str, int]:
+    return dict.fromkeys(PHASES, 0) | phases_ns
 
 
 class Rank(_Row):
@@ -72,7 +80,7 @@ class Rank(_Row):
     host: str
     threads: int
     wall_ns: int
-    phases_ns: dict[str, int]
+    phases_ns: Annotated[dict[str, int], AfterValidator(_all_phases)]
     wait_on_ns: dict[str, int]
     hidden_ns: int
     cpu_s: float
@@ -138,6 +146,12 @@ class Fault(_Row):
     action: str = Field(description="what was done about it: continue, restart, dropped, none")
 
 
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run, checked, with those that its version did not know yet at their defaults."""
+    checked = TrainConfig.model_validate({k: v for k, v in config.items() if k in TrainConfig.model_fields})
+    return {**checked.model_dump(mode="json"), **config}
+
+
 class Record(_Row):
     """record.json."""
 
@@ -148,7 +162,7 @@ class Record(_Row):
     outcome: Outcome
     message: str | None = Field(description="why the run did not complete, one line")
     resumed_from_epoch: int | None = Field(description="the epoch after which this sitting went on")
-    config: dict[str, Any]
+    config: Annotated[dict[str, Any], AfterValidator(_options)]
     environment: Environment
     epochs: list[Epoch]
     ranks: list[Rank]

@@ -69,8 +69,8 @@ def open_tracker(config: TrainConfig, folder: RunFolder, done: Sequence[Epoch], 
 
 def epoch_metrics(row: Epoch) -> dict[str, float]:
     """What trackers get of an epoch, by name with unit."""
-    return {
-        "train_loss": row.train_loss,
+    known = {} if row.train_loss is None else {"train_loss": row.train_loss}
+    return known | {
         "val_loss": row.val_loss,
         "val_accuracy": row.val_accuracy,
         "samples_per_s": row.samples_per_s,

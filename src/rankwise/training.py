@@ -185,7 +185,7 @@ def summarise(
         raise DivergedError(f"the validation loss is {sums[2]} after epoch {epoch}: try a smaller --lr")
     row = Epoch(
         epoch=epoch,
-        train_loss=sums[0] / sums[1],
+        train_loss=sums[0] / sums[1] if sums[1] else None,  # all that trained in it were lost since
         val_loss=sums[2] / len(job.val_pool),
         val_accuracy=sums[3] / len(job.val_pool),
         train_samples=trained,

@@ -32,6 +32,9 @@ FIRST_PAUSE_S = 1.0
 
 LONGEST_PAUSE_S = 60.0
 
+LEAVE_S = 3.0
+"""How long ranks may take to leave after mpiexec has ended."""
+
 GRACE_S = 30.0
 """How long interrupted ranks may take to agree, to save and to leave."""
 
@@ -227,6 +230,7 @@ def supervise(command: list[str], show: Callable[[str], None]) -> Ending:
                 process.wait(0.1)
             if asked_at and (len(asked_at) > 1 or time.monotonic() > asked_at[0] + GRACE_S):
                 _kill(process)
+    _end_session(process.pid)
     for reader in readers:
         reader.join()
     return Ending(process.returncode, bool(asked_at), "\n".join(banners))
@@ -254,6 +258,17 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end_session(leader: int) -> None:
+    """Wait until no process of mpiexec's session is left: it may end a moment before its last rank."""
+    give_up = time.monotonic() + LEAVE_S
+    while left := machine.session(leader):
+        if time.monotonic() > give_up:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def _pass_on(stream: IO[bytes], show: Callable[[str], None], banners: list[str]) -> None:

@@ -18,6 +18,7 @@ from rich.progress import (
 
 from rankwise.progress import read_progress
 from rankwise.record import RunFolder
+from rankwise.report import words
 
 REFRESH_S = 0.25
 
@@ -111,7 +112,7 @@ class Display:
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """An epoch in one line of text."""
     return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train loss {row['train_loss']:.4f}  "
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train loss {words.loss(row['train_loss'])}  "
         f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  {row['wall_s']:.1f} s  "
         f"{row['train_samples'] / row['train_s']:,.0f} samples/s"
     )

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from rankwise.ledger import TRAINING
 from rankwise.record import Rank, Record
+from rankwise.report import words
 
 GROUPS = {
     "start": ("startup",),
@@ -60,7 +61,7 @@ def _epochs(record: Record, most: int = 8) -> Table:
     for row in record.epochs[-most:]:
         table.add_row(
             str(row.epoch),
-            f"{row.train_loss:.4f}",
+            words.loss(row.train_loss),
             f"{row.val_loss:.4f}",
             f"{row.val_accuracy:.2%}",
             f"{row.wall_s:.2f}",

@@ -13,6 +13,11 @@ def percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
 
 
+def loss(value: float | None) -> str:
+    """A loss, or that nobody knows it: 1.2345, unknown."""
+    return "unknown" if value is None else f"{value:.4f}"
+
+
 def duration(seconds: float) -> str:
     """Seconds with three digits, below one as milliseconds: 7.22 s, 34.2 ms."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -20,6 +20,7 @@ from rankwise.studies.results import (
     loss_gap,
     lowest_loss,
     total_s,
+    train_loss,
 )
 from rankwise.studies.statistics import Estimate
 from rankwise.studies.verdicts import FEW, MANY, Verdict
@@ -172,7 +173,7 @@ def figure_1(results: Results) -> Grid:
                 epochs[0].epoch,
                 _rounded(accuracy),
                 _rounded(sum(row.val_loss for row in epochs) / n),
-                _rounded(sum(row.train_loss for row in epochs) / n),
+                _rounded(sum(train_loss(row) for row in epochs) / n),
             )
         )
     columns = ("epoch", "accuracy (%)", "validation loss", "training loss")
@@ -236,7 +237,7 @@ def mechanism(results: Results) -> Grid:
             trial.options["epochs"],
             sum(row.steps for row in records[0].epochs),
             results.estimate(trial, lambda record: 100 * best_accuracy(record)),
-            results.estimate(trial, lambda record: record.epochs[-1].train_loss),
+            results.estimate(trial, lambda record: train_loss(record.epochs[-1])),
             results.estimate(trial, lambda record: record.epochs[-1].val_loss),
             results.estimate(trial, loss_gap),
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rankwise.record import Record
+from rankwise.record import Epoch, Record
 from rankwise.studies.plan import Scale, Trial
 from rankwise.studies.statistics import Contrast, Estimate, accuracy_difference, estimate, time_ratio
 
@@ -27,9 +28,14 @@ def lowest_loss(record: Record) -> float:
     return min(row.val_loss for row in record.epochs)
 
 
+def train_loss(row: Epoch) -> float:
+    """The training loss of an epoch, nan if nobody knows it."""
+    return math.nan if row.train_loss is None else row.train_loss
+
+
 def loss_gap(record: Record) -> float:
     """By how much the validation loss is above the training loss in the last epoch: overfitting."""
-    return record.epochs[-1].val_loss - record.epochs[-1].train_loss
+    return record.epochs[-1].val_loss - train_loss(record.epochs[-1])
 
 
 def total_s(record: Record) -> float:

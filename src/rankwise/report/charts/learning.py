@@ -53,6 +53,7 @@ def loss(runs: Sequence[Run]) -> Chart:
         for run in runs
         for line, key in lines.items()
         for row in run.record.epochs
+        if getattr(row, key) is not None
     ]
     caption = "Loss on the validation samples."
     if alone:
