@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rankwise.errors import Interrupted
-from rankwise.strategies import State, Strategy, start_alike
+from rankwise.strategies import State, Strategy
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,6 @@ class MajorityVote(Strategy):
     """Fields named like options of `rankwise train` would be filled from them; this one needs none."""
 
     def init(self, replica, world):
-        start_alike(replica, world)
         return State()
 
     def train(self, state, replica, batch, world):

@@ -74,7 +74,7 @@ def train_in_threads(tmp_path: Path) -> Callable[..., tuple[Record, RunFolder, d
             place.create()
         start = checkpoint.newest(place.checkpoints, on_damage=print) if resume else None
         records = run_in_threads(
-            config.ranks, lambda world: run(config, world, place, say=print, start=start), kill_at=kill_at
+            config.processes, lambda world: run(config, world, place, say=print, start=start), kill_at=kill_at
         )
         record = next(record for record in records if record is not Killed)
         return record, place, read_weights(place)

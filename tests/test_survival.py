@@ -159,6 +159,6 @@ def test_batches_after_a_loss(config: Make, shrink: str, batch: int) -> None:
     made = config(ranks=4, topology="master", batch_size=16, on_shrink=shrink, strategy="local-sgd")
     sampler = make_sampler(made, np.arange(960), np.zeros(960, np.int64), 3)
     assert len(next(sampler.batches(1))) == 16
-    sampler.leave_out(1, 2, [0, 1, 3], [0, 0, 0])
+    sampler.regroup(1, 2, [0, 1, 3], [0, 0, 0])
     assert len(next(sampler.batches(1, 2))) == batch
     assert len(next(sampler.batches(2))) == batch

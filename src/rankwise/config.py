@@ -161,6 +161,11 @@ class TrainConfig(BaseModel):
         description="What ranks that go on without another keep: the batch of each worker, or that of all "
         "together, which then each worker has a larger part of.",
     )
+    spares: int = Field(
+        0,
+        ge=0,
+        description="Ranks over and above --ranks that sleep until one is lost, and take its place.",
+    )
     min_ranks: int = Field(
         1, ge=1, description="Go on with so many ranks at least; with fewer the run is started again."
     )
@@ -198,6 +203,11 @@ class TrainConfig(BaseModel):
     def has_master(self) -> bool:
         """Whether rank 0 averages and evaluates instead of training."""
         return self.topology == "master"
+
+    @property
+    def processes(self) -> int:
+        """All ranks that are started, those that stand by included."""
+        return self.ranks + self.spares
 
     @property
     def workers(self) -> int:

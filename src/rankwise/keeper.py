@@ -62,6 +62,7 @@ class Keeper:
         job: Job,
         threads: int,
         hosts: list[Host],
+        spares: list[Rank],
         start: Checkpoint | None,
         say: Say,
     ) -> None:
@@ -81,6 +82,7 @@ class Keeper:
             raise ResumeError(
                 f"the notes of the checkpoint do not fit this rankwise: {one_line(error)[:200]}"
             ) from None
+        self._spares = {row.rank: row for row in spares}
         self._rows: dict[int, Rank] = {}
         self._dead: dict[int, Rank] = {}
         self._losses = [
@@ -118,8 +120,19 @@ class Keeper:
                 self._tracker.epoch(self._epochs[-1])
         self.write("running", ended=number)
 
-    def after_recovery(self, lost: list[int], seconds: float) -> None:
-        """Ranks were lost, and the others go on; who is rank 0 now keeps the folder."""
+    def books(self) -> dict[str, Any]:
+        """What a rank must know that comes in later, and may be the one that keeps the folder some day."""
+        names = ("_epochs", "_tallies", "_spares", "_rows", "_dead", "_losses", "_told", "_started_at")
+        return {name: getattr(self, name) for name in names}
+
+    def take_over(self, books: dict[str, Any]) -> None:
+        """Keep the books of another rank."""
+        for name, value in books.items():
+            setattr(self, name, value)
+
+    def after_recovery(self, lost: list[int], new: list[int], seconds: float) -> None:
+        """Ranks were lost, and the others go on, with new ones in their place; who is rank 0 now keeps the
+        folder."""
         position = self._job.synchroniser.position
         now_s = self._world.ledger.close().wall_ns / 1e9
         strikes = {mark.rank: mark for mark in read_marks(self._folder.faults) if mark.kind in DEADLY}
@@ -143,9 +156,10 @@ class Keeper:
             )
         if position.closed:
             self._told = len(self._losses)  # there is no round to commit
+        in_place = f", with {_named(new)} in place" if new else ""
         self._say(
             f"lost {', '.join(f'rank {member}{self._why(member)}' for member in lost)} in epoch "
-            f"{position.epoch}: {self._world.size} go on, after {1e3 * seconds:.0f} ms"
+            f"{position.epoch}: {self._world.size} go on{in_place}, after {1e3 * seconds:.0f} ms"
         )
         if self._world.rank == 0 and isinstance(self._tracker, NoTracker):
             self._tracker = open_tracker(self._config, self._folder, self._epochs, self._say)
@@ -219,9 +233,12 @@ class Keeper:
         if outcome != "running":
             self._world.settle()  # nobody will tell later what was waiting in the first one
         self._save_timeline(ended)
-        live = [Rank(**row) for row in self._world.allgather_object(self._rank_row())]
+        world, measured = self._world, dict(self._job.synchroniser.state.measured)
+        mine = _rank_row(world, self._role, self._threads, measured)
+        live = [Rank(**row) for row in world.allgather_object(mine)]
         self._rows |= {row.rank: row for row in live}
-        rows = sorted([*live, *self._dead.values()], key=lambda row: row.rank)
+        told = self._spares | self._dead | {row.rank: row for row in live}
+        rows = [told[rank] for rank in sorted(told)]
         record = Record(
             schema_version=SCHEMA_VERSION,
             rankwise_version=metadata.version("rankwise"),
@@ -263,40 +280,53 @@ class Keeper:
             world.timeline.epoch(ended, ledger.close())
         with ledger.phase("instrument"):
             world.timeline.save(
-                self._folder.timeline_of(world.members[world.rank]),
-                rank=world.members[world.rank],
+                self._folder.timeline_of(world.number),
+                rank=world.number,
                 role=self._role,
                 host=machine.host_name(),
                 to_common=world.since_start,
             )
 
-    def _rank_row(self) -> dict[str, Any]:
-        world = self._world
-        totals = world.ledger.close()
-        cpu_s = machine.cpu_seconds()
-        traffic = world.traffic
-        return {
-            "rank": world.members[world.rank],
-            "role": self._role,
-            "host": machine.host_name(),
-            "threads": self._threads,
-            "wall_ns": totals.wall_ns,
-            "phases_ns": totals.phases_ns,
-            "off_cpu_ns": totals.off_cpu_ns,
-            "wait_on_ns": {str(rank): ns for rank, ns in sorted(world.logbook.wait_on_ns.items())},
-            "hidden_ns": world.logbook.hidden_ns,
-            "ideal_ns": world.logbook.ideal_ns(),
-            "barrier_wait_ns": world.barrier_wait_ns if world.cross_check else None,
-            "measured": dict(self._job.synchroniser.state.measured),
-            "cpu_s": cpu_s,
-            "cpu_percent": 100e9 * cpu_s / max(totals.wall_ns, 1),
-            "bytes_sent": traffic.bytes_sent,
-            "bytes_received": traffic.bytes_received,
-            "messages_sent": traffic.messages_sent,
-            "messages_received": traffic.messages_received,
-            "max_rss_bytes": machine.max_rss_bytes(),
-            "died_at_s": None,
-        }
+
+def standing_by(config: TrainConfig, world: World, threads: int) -> list[Rank]:
+    """The rows of the ranks that will stand by, up to now: what they do from here is sleep. All ranks
+    together."""
+    if not config.spares:
+        return []
+    rows = world.allgather_object(_rank_row(world, "spare", threads, {}))
+    return [Rank(**row) for row in rows[config.ranks :]]
+
+
+def _named(members: list[int]) -> str:
+    return ", ".join(f"rank {member}" for member in members)
+
+
+def _rank_row(world: World, role: Role, threads: int, measured: dict[str, float]) -> dict[str, Any]:
+    totals = world.ledger.close()
+    cpu_s = machine.cpu_seconds()
+    traffic = world.traffic
+    return {
+        "rank": world.number,
+        "role": role,
+        "host": machine.host_name(),
+        "threads": threads,
+        "wall_ns": totals.wall_ns,
+        "phases_ns": totals.phases_ns,
+        "off_cpu_ns": totals.off_cpu_ns,
+        "wait_on_ns": {str(rank): ns for rank, ns in sorted(world.logbook.wait_on_ns.items())},
+        "hidden_ns": world.logbook.hidden_ns,
+        "ideal_ns": world.logbook.ideal_ns(),
+        "barrier_wait_ns": world.barrier_wait_ns if world.cross_check else None,
+        "measured": measured,
+        "cpu_s": cpu_s,
+        "cpu_percent": 100e9 * cpu_s / max(totals.wall_ns, 1),
+        "bytes_sent": traffic.bytes_sent,
+        "bytes_received": traffic.bytes_received,
+        "messages_sent": traffic.messages_sent,
+        "messages_received": traffic.messages_received,
+        "max_rss_bytes": machine.max_rss_bytes(),
+        "died_at_s": None,
+    }
 
 
 def _recovered(fault: Fault) -> Fault:
@@ -320,6 +350,7 @@ def _efficiency(rows: list[Rank]) -> Efficiency:
     taken on a network that costs nothing: load balance = mean U / max U, serialization =
     max U / T_ideal, transfer = T_ideal / T, and parallel efficiency is their product, mean U / T.
     """
+    rows = [row for row in rows if row.role != "spare"]
     useful = [sum(row.phases_ns[phase] for phase in USEFUL) for row in rows]
     time_ns = max(row.wall_ns - row.phases_ns["startup"] for row in rows)
     ideal_ns = max(row.ideal_ns for row in rows)

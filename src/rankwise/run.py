@@ -15,12 +15,12 @@ from rankwise.data.dataset import Dataset
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.faults import Faults, NoFaults, parse_all
-from rankwise.keeper import Keeper
+from rankwise.keeper import Keeper, standing_by
 from rankwise.models.replica import Replica
 from rankwise.progress import Progress
 from rankwise.record import Host, Record, RunFolder
 from rankwise.schedule import scheduler
-from rankwise.strategies.synchroniser import Synchroniser, make_sampler
+from rankwise.strategies.synchroniser import Arrival, Synchroniser, make_sampler, stand_by
 from rankwise.training import Job, train
 from rankwise.watchdog import Watchdog
 from rankwise.world import World
@@ -51,37 +51,61 @@ def run(
     )
     ledger.enter("startup")
     threads, hosts = _take_seats(config, world, say)
-    with _SEEDING:
-        torch.manual_seed(config.seed)
-        model = models.build(config.model, dataset.image_shape, len(dataset.classes))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    job = _make_job(config, dataset, model, world, folder)
-    keeper = Keeper(config, world, folder, job, threads, hosts, start, say)
-    dog = _watchdog(config, folder, world)
+    spares = standing_by(config, world, threads)
+    replica = _make_replica(config, dataset)  # also of a spare, which then is there at once when it is needed
+    world.set_aside(config.ranks)
+    with _watchdog(config, folder, world) as dog:
+        arrival = None
+        if world.rank < 0:
+            arrival = stand_by(world)
+            if arrival is None:
+                return folder.read()
+        job = _make_job(config, dataset, replica, world, folder, arrival)
+        keeper = Keeper(config, world, folder, job, threads, hosts, spares, start, say)
+        return _train(job, keeper, world, dog, start, arrival, folder)
 
-    def after_recovery(lost: list[int], seconds: float) -> None:
+
+def _train(
+    job: Job,
+    keeper: Keeper,
+    world: World,
+    dog: Watchdog,
+    start: Checkpoint | None,
+    arrival: Arrival | None,
+    folder: RunFolder,
+) -> Record:
+    """From the first epoch that is not over to the last."""
+    ledger, synchroniser = world.ledger, job.synchroniser
+
+    def after_recovery(lost: list[int], new: list[int], seconds: float) -> None:
         dog.forget(lost)
-        keeper.after_recovery(lost, seconds)
+        keeper.after_recovery(lost, new, seconds)
 
-    job.synchroniser.on_recovery = after_recovery
-    job.synchroniser.on_next_commit = keeper.after_next_commit
-    if start is None:
-        keeper.save_checkpoint(0)
+    synchroniser.on_recovery = after_recovery
+    synchroniser.on_next_commit = keeper.after_next_commit
+    synchroniser.books = keeper.books
+    if arrival is not None:
+        keeper.take_over(arrival.books)
+        first = arrival.position.epoch
+        world.timeline.begin(ledger.close())
     else:
-        job.synchroniser.resume(start, job.worker)
-    keeper.write("running")
-    ledger.enter("other")
-    world.settle()  # so that no waiting from before is found out in the first epoch
-    world.timeline.begin(ledger.close())
-    world.survives = job.synchroniser.survives
+        if start is None:
+            keeper.save_checkpoint(0)
+        else:
+            synchroniser.resume(start, job.worker)
+        first = start.epoch + 1 if start else 1
+        keeper.write("running")
+        ledger.enter("other")
+        world.settle()  # so that no waiting from before is found out in the first epoch
+        world.timeline.begin(ledger.close())
+    world.survives = synchroniser.survives
     try:
-        with dog:
-            train(job, start.epoch + 1 if start else 1, keeper.after_epoch)
+        train(job, first, keeper.after_epoch)
     except Interrupted as stop:
         message = f"{stop}; go on with: rankwise train --resume {folder.path}"
         keeper.write("interrupted", message)
         raise Interrupted(message) from None
-    record = job.synchroniser.surely(lambda: keeper.write("completed"))
+    record = synchroniser.surely(lambda: keeper.write("completed"), fill=False)
     world.survives = False
     return record
 
@@ -121,11 +145,14 @@ def _agree_on_options(config: TrainConfig, world: World) -> None:
 
 def _take_seats(config: TrainConfig, world: World, say: Say) -> tuple[int, list[Host]]:
     """Set this rank's arithmetic threads; returns them, and the hosts of the world in rank order."""
-    mine = placement.here(trains=not (config.has_master and world.rank == 0))
+    works = world.rank < config.ranks
+    mine = placement.here(trains=works and not (config.has_master and world.rank == 0))
     seats: list[placement.Seat] = world.allgather_object(mine)
     threads = placement.share_threads(seats, config.threads)
     for warning in placement.oversubscribed(seats, threads):
         say(warning)
+    if not works:  # it will take the place of one that trains, most likely
+        threads[world.rank] = min(n for n, seat in zip(threads, seats, strict=True) if seat.trains)
     torch.set_num_threads(threads[world.rank])
     models_of = {seat.host: seat.cpu_model for seat in seats}
     hosts = [
@@ -137,18 +164,30 @@ def _take_seats(config: TrainConfig, world: World, say: Say) -> tuple[int, list[
     return threads[world.rank], hosts
 
 
-def _make_job(
-    config: TrainConfig, dataset: Dataset, model: torch.nn.Module, world: World, folder: RunFolder
-) -> Job:
-    assert config.strategy is not None
-    chosen = select(config, dataset)
-    entry = strategies.entry_of(config.strategy)
-    replica = Replica(
+def _make_replica(config: TrainConfig, dataset: Dataset) -> Replica:
+    with _SEEDING:
+        torch.manual_seed(config.seed)
+        model = models.build(config.model, dataset.image_shape, len(dataset.classes))
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    return Replica(
         model,
         make_optimizer(config, model),
         share_optimizer_state=config.optimizer_state == "average",
         clip_norm=config.clip_norm,
     )
+
+
+def _make_job(
+    config: TrainConfig,
+    dataset: Dataset,
+    replica: Replica,
+    world: World,
+    folder: RunFolder,
+    arrival: Arrival | None,
+) -> Job:
+    assert config.strategy is not None
+    chosen = select(config, dataset)
+    entry = strategies.entry_of(config.strategy)
     sampler = make_sampler(config, chosen.train_pool, dataset.train.labels[chosen.train_pool], world.rank)
     return Job(
         config=config,
@@ -160,13 +199,15 @@ def _make_job(
             rate_factor=scheduler(config),
             survives=config.on_failure == "continue" and world.size > 1,
             min_ranks=config.min_ranks,
+            spares=config.spares,
+            arrival=arrival,
             faults=_faults(config, folder, world, replica),
         ),
         train=dataset.train,
         validation=chosen.validation,
         val_pool=chosen.val_pool,
         pool=chosen.train_pool,
-        progress=Progress(folder.progress, world.rank, world.size),
+        progress=Progress(folder.progress, world.number, config.processes),
     )
 
 
@@ -176,8 +217,8 @@ def _watchdog(config: TrainConfig, folder: RunFolder, world: World) -> Watchdog:
 
     return Watchdog(
         folder.beats,
-        rank=world.rank,
-        ranks=world.size,
+        rank=world.number,
+        ranks=config.processes,
         ledger=world.ledger,
         # Ranks that are threads are one process: none of them can be ended alone.
         timeout_s=math.inf if world.in_threads else config.hang_timeout or math.inf,
@@ -188,9 +229,9 @@ def _watchdog(config: TrainConfig, folder: RunFolder, world: World) -> Watchdog:
 def _faults(config: TrainConfig, folder: RunFolder, world: World, replica: Replica) -> NoFaults:
     if not config.fault:
         return NoFaults()
-    plans = parse_all(config.fault, world.size)
+    plans = parse_all(config.fault, config.processes)
     return Faults(
-        plans, folder.faults, rank=world.rank, seed=config.seed, victim=world, poison=replica.poison
+        plans, folder.faults, rank=world.number, seed=config.seed, victim=world, poison=replica.poison
     )
 
 

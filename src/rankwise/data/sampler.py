@@ -52,15 +52,30 @@ class Round:
         """Samples of each rank, those that are done included."""
         return np.array([len(part) for part in self.parts], np.float64)
 
-    def only(self, ranks: Sequence[int]) -> Round:
+    def part(self, rank: int | None) -> Indices:
+        """What a rank has of it; nothing for one that was not there."""
+        return NOTHING if rank is None else self.parts[rank]
+
+    def only(self, ranks: Sequence[int | None]) -> Round:
         """What these ranks have of it, all of which is done."""
-        return Round(
-            tuple(self.parts[rank] for rank in ranks), tuple(len(self.parts[rank]) for rank in ranks)
-        )
+        parts = tuple(self.part(rank) for rank in ranks)
+        return Round(parts, tuple(map(len, parts)))
 
     def left(self, rank: int) -> Indices:
         """What a rank has still to train."""
         return self.parts[rank][self.done[rank] :]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sampler knows that another, which was not there, cannot know by itself."""
+
+    size: int
+    first_worker: int
+    batch_size: int
+    epoch: int
+    rounds: list[Round]
+    credited: Indices
 
 
 class Sampler:
@@ -69,7 +84,7 @@ class Sampler:
     `deal(epoch, workers)` gives one shard a worker. `first_worker` is the rank of worker 0: 1 with a
     master, else 0. A round of an epoch ends after `sync_every(epoch)` steps of every worker, None for the
     whole epoch. Every rank sees the same number of rounds, so nobody waits for a round that another never
-    joins. When ranks are lost, `leave_out` deals what they had not brought in to the others, whose batches
+    joins. When ranks are lost, `regroup` deals what they had not brought in to the others, whose batches
     stay as they are, or with `keeps_global_batch` grow so that those of all together do.
     """
 
@@ -151,41 +166,62 @@ class Sampler:
                     step=int(steps[number + 1] if ends else steps[number] + cut // self._batch_size + 1),
                 )
 
-    def leave_out(self, epoch: int, number: int, survivors: Sequence[int], done: Sequence[int]) -> None:
-        """Go on without ranks that were lost when `number` rounds of an epoch were committed.
+    def regroup(self, epoch: int, number: int, before: Sequence[int | None], done: Sequence[int]) -> None:
+        """Go on without ranks that were lost, and with newcomers, when `number` rounds of an epoch were
+        committed.
 
-        `survivors` are the ranks that are left, in the order of their new numbers, and `done` [survivors]
-        says how many samples of the round under way each keeps in its weights. What the lost ranks had
-        in this round, and what a worker had left that becomes the master, is dealt to the workers and
-        trained in it; what they had in later rounds is dealt too, and later rounds are cut anew. What
-        they had in the rounds before is `credited` [samples], as it was committed.
+        `before` [ranks] are the ranks so far of those that are there now, in the order of their new
+        numbers, None for a newcomer; `done` [ranks] says how many samples of the round under way each
+        keeps in its weights. What lost ranks had in this round, and what a worker had left that becomes the
+        master, is dealt to the workers and trained in it, so that they have as even shares as can be; what
+        lost ranks had in later rounds is dealt too, and later rounds are cut anew. What they had in the
+        rounds before is `credited` [samples], as it was committed.
         """
-        before = self.rounds(epoch)
-        past, current, later = before[:number], before[number : number + 1], before[number + 1 :]
-        lost = [rank for rank in range(self._size) if rank not in survivors]
+        rounds = self.rounds(epoch)
+        past, current, later = rounds[:number], rounds[number : number + 1], rounds[number + 1 :]
+        lost = [rank for rank in range(self._size) if rank not in before]
         credited = _join(
             [self.credited(epoch), *(done_round.parts[rank] for done_round in past for rank in lost)]
         )
-        workers = range(min(self._first_worker, len(survivors) - 1), len(survivors))
-        plan = [done_round.only(survivors) for done_round in past]
+        workers = range(min(self._first_worker, len(before) - 1), len(before))
+        plan = [done_round.only(before) for done_round in past]
         for under_way in current:
-            parts = [under_way.parts[rank] for rank in survivors]
+            parts = [under_way.part(rank) for rank in before]
             cuts = [done[rank] if rank not in workers else len(part) for rank, part in enumerate(parts)]
             spare = [under_way.parts[rank] for rank in lost]  # what was done is lost with them
             spare += [part[cut:] for part, cut in zip(parts, cuts, strict=True)]
             kept = [part[:cut] for part, cut in zip(parts, cuts, strict=True)]
             plan.append(Round(_dealt(spare, kept, workers), tuple(done)))
-        tails = [_join(to_come.parts[rank] for to_come in later) for rank in survivors]
+        tails = [_join(to_come.part(rank) for to_come in later) for rank in before]
         spare = [_join(to_come.parts[rank] for to_come in later) for rank in lost]
         spare += [tail for rank, tail in enumerate(tails) if rank not in workers]
         tails = [tail if rank in workers else NOTHING for rank, tail in enumerate(tails)]
         tails = list(_dealt(spare, tails, workers))
-        self._rank = survivors.index(self._rank)
-        self._size, self._first_worker = len(survivors), workers.start
+        if self._rank in before:
+            self._rank = before.index(self._rank)
+        self._size, self._first_worker = len(before), workers.start
         if self._global_batch is not None:
             self._batch_size = max(1, round(self._global_batch / self.workers))
         self._planned = (epoch, [*plan, *(self._cut(tails, epoch) if any(map(len, tails)) else [])])
         self._credited = (epoch, credited)
+
+    def plan(self, epoch: int) -> Plan:
+        """What a newcomer needs."""
+        return Plan(
+            self._size,
+            self._first_worker,
+            self._batch_size,
+            epoch,
+            self.rounds(epoch),
+            self.credited(epoch),
+        )
+
+    def follow(self, plan: Plan, rank: int) -> None:
+        """Go on, as this rank, where the sampler was that made the plan."""
+        self._rank, self._size, self._first_worker = rank, plan.size, plan.first_worker
+        self._batch_size = plan.batch_size
+        self._planned = (plan.epoch, plan.rounds)
+        self._credited = (plan.epoch, plan.credited)
 
     def credited(self, epoch: int) -> Indices:
         """What ranks that were lost had committed in an epoch."""
@@ -206,9 +242,25 @@ class Sampler:
 
 
 def _dealt(spare: Sequence[Indices], parts: Sequence[Indices], workers: range) -> tuple[Indices, ...]:
-    """The parts [ranks], with equal shares of what is to spare behind those of the workers."""
-    extra = dict(zip(workers, np.array_split(_join(spare), len(workers)), strict=True))
-    return tuple(_join([part, extra.get(rank, NOTHING)]) for rank, part in enumerate(parts))
+    """The parts [ranks], with what is to spare behind those of the workers, as even as can be."""
+    extra = _join(spare)
+    sizes = np.array([len(parts[rank]) for rank in workers])
+    cuts = np.cumsum(_shares(sizes, len(extra)))[:-1]
+    shares = dict(zip(workers, np.split(extra, cuts), strict=True))
+    return tuple(_join([part, shares.get(rank, NOTHING)]) for rank, part in enumerate(parts))
+
+
+def _shares(sizes: NDArray[np.int64], extra: int) -> NDArray[np.int64]:
+    """How much of `extra` everybody gets who has `sizes` already, so that the largest sum is as small as can
+    be."""
+    smallest = np.sort(sizes)
+    for count in range(len(sizes), 0, -1):  # so many come to one level
+        level, rest = divmod(int(smallest[:count].sum()) + extra, count)
+        if smallest[count - 1] <= level:
+            break
+    shares = np.clip(level - sizes, 0, None)
+    shares[np.flatnonzero(sizes <= level)[:rest]] += 1
+    return shares
 
 
 def _join(parts: Iterable[Indices]) -> Indices:

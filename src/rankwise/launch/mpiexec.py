@@ -53,7 +53,9 @@ def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
     with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
         for restarts in range(config.max_restarts + 1):
             program = [sys.executable, "-m", "rankwise", "train", *_arguments(order, config, folder, resume)]
-            ending = supervise(command_line(mpiexec, config.ranks, program, survives=survives), display.say)
+            ending = supervise(
+                command_line(mpiexec, config.processes, program, survives=survives), display.say
+            )
             try:
                 return _judge(ending, folder)
             except RestartableError as error:

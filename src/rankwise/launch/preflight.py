@@ -29,7 +29,7 @@ def check(config: TrainConfig) -> TrainConfig:
     parse_shards(config.shards)
     data.check(config.dataset, config.data_dir)
     tracking.check(config.track)
-    parse_all(config.fault, config.ranks)
+    parse_all(config.fault, config.processes)
     return _settle_failures(config)
 
 
@@ -53,6 +53,10 @@ def _settle_failures(config: TrainConfig) -> TrainConfig:
         )
     if wants is None:
         wants = "continue" if can and not alone and survives_failures() else "stop"
+    if config.spares and (wants != "continue" or alone):
+        raise ConfigError(
+            f"--spares {config.spares} was given, but they are for --on-failure continue with 2 ranks or more"
+        )
     return config.model_copy(update={"on_failure": wants})
 
 

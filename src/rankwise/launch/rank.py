@@ -15,7 +15,15 @@ from types import FrameType
 
 from rankwise import checkpoint, machine
 from rankwise.config import TrainConfig
-from rankwise.errors import Interrupted, LaunchError, RankLost, RankwiseError, UsageError, one_line
+from rankwise.errors import (
+    ConfigError,
+    Interrupted,
+    LaunchError,
+    RankLost,
+    RankwiseError,
+    UsageError,
+    one_line,
+)
 from rankwise.launch import preflight
 from rankwise.launch.order import Order, discard, open_folder
 from rankwise.launch.signals import handling
@@ -68,7 +76,7 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
         if folder:
             record = _as_launched(order, world, folder)
         else:
-            config = preflight.check(order.config.model_copy(update={"ranks": world.size}))
+            config = preflight.check(_among(order.config, world.size))
             mine = open_folder(order, config) if world.rank == 0 else None
             folder, new = world.allgather_object(mine)[0]
             record = _as_given(order, config, world, folder)
@@ -86,19 +94,26 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
 
 def _as_launched(order: Order, world: World, folder: RunFolder) -> Record:
     config = preflight.check(order.config)
-    if world.size != config.ranks:
+    if world.size != config.processes:
         raise LaunchError(
-            f"{config.ranks} ranks were started, but this one sees {world.size}: mpiexec and the MPI library "
-            f"of mpi4py ({world.describe()}) do not fit together; rankwise doctor shows both"
+            f"{config.processes} ranks were started, but this one sees {world.size}: mpiexec and the MPI "
+            f"library of mpi4py ({world.describe()}) do not fit together; rankwise doctor shows both"
         )
     return _train(order, config, world, folder, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _among(config: TrainConfig, processes: int) -> TrainConfig:
+    """The configuration for as many processes as the user's mpiexec started."""
+    if processes <= config.spares:
+        raise ConfigError(f"--spares {config.spares} of {processes} ranks leaves none to train")
+    return config.model_copy(update={"ranks": processes - config.spares})
 
 
 def _as_given(order: Order, config: TrainConfig, world: World, folder: RunFolder) -> Record:
     if world.rank != 0:
         return _train(order, config, world, folder, order.say)
-    if order.config.ranks not in (1, world.size):
-        order.say(f"--ranks {order.config.ranks} was given, but there are {world.size}: these are used")
+    if order.config.ranks not in (1, config.ranks):
+        order.say(f"--ranks {order.config.ranks} was given, but there are {config.ranks}: these are used")
     for remark in order.remarks:
         order.say(remark)
     # Ranks may see a terminal though mpiexec's output is a file, so here are lines and no bar.
@@ -169,7 +184,7 @@ def _end_all_ranks(
 def _die_alone(world: World, folder: RunFolder, error: BaseException) -> None:
     """Leave word of why, and end: the other ranks go on, and tell the user."""
     folder.leave_words(
-        world.members[world.rank],
+        world.number,
         "crash",
         f"{type(error).__name__}: {one_line(error)}",
         traceback="".join(traceback.format_exception(error)),

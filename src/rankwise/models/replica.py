@@ -151,6 +151,14 @@ class Snapshot:
         """Overwrite the replica."""
         torch._foreach_copy_(self._tensors, self._copies)
 
+    def content(self) -> list[Tensor]:
+        """What is kept, to be sent to a replica of the same model."""
+        return self._copies
+
+    def fill(self, content: list[Tensor]) -> None:
+        """Keep what another replica was."""
+        torch._foreach_copy_(self._copies, content)
+
 
 class _Flat:
     """Several tensors as one flat array; the staging memory is allocated once."""

@@ -43,9 +43,10 @@ def summary(record: Record, folder: str) -> RenderableType:
 def _headline(record: Record) -> str:
     config = record.config
     topology = f", {config['topology']}" if config["topology"] else ""
+    spares = f" and {words.count(config['spares'], 'spare')}" if config["spares"] else ""
     text = (
         f"{record.outcome}: {config['model']} on {config['dataset']}, {config['strategy']}{topology}, "
-        f"{len(record.ranks)} rank{'s' if len(record.ranks) > 1 else ''}, {record.wall_s:.1f} s"
+        f"{words.count(config['ranks'], 'rank')}{spares}, {record.wall_s:.1f} s"
     )
     if record.epochs:
         best = record.best

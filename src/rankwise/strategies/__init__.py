@@ -13,7 +13,7 @@ from rankwise.errors import ConfigError, unknown_name
 from rankwise.importing import import_from
 from rankwise.strategies.asynchronous import EASGD, Downpour
 from rankwise.strategies.averaging import ParameterAveraging
-from rankwise.strategies.base import State, Strategy, start_alike
+from rankwise.strategies.base import State, Strategy
 from rankwise.strategies.gossip import Gossip
 from rankwise.strategies.gradients import GradientAveraging
 from rankwise.strategies.peer import Peer
@@ -176,4 +176,4 @@ def _check_options(name: str, entry: Entry, config: TrainConfig) -> None:
         )
 
 
-__all__ = ["STRATEGIES", "Entry", "State", "Strategy", "entry_of", "resolve", "start_alike"]
+__all__ = ["STRATEGIES", "Entry", "State", "Strategy", "entry_of", "resolve"]

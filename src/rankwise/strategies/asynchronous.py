@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, start_alike
+from rankwise.strategies.base import State, Strategy
 from rankwise.world import World
 
 if TYPE_CHECKING:
@@ -101,7 +101,6 @@ class Asynchronous(Strategy):
         """What the worker goes on with."""
 
     def init(self, replica: Replica, world: World) -> State:
-        start_alike(replica, world)
         return CentreState()
 
     def open_epoch(self, state: State, replica: Replica, world: World) -> State:

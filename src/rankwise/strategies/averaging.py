@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, require_finite, start_alike
+from rankwise.strategies.base import State, Strategy, require_finite
 from rankwise.strategies.exchange import Reduction
 from rankwise.world import World
 
@@ -54,6 +54,7 @@ class ParameterAveraging(Strategy):
 
     topologies: ClassVar[tuple[str, ...]] = ("master", "allreduce")
     sync_every: ClassVar = "epoch"
+    alike: ClassVar = ("outer_momentum", "directions")
 
     topology: Literal["master", "allreduce"]
     optimizer_state: Literal["keep", "average", "reset"]
@@ -64,7 +65,6 @@ class ParameterAveraging(Strategy):
     by_rate: bool = False
 
     def init(self, replica: Replica, world: World) -> State:
-        start_alike(replica, world)
         shapes = tuple(tuple(parameter.shape) for parameter in replica.parameters)
         return RoundState(reduction=Reduction.of(self.topology, self.compress, shapes))
 

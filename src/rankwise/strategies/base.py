@@ -76,9 +76,13 @@ class Strategy(ABC):
     """Whether what a rank has trained in a round is still in its replica when the round's exchange failed;
     otherwise it is trained again."""
 
+    alike: ClassVar[tuple[str, ...]] = ()
+    """Names of the arrays in a state's memory that are the same on all ranks, so that a newcomer takes them
+    from another."""
+
     @abstractmethod
     def init(self, replica: Replica, world: World) -> State:
-        """Bring all replicas to the same start; called once by all ranks together."""
+        """The state before the first step, without an exchange; all replicas are alike."""
 
     def expect(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
         """Get ready for the gradients of a batch that is about to be trained."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, start_alike
+from rankwise.strategies.base import State, Strategy
 from rankwise.world import World
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class Gossip(Strategy):
     topology: Literal["ring", "exponential", "complete"]
 
     def init(self, replica: Replica, world: World) -> State:
-        start_alike(replica, world)
         return GossipState()
 
     def open_epoch(self, state: State, replica: Replica, world: World) -> State:

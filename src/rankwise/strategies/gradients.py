@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, require_finite, start_alike
+from rankwise.strategies.base import State, Strategy, require_finite
 from rankwise.strategies.buckets import Buckets
 from rankwise.strategies.exchange import Reduction, gather_sum
 from rankwise.world import World
@@ -41,13 +41,13 @@ class GradientAveraging(Strategy):
     topologies: ClassVar = ("allreduce", "master")
     shares_optimizer: ClassVar = True
     keeps_local_work: ClassVar = False
+    alike: ClassVar = ("directions",)
 
     topology: Literal["master", "allreduce"]
     compress: str = "none"
     bucket_mb: float = BUCKET_MB
 
     def init(self, replica: Replica, world: World) -> State:
-        start_alike(replica, world)
         in_pieces = self.topology == "allreduce" and self.compress == "none" and world.size > 1
         buckets = Buckets(replica.parameters, self.bucket_mb * 1e6 if in_pieces else math.inf, world)
         return GradientState(

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from rankwise.checkpoint import Checkpoint
+from rankwise.compression import Memory
 from rankwise.config import TrainConfig
 from rankwise.data import partition
 from rankwise.data.partition import Indices
-from rankwise.data.sampler import NOTHING, Batch, Sampler
+from rankwise.data.sampler import NOTHING, Batch, Plan, Sampler
 from rankwise.errors import ConfigError, DivergedError, RankLost
 from rankwise.faults import NoFaults
 from rankwise.schedule import scheduler
 from rankwise.strategies import entry_of, resolve
-from rankwise.strategies.base import NotFiniteError, State, Strategy
+from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
 from rankwise.world import World
+from rankwise.world.replay import Replay
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from rankwise.models.replica import Replica, Snapshot
 
@@ -49,6 +51,20 @@ class Position:
     closed: bool = True
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """What a rank that comes in for a lost one gets from one that is there: everything that it cannot make
+    itself. `books` are for whoever uses the synchroniser."""
+
+    position: Position
+    plan: Plan
+    rounds: int
+    memory: Memory
+    replica: list[Tensor]
+    replay: Replay
+    books: Any
+
+
 _Standing = list[tuple[Position, int]]
 """Where a rank was when another was lost, last, and where it can go back to; with the samples that it had
 trained there since the last commit."""
@@ -68,9 +84,12 @@ class Synchroniser:
 
     With `survives` a rank that is lost does not end the others: what it had not brought in is dealt to
     them, and they go on. `on_recovery` then gets the ranks that were lost, by the numbers with which they
-    began, and how long it took in seconds; `on_next_commit` the seconds until the next round was committed.
-    The last commit can then be taken back by `undo`: an exchange may have succeeded on one rank and failed
-    on another. An epoch's end is a commit of its own, after its last round.
+    began, those that came in, and how long it took in seconds; `on_next_commit` the seconds until the next
+    round was committed. The last commit can then be taken back by `undo`: an exchange may have succeeded on
+    one rank and failed on another. An epoch's end is a commit of its own, after its last round.
+
+    `spares` ranks stand by. One that comes in for another begins from its `arrival`, at the last commit, in
+    which `books` says what else it needs.
     """
 
     def __init__(
@@ -83,14 +102,17 @@ class Synchroniser:
         rate_factor: Callable[[float, int], float] | None = None,
         survives: bool = False,
         min_ranks: int = 1,
+        spares: int = 0,
         faults: NoFaults | None = None,
+        arrival: Arrival | None = None,
     ) -> None:
         self.replica = replica
         self.world = world
         self.sampler = sampler
         self.position = Position()
-        self.on_recovery: Callable[[list[int], float], None] = lambda lost, seconds: None
+        self.on_recovery: Callable[[list[int], list[int], float], None] = lambda lost, new, seconds: None
         self.on_next_commit: Callable[[float], None] = lambda seconds: None
+        self.books: Callable[[], Any] = lambda: None
         self._strategy = strategy
         self._batch: Batch | None = None
         self._rounds = 0
@@ -112,7 +134,15 @@ class Synchroniser:
         self._drops = 0
         self._trained: list[Indices] = []
         self._under_way: list[Indices] = []
+        self._commits: dict[Position, Snapshot] = {}
+        self._last_commit = self.position
+        self._keeps_commits = spares > 0 and strategy.keeps_local_work
+        self._fill = True
+        if arrival is None:
+            start_alike(replica, world)
         self.state: State = strategy.init(replica, world)
+        if arrival is not None:
+            self._take_over(arrival)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches that this rank trains in `epoch`, each to be followed by one `step()`; if `surely` does
@@ -122,6 +152,7 @@ class Synchroniser:
             self._trained.clear()
             self.faults.begin(epoch, self.sampler.steps(epoch))
             self.state = self._strategy.open_epoch(self.state, self.replica, self.world)
+            self._keep_commit()
             self._keep_start()
         while not self.position.closed:
             try:
@@ -159,7 +190,8 @@ class Synchroniser:
     def resume(self, checkpoint: Checkpoint, worker: int | None) -> None:
         """Go on from a checkpoint; `worker` is this rank's number among workers, None for a master."""
         checkpoint.restore(self.replica, 0 if self.shares_optimizer else worker)
-        memory, rounds = checkpoint.memory_of(self.world.rank), checkpoint.notes.get("rounds", 0)
+        memory = {**self._alike(checkpoint.memory_of(0)), **checkpoint.memory_of(self.world.rank)}
+        rounds = checkpoint.notes.get("rounds", 0)
         self.state = replace(self.state, memory=memory, rounds=rounds)
 
     @property
@@ -188,9 +220,11 @@ class Synchroniser:
             self._under_way = [self._trained.pop()]
         self.position = position
 
-    def surely(self, action: Callable[[], T]) -> T:
+    def surely(self, action: Callable[[], T], *, fill: bool = True) -> T:
         """Do what all ranks do together, and do it again if a rank was lost before all had done it. What is
-        done may train an epoch, which then goes on from where it was."""
+        done may train an epoch, which then goes on from where it was. Without `fill` nobody comes in for a
+        lost rank."""
+        self._fill = fill
         while True:
             try:
                 result = action()
@@ -210,32 +244,80 @@ class Synchroniser:
         if not self.survives:
             raise RankLost("a rank was lost")
         started_ns = self.world.ledger.clock()
-        reached = [(position, state.pending) for state, _, position in self._before]
-        with self.faults.during("recovery"):
-            standings: list[_Standing] = self.world.repair([*reached, (self.position, self.state.pending)])
-        if self.world.size < self._min_ranks:
-            raise RankLost(
-                f"{self.world.size} ranks are left, fewer than the {self._min_ranks} of --min-ranks"
-            )
-        with self.world.ledger.phase("recovery"):
-            self._meet(standings)
-            survivors = [self._members.index(member) for member in self.world.members]
-            lost = [member for member in self._members if member not in self.world.members]
-            self._members = list(self.world.members)
-            self._fruitless = 0 if lost else self._fruitless + 1
-            if self._fruitless > MOST_FRUITLESS:
-                raise RankLost("exchanges fail again and again, though no rank was lost")
-            keeps = self._strategy.keeps_local_work
-            done = [keeps * dict(standing).get(self.position, 0) for standing in standings]
-            self.sampler.leave_out(self.position.epoch, self.position.rounds, survivors, done)
-            self.state = self._strategy.recover(self.state, self.replica, self.world)
-            if not keeps:
-                self._under_way.clear()
+        there = list(self._members)
+        while not self._regroup():
+            there += [member for member in self._members if member not in there]
+        lost = [member for member in there if member not in self._members]
+        new = [member for member in self._members if member not in there]
+        self._fruitless = 0 if lost else self._fruitless + 1
+        if self._fruitless > MOST_FRUITLESS:
+            raise RankLost("exchanges fail again and again, though no rank was lost")
         self._begun_again += 1
         self._keep_start()
         if not self.position.closed:
             self._found_ns = self._found_ns or started_ns
-        self.on_recovery(lost, (self.world.ledger.clock() - started_ns) / 1e9)
+        self.on_recovery(lost, new, (self.world.ledger.clock() - started_ns) / 1e9)
+
+    def _regroup(self) -> bool:
+        """Meet those that are left; returns whether those who came in have all that they need."""
+        world = self.world
+        reached = [(position, state.pending) for state, _, position in self._before]
+        with self.faults.during("recovery"):
+            standings: list[_Standing | None] = world.repair(
+                [*reached, (self.position, self.state.pending)], fill=self._fill
+            )
+        if world.size < self._min_ranks:
+            raise RankLost(f"{world.size} ranks are left, fewer than the {self._min_ranks} of --min-ranks")
+        with world.ledger.phase("recovery"):
+            self._meet([standing for standing in standings if standing])
+            before = [
+                self._members.index(member) if standing else None
+                for member, standing in zip(world.members, standings, strict=True)
+            ]
+            self._members = list(world.members)
+            keeps = self._strategy.keeps_local_work
+            done = [keeps * dict(standing or []).get(self.position, 0) for standing in standings]
+            self.sampler.regroup(self.position.epoch, self.position.rounds, before, done)
+            self.state = self._strategy.recover(self.state, self.replica, world)
+            if not keeps:
+                self._under_way.clear()
+            if all(standings):
+                return True
+            try:
+                let_in(world, standings, self._arrival)
+            except RankLost:
+                return False
+            return True
+
+    def _arrival(self) -> Arrival:
+        """What a newcomer gets from this rank."""
+        snapshot = self._commits.get(self.position) or self.replica.snapshot()
+        return Arrival(
+            self.position,
+            self.sampler.plan(self.position.epoch),
+            self.state.rounds,
+            self._alike(self.state.memory),
+            snapshot.content(),
+            self.world.logbook.replay,
+            self.books(),
+        )
+
+    def _take_over(self, arrival: Arrival) -> None:
+        """Be where the others are."""
+        self.position = arrival.position
+        self.sampler.follow(arrival.plan, self.world.rank)
+        snapshot = self.replica.snapshot()
+        snapshot.fill(arrival.replica)
+        snapshot.restore()
+        self.state = replace(self.state, rounds=arrival.rounds, memory=arrival.memory)
+        self.faults.begin(self.position.epoch, self.sampler.steps(self.position.epoch))
+        if not self.position.closed:
+            self.state = self._strategy.open_epoch(self.state, self.replica, self.world)
+        self._does_again = True
+        self._keep_start()
+
+    def _alike(self, memory: Memory) -> Memory:
+        return {name: array for name, array in memory.items() if name in self._strategy.alike}
 
     def _drop(self, why: str) -> None:
         """Begin the round again, with everything as it was when it began."""
@@ -312,6 +394,7 @@ class Synchroniser:
             if len(self._before) > 1:
                 self._spare = self._before[0][1]
                 self._before = self._before[-1:]
+            self._keep_commit()
             self._trained.append(np.concatenate(self._under_way))
             self._under_way = []
             self._keep_start()
@@ -340,11 +423,54 @@ class Synchroniser:
             with self.world.ledger.phase("recovery"):
                 self._start = self.replica.snapshot(self._start)
 
+    def _keep_commit(self) -> None:
+        """Keep what a newcomer begins with: this commit, and the one before, to which all may go back."""
+        if self._keeps_commits:
+            with self.world.ledger.phase("recovery"):
+                older = [position for position in self._commits if position != self._last_commit]
+                reuse = self._commits.pop(older[0]) if older else None
+                self._commits[self.position] = self.replica.snapshot(reuse)
+                self._last_commit = self.position
+
     def _set_rates(self, position: float) -> None:
         if self._rate_factor is not None:
             factor = self._rate_factor(position, self.sampler.workers)
             for group, rate in zip(self.replica.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
+
+
+def let_in(
+    world: World, standings: Sequence[_Standing | None], make: Callable[[], Arrival] | None = None
+) -> Arrival:
+    """Give newcomers, whose standing is None, what they need; all ranks together.
+
+    The last of the others makes it: it is a worker, if any of them is. Raises RankLost on all ranks if one of
+    them was lost.
+    """
+    donor = max(rank for rank, standing in enumerate(standings) if standing)
+    mine = make() if make and world.rank == donor else None
+    arrival: Arrival | None = None
+    try:
+        arrival = world.broadcast_object(mine, donor)
+    finally:
+        world.confirm(arrival is not None)
+    assert arrival is not None
+    return arrival
+
+
+def stand_by(world: World) -> Arrival | None:
+    """Wait for a rank to be lost, to come in for it; returns None if the others are done without."""
+    standings = world.stand_by()
+    while standings is not None:
+        if not any(standings):
+            raise RankLost("all ranks were lost that knew how far the run was")
+        try:
+            arrival = let_in(world, standings)
+            world.arrive(arrival.replay)
+            return arrival
+        except RankLost:
+            standings = world.repair()
+    return None
 
 
 def dealing_of(config: TrainConfig, pool: Indices, labels: Indices) -> Callable[[int, int], list[Indices]]:

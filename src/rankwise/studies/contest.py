@@ -89,12 +89,12 @@ def _only(*names: str) -> tuple[Entrant, ...]:
 COURSES = (
     Course(
         "paper-cnn",
-        {"batch_size": 16, "epochs": 10},
+        {"batch_size": 16, "epochs": 5},
         {"epochs": 2, "validation_split": 0.1},
     ),
     Course(
         "resnet9",
-        {"batch_size": 16, "epochs": 2, "train_limit": 6_000, "val_limit": 2_000},
+        {"batch_size": 16, "epochs": 1, "train_limit": 6_000, "val_limit": 2_000},
         {"epochs": 1, "train_limit": 3_000, "validation_split": 0.1, "val_limit": 1_000},
         rates=(0.01, 0.05),
         entrants=_only(

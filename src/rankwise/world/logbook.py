@@ -35,12 +35,13 @@ Row = dict[str, int]
 
 @dataclass(frozen=True)
 class Page:
-    """What a rank tells all others: its exchanges that are over, and the start of its process, on the
-    common clock."""
+    """What a rank tells all others: its exchanges that are over, the start of its process, on the common
+    clock, and how long it has computed."""
 
     collective: Log
     messages: Log
     start_ns: int
+    busy_ns: int
 
 
 class Logbook:
@@ -57,7 +58,8 @@ class Logbook:
         self._timeline = timeline
         self._clock = clock
         self._members = list(range(size))
-        self._replay = Replay(size)
+        self._number = rank
+        self.replay = Replay(size)
         self._begin(rank)
         self.origin_ns = ledger.start_ns
         self.wait_on_ns: Counter[int] = Counter()
@@ -122,7 +124,7 @@ class Logbook:
 
     def ideal_ns(self) -> int:
         """Time since start-up until now, had exchanges taken none but been waited for all the same."""
-        return self._replay.ideal_ns(self._rank, self._ledger.busy_ns)
+        return self.replay.ideal_ns(self._rank, self._ledger.busy_ns)
 
     def page(self) -> Page:
         """What is over and was not told yet. Collective exchanges are told in order, up to the first that
@@ -142,15 +144,30 @@ class Logbook:
             self._on_common_clock(_table(self._collective[: next(unfinished, None)])),
             self._on_common_clock(_table([row for row in self._messages if row["left_ns"]])),
             int(self._clock.to_common(start_ns)[0]),
+            self._ledger.busy_ns,
         )
 
-    def leave_out(self, pages: list[Page], members: list[int], clock: CommonClock) -> None:
-        """Begin anew with the members that are left, and their clock.
+    def leave_out(
+        self, pages: list[Page], members: list[int], clock: CommonClock, new: list[bool] | None = None
+    ) -> None:
+        """Begin anew with these members, some of them `new`, and their clock.
 
-        What they had together is compared once more, by their last pages, as if nobody else had been there:
-        who waited for a lost rank was in transfer.
+        What the others had together is compared once more, by their last pages, as if nobody else had been
+        there: who waited for a lost rank was in transfer. A new one gets its replay later.
         """
-        survivors = [self._members.index(member) for member in members]
+        new = new or [False] * len(members)
+        kept = [page for page, is_new in zip(pages, new, strict=True) if not is_new]
+        survivors = [member for member, is_new in zip(members, new, strict=True) if not is_new]
+        self.origin_ns = pages[0].start_ns
+        if not new[members.index(self._number)]:
+            self._close(kept, [self._members.index(member) for member in survivors])
+            self.replay.welcome([page.busy_ns for page in pages])
+        self._members = members
+        self._clock = clock
+        self._begin(members.index(self._number))
+
+    def _close(self, pages: list[Page], survivors: list[int]) -> None:
+        """Compare what these ranks had together."""
         count = min(len(page.collective) for page in pages)
         rank = survivors.index(self._rank)
         collective: Log = np.stack([page.collective[:count] for page in pages])
@@ -159,14 +176,11 @@ class Logbook:
         collective = collective[:, kept]
         new_of = {old: new for new, old in enumerate(survivors)} | {-1: -1}
         collective["peer"] = [[new_of[int(root)] for root in roots[kept]]] * len(pages)
-        self._members = members
-        self.origin_ns = pages[0].start_ns
+        self._members = [self._members[rank] for rank in survivors]
         entries = [row for row, keep in zip(self._collective[:count], kept, strict=True) if keep]
         self._take(entries, split(collective, rank))
-        self._replay.leave_out(survivors)
-        self._replay.add(collective, [page.messages[:0] for page in pages])
-        self._clock = clock
-        self._begin(rank)
+        self.replay.leave_out(survivors)
+        self.replay.add(collective, [page.messages[:0] for page in pages])
 
     def compare(self, pages: list[Page]) -> None:
         """Tell waiting from transfer in what all ranks have told; `pages` in rank order."""
@@ -178,7 +192,7 @@ class Logbook:
         names, found = self._mail.split(messages)
         self._take([self._told.pop(name) for name in names], found)
         self.violations += violations(collective)
-        self._replay.add(collective, messages)
+        self.replay.add(collective, messages)
         del self._collective[:count]
 
     def _take(self, entries: list[Row], found: Split) -> None:

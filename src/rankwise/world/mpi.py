@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -28,6 +29,12 @@ SPIN_NS = 500_000
 """How long a waiting rank yields its core between polls before it starts to sleep between them."""
 
 LONGEST_NAP_NS = 1_000_000
+
+STAND_BY_NAP_S = 0.005
+"""How long a rank that stands by sleeps between two looks: it adds half of it to a recovery."""
+
+DONE_TAG = 2
+"""Of the message that tells a rank that stands by that the others are done."""
 
 
 class _Pending:
@@ -95,23 +102,34 @@ class MpiTransport:
 
     Open MPI's Iallreduce takes two to four times as long as its Allreduce, and a barrier in the background
     2 us on one host. So where all wait for all anyway, they meet at a barrier, and then block.
+
+    `_comm` holds the ranks that work, `_all` also those that stand by; it is the same where none do.
     """
 
     in_threads = False
 
     def __init__(self, mpi: Any) -> None:
         self._mpi = mpi
-        self._comm: MPI.Intracomm = mpi.COMM_WORLD
+        self._all: MPI.Intracomm = mpi.COMM_WORLD
+        self._comm = self._all
         self._ops = {
             "sum": mpi.SUM,
             "max": mpi.MAX,
             "sum-fp16": mpi.Op.Create(_on_words(add_fp16), commute=True),
             "sum-bf16": mpi.Op.Create(_on_words(add_bf16), commute=True),
         }
-        self.rank = self._comm.Get_rank()
-        self.size = self._comm.Get_size()
-        clocks = self._comm.allgather(machine.clock_name())
+        self._clocks: list[str] = self._comm.allgather(machine.clock_name())
+        self._number = self._comm.Get_rank()
+        self._live = self._members = list(range(self._comm.Get_size()))
+        self._strength = len(self._members)
+        self._settle_in()
+
+    def _settle_in(self) -> None:
+        """Take the place among `_members`, or none."""
+        clocks = [self._clocks[member] for member in self._members]
         self.clock_of = [clocks.index(name) for name in clocks]
+        self.size = len(self._members)
+        self.rank = self._members.index(self._number) if self._number in self._members else -1
 
     def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> Pending:
         arguments = self._mpi.IN_PLACE, buffer, self._ops[op]
@@ -138,25 +156,71 @@ class MpiTransport:
     def _meet(self, then: Callable[[], None]) -> Pending:
         return _Pending(self._mpi, self._comm.Ibarrier, then=then)
 
-    def repair(self, under_way: Iterable[Pending]) -> list[int]:
+    def set_aside(self, ranks: int) -> None:
+        self._strength, self._members = ranks, self._members[:ranks]
+        self._settle_in()
+        self._comm = self._split(self._all)
+
+    def stand_by(self, alive: Callable[[], None]) -> bool:
+        while not self._all.Is_revoked():
+            try:
+                if self._all.Iprobe(tag=DONE_TAG):
+                    self._all.Recv(np.empty(0), tag=DONE_TAG)
+                    return False
+            except self._mpi.Exception:
+                if not self._all.Is_revoked():
+                    self._all.Ack_failed()  # whoever works with that rank will find out
+            alive()
+            time.sleep(STAND_BY_NAP_S)
+        return True
+
+    def call_off(self, under_way: Iterable[Pending]) -> None:
         """By User-Level Failure Mitigation (MPI Forum; Bland et al. 2013, doi:10.1177/1094342013488238)."""
-        before = self._comm
-        if not before.Is_revoked():
-            before.Revoke()
+        for comm in (self._comm, self._all):
+            if comm != self._mpi.COMM_NULL and not comm.Is_revoked():
+                comm.Revoke()
         for pending in under_way:  # now it fails: MPI must be done with its buffers
             with suppress(RankLost):
                 pending.wait(Watch())
-        self._comm = cast("MPI.Intracomm", before.Shrink())
-        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
-        everybody = before.Get_group()
-        left = list(self._comm.Get_group().Translate_ranks(range(self.size), everybody))
-        clocks = [self.clock_of[rank] for rank in left]
-        self.clock_of = [clocks.index(clock) for clock in clocks]
-        return left
+
+    def repair(self, *, fill: bool) -> list[int]:
+        worked = self._members
+        while True:
+            before = self._all
+            self._all = cast("MPI.Intracomm", before.Shrink())
+            group = self._all.Get_group()
+            left = group.Translate_ranks(range(group.Get_size()), before.Get_group())
+            self._live = [self._live[rank] for rank in left]
+            self._members = [member for member in worked if member in self._live]
+            if self._strength == len(self._clocks):  # nobody ever stood by
+                self._comm = self._all
+                break
+            if self._agree(self._all, fill):
+                waiting = [member for member in self._live if member not in worked]
+                self._members += waiting[: self._strength - len(self._members)]
+            self._settle_in()
+            try:
+                self._comm = self._split(self._all)
+                whole = True
+            except self._mpi.Exception:
+                self._all.Revoke()
+                whole = False
+            if self._agree(self._all, whole):
+                break
+        self._settle_in()
+        return self._members
+
+    def _split(self, everybody: MPI.Intracomm) -> MPI.Intracomm:
+        """A communicator of those that work."""
+        works = self.rank >= 0
+        return cast("MPI.Intracomm", everybody.Split(0 if works else self._mpi.UNDEFINED, max(self.rank, 0)))
 
     def agree(self, mine: bool) -> bool:
+        return self._agree(self._comm, mine)
+
+    def _agree(self, comm: MPI.Intracomm, mine: bool) -> bool:
         try:
-            return bool(self._comm.Agree(int(mine)))
+            return bool(comm.Agree(int(mine)))
         except self._mpi.Exception as error:
             if isinstance(_translated(self._mpi, error), RankLost):
                 return False  # as all others find too
@@ -174,16 +238,24 @@ class MpiTransport:
     def abort(self, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        self._comm.Abort(code)
+        self._all.Abort(code)
 
     def close(self) -> None:
         if self._mpi.Is_finalized():
             return
-        with suppress(RankLost):
-            _Pending(self._mpi, self._comm.Ibarrier).wait(Watch())
+        try:
+            if self.rank == 0:
+                for place, number in enumerate(self._live):
+                    if number not in self._members:
+                        _Pending(self._mpi, partial(self._all.Isend, np.empty(0), place, DONE_TAG)).wait(
+                            Watch()
+                        )
+            _Pending(self._mpi, self._all.Ibarrier).wait(Watch())
+        except RankLost:
+            self._all.Revoke()  # or whoever stands by might do so for ever
         # After a rank was lost MPI_Finalize sometimes never returns, and a process that ends with code 0
         # disturbs nobody.
-        if self._comm is self._mpi.COMM_WORLD:
+        if self._all is self._mpi.COMM_WORLD:
             self._mpi.Finalize()
 
 

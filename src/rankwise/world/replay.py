@@ -50,6 +50,13 @@ class Replay:
         self._sent_ns.clear()
         self._unsent.clear()
 
+    def welcome(self, busy_ns: list[int]) -> None:
+        """Ranks come in behind those that are here; `busy_ns` [ranks] is how long each has computed. Their
+        ideal clocks begin where the latest of the others is."""
+        here = len(self._waited_ns)
+        latest = (self._waited_ns + busy_ns[:here]).max()
+        self._waited_ns = np.append(self._waited_ns, latest - np.array(busy_ns[here:], np.int64))
+
     def ideal_ns(self, rank: int, busy_ns: int) -> int:
         """A rank's ideal clock when it has computed for `busy_ns` in all."""
         return int(self._waited_ns[rank]) + busy_ns

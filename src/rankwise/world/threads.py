@@ -35,10 +35,11 @@ class Killed(BaseException):
 
 class _Board:
     """Where the threads of one world meet: what each rank brought to each collective exchange, and
-    messages on their way."""
+    messages on their way. Of `size` ranks those in `working` take part, and the others stand by."""
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.strength = size
         self.changed = threading.Condition()
         self.brought: dict[int, dict[int, Any]] = defaultdict(dict)
         self.gone: dict[int, int] = defaultdict(int)
@@ -46,9 +47,11 @@ class _Board:
         self.broken = False
         self.live = set(range(size))
         self.is_whole = True
-        self.repairing: set[int] = set()
+        self.aside: set[int] = set()
+        self.called_off = False
+        self.repairing: dict[int, bool] = {}
         self.repairs = 0
-        self.repaired = list(range(size))
+        self.working = list(range(size))
         self.votes: dict[int, bool] = {}
         self.verdict = False
 
@@ -84,7 +87,7 @@ class _Board:
                 return any(source in (None, sender) for sender, _ in inbox)
 
             def lost() -> bool:
-                cut = source is None or bool(self.repairing) or self.repaired[source] not in self.live
+                cut = source is None or self.called_off or self.working[source] not in self.live
                 return cut and not self.is_whole
 
             self._until(rank, ready, lost)
@@ -95,39 +98,75 @@ class _Board:
         """A rank is gone, killed or at its end: whoever needs it finds out in an exchange."""
         with self.changed:
             self.live.discard(member)
-            self.repairing.discard(member)
-            self.is_whole = False
+            self.repairing.pop(member, None)
+            self.is_whole = self.is_whole and member not in self.working
             self.changed.notify_all()
 
-    def repair(self, member: int) -> list[int]:
-        """Meet all that are left; returns them."""
+    def set_aside(self, member: int, ranks: int) -> None:
+        """Those from this rank on stand by, once all have come here."""
+        with self.changed:
+            self.aside.add(member)
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.broken or self.aside >= self.live)
+            self.strength = ranks
+            self.working = list(range(ranks))
+            self.size = ranks
+
+    def stand_by(self) -> bool:
+        """Wait for a call; returns False if there is nobody left who could."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.broken or self.called_off or not self.live.intersection(self.working)
+            )
+            return self.called_off and not self.broken
+
+    def call_off(self) -> None:
+        """What ranks are in has failed."""
         with self.changed:
             self.is_whole = False
-            self.repairing.add(member)
+            self.called_off = True
+            self.changed.notify_all()
+
+    def repair(self, member: int, fill: bool) -> list[int]:
+        """Meet all that are left; returns those that work from now on."""
+        with self.changed:
+            self.repairing[member] = fill
             self.changed.notify_all()
             number = self.repairs
-            self.changed.wait_for(lambda: self.broken or self.repairs > number or self.repairing >= self.live)
+            self.changed.wait_for(
+                lambda: self.broken or self.repairs > number or self.repairing.keys() >= self.live
+            )
             if self.broken:
                 raise RankLost("the ranks were ended while they repaired their world")
             if self.repairs == number:  # the first that sees all of them speaks for all
                 self.repairs += 1
-                self.repaired = sorted(self.live)
-                self.size = len(self.repaired)
+                others = sorted(self.live.difference(self.working))
+                self.working = [rank for rank in self.working if rank in self.live]
+                if all(self.repairing.values()):
+                    self.working += others[: self.strength - len(self.working)]
+                self.size = len(self.working)
                 self.brought.clear()
                 self.gone.clear()
                 self.messages.clear()
                 self.repairing.clear()
                 self.is_whole = True
+                self.called_off = False
                 self.changed.notify_all()
-            return self.repaired
+            return self.working
 
     def agree(self, member: int, mine: bool) -> bool:
-        """Whether all that are left say yes, and nobody was lost."""
+        """Whether all that are left of those that work say yes, and nobody was lost."""
         with self.changed:
             votes = self.votes
             votes[member] = mine
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self.broken or votes is not self.votes or votes.keys() >= self.live)
+            self.changed.wait_for(
+                lambda: (
+                    self.broken
+                    or votes is not self.votes
+                    or votes.keys() >= self.live.intersection(self.working)
+                )
+            )
             if self.broken:
                 raise RankLost("the ranks were ended while they repaired their world")
             if votes is self.votes:  # the first that sees all of them speaks for all
@@ -176,7 +215,6 @@ class ThreadTransport:
         self.clock_of = [0] * size
         self._board = board
         self._member = rank
-        self._members = list(range(size))
         self._number = 0
 
     def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> _Pending:
@@ -224,16 +262,29 @@ class ThreadTransport:
 
         return _Pending(finish)
 
-    def repair(self, under_way: Iterable[Pending]) -> list[int]:
+    def set_aside(self, ranks: int) -> None:
+        self._board.set_aside(self._member, ranks)
+        self._take_place(list(range(ranks)))
+
+    def stand_by(self, alive: Callable[[], None]) -> bool:
         self._count_down()
-        left = self._board.repair(self._member)
-        survivors = [self._members.index(member) for member in left]
-        clocks = [self.clock_of[rank] for rank in survivors]
-        self.clock_of = [clocks.index(clock) for clock in clocks]
-        self._members = left
-        self.rank, self.size = left.index(self._member), len(left)
+        return self._board.stand_by()
+
+    def call_off(self, under_way: Iterable[Pending]) -> None:
+        self._count_down()
+        self._board.call_off()
+
+    def repair(self, *, fill: bool) -> list[int]:
+        self._count_down()
+        members = list(self._board.repair(self._member, fill))
+        self._take_place(members)
+        return members
+
+    def _take_place(self, members: list[int]) -> None:
+        self.clock_of = [0] * len(members)
+        self.rank = members.index(self._member) if self._member in members else -1
+        self.size = len(members)
         self._number = 0
-        return survivors
 
     def agree(self, mine: bool) -> bool:
         self._count_down()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
@@ -28,8 +28,8 @@ class Pending(Protocol):
 class Transport(Protocol):
     """What carries bytes between ranks.
 
-    Collective calls are made by all ranks in the same order. Every call but the last six starts an
-    exchange and returns at once.
+    Collective calls are made by all ranks in the same order. Every call up to `allgather` starts
+    an exchange and returns at once.
     """
 
     rank: int
@@ -62,11 +62,23 @@ class Transport(Protocol):
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
         """Put rank k's buffer into row k of `into` on every rank."""
 
-    def repair(self, under_way: Iterable[Pending]) -> list[int]:
-        """Go on without ranks that are gone. All that are left call it, and it waits for them; whoever is in
-        an exchange finds it failed with RankLost. `under_way` are this rank's exchanges in the background,
-        which are given up. Returns the ranks so far of those that are left, in the order of their new
-        ones; `rank`, `size` and `clock_of` are new."""
+    def set_aside(self, ranks: int) -> None:
+        """From now on the ranks from this number on stand by: their `rank` is -1, and only `stand_by` and
+        `repair` are for them. All call it."""
+
+    def stand_by(self, alive: Callable[[], None]) -> bool:
+        """Sleep until others call off what they are in, or are done (False), with a call of `alive` now and
+        then."""
+
+    def call_off(self, under_way: Iterable[Pending]) -> None:
+        """Whoever is in an exchange finds it failed with RankLost, and whoever stands by is called.
+        `under_way` are this rank's exchanges in the background, which are given up."""
+
+    def repair(self, *, fill: bool) -> list[int]:
+        """Go on without ranks that are gone, and if all that are left want to `fill` up, with some that stood
+        by in their place. All that are left call it after `call_off`, and it waits for them. Returns the
+        numbers with which the ranks began, in the order of their new ones; `rank`, `size` and `clock_of` are
+        new."""
 
     def agree(self, mine: bool) -> bool:
         """Whether all ranks say yes; no if one was lost. All that are left get the same answer, whatever

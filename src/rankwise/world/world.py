@@ -15,10 +15,13 @@ from rankwise.errors import RankLost
 from rankwise.ledger import Ledger
 from rankwise.timeline import Timeline
 from rankwise.world.clocks import CommonClock
-from rankwise.world.logbook import Logbook, Row
+from rankwise.world.logbook import Logbook, Page, Row
+from rankwise.world.replay import Replay
 from rankwise.world.transport import Buffer, Op, Pending, Transport
 from rankwise.world.waits import Pattern, Times
 from rankwise.world.watch import Watch
+
+NOTHING = np.empty(0, np.uint8)
 
 
 @dataclass
@@ -79,7 +82,8 @@ class World:
     by whoever wants the run to end (a signal handler); strategies carry it to all ranks with the
     next synchronisation, so that all of them stop at the same point.
 
-    `members` are the numbers that the ranks began with: they stay when ranks are lost and `rank` changes.
+    `members` are the numbers that the ranks began with, `number` this one's: they stay when ranks are lost
+    and `rank` changes.
 
     With `survives` the others go on if this rank ends. `in_exchange` is called in each blocking exchange,
     after this rank has begun it.
@@ -94,13 +98,15 @@ class World:
         self.timeline = Timeline(self.ledger)
         self.traffic = Traffic()
         self.stopping = False
-        self.rank = transport.rank
+        self.rank = self.number = transport.rank
         self.size = transport.size
         self.in_threads = transport.in_threads
         self.cross_check = False
         self.barrier_wait_ns = 0
         self.in_exchange: Callable[[], None] = lambda: None
         self.survives = False
+        self._is_new = False
+        self._refused = False
         self._clock = CommonClock(transport, self.ledger.clock)
         self._clock.measure()
         self.members = list(range(self.size))
@@ -195,37 +201,102 @@ class World:
         """Wait until every rank has come here."""
         self.allgather_object(None)
 
-    def repair(self, standing: Any = None) -> list[Any]:
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The root's picklable value, on every rank. For newcomers, never for what is trained."""
+        mine = np.frombuffer(pickle.dumps(value), np.uint8) if self.rank == root else NOTHING
+        length = np.array([len(mine)])
+        self.broadcast(length, root)
+        content = mine.copy() if self.rank == root else np.empty(length[0], np.uint8)
+        self.broadcast(content, root)
+        return value if self.rank == root else pickle.loads(content.tobytes())
+
+    def set_aside(self, ranks: int) -> None:
+        """The ranks from this number on stand by: their `rank` is -1 until `stand_by` has come to its end.
+        All ranks together."""
+        if ranks >= self.size:
+            return
+        pages = self.allgather_object(self.logbook.last_page())
+        self._transport.set_aside(ranks)
+        self._count()
+        self.members = list(range(ranks))
+        if self.rank >= 0:
+            clock = CommonClock(self._transport, self.ledger.clock)
+            clock.measure()
+            self._clock = clock
+            self.logbook.leave_out(pages[:ranks], self.members, clock)
+
+    def stand_by(self) -> list[Any] | None:
+        """Sleep until this rank has taken the place of one that was lost, or the others are done.
+
+        Returns what `repair` does, with None for this one's standing; or None.
+        """
+        self._is_new = True
+
+        def alive() -> None:
+            self.ledger.enter("other")
+
+        while self._transport.stand_by(alive):
+            with self.ledger.phase("recovery"):
+                standings = self._regroup(None, fill=True)
+            if standings is not None:
+                return standings
+        return None
+
+    def arrive(self, replay: Replay) -> None:
+        """This rank, which stood by, is one like the others from now on, and goes on with their replay."""
+        self._is_new = False
+        self.logbook.replay = replay
+
+    def repair(self, standing: Any = None, *, fill: bool = True) -> list[Any]:
         """Go on without ranks that were lost; all that are left call it, after an exchange raised RankLost.
 
-        Each tells its `standing` (picklable); returns those of all, in the order of their new ranks.
-        `rank`, `size` and `members` are new. If more are lost meanwhile it begins again by itself.
+        With `fill` ranks that stand by take the places of those that were lost, behind those that are
+        left. Each tells its `standing` (picklable); returns those of all, in the order of their new ranks,
+        None for those that have just come. `rank`, `size` and `members` are new. If more are lost meanwhile
+        it begins again by itself.
         """
         with self.ledger.phase("recovery"):
-            while True:
-                left = self._transport.repair(self.under_way)
-                self.under_way.clear()
-                self.members = [self.members[rank] for rank in left]
-                self.rank, self.size = self._transport.rank, self._transport.size
-                clock = CommonClock(self._transport, self.ledger.clock)
-                told: list[Any] = []
-                try:
-                    clock.measure()
-                    told = self.allgather_object((standing, self.logbook.last_page()))
-                except RankLost:
-                    pass
-                if self._transport.agree(bool(told)):
-                    break
-            standings, pages = zip(*told, strict=True)
-            self._clock = clock
-            self.logbook.leave_out(list(pages), self.members, clock)
-            return list(standings)
+            self._transport.call_off(self.under_way)
+            self.under_way.clear()
+            if not self._refused:
+                # Others may be asking whether all have come so far: they must not wait for an answer.
+                self._transport.agree(False)
+            standings = self._regroup(standing, fill=fill)
+            assert standings is not None  # it works, so it still does
+            return standings
 
-    def confirm(self) -> None:
-        """All ranks have come so far. If one was lost it raises RankLost, on all that are left or on none."""
+    def _regroup(self, standing: Any, *, fill: bool) -> list[Any] | None:
+        """Meet those that are left; returns None if this rank goes on standing by."""
+        while True:
+            self.members = self._transport.repair(fill=fill)
+            self._count()
+            if self.rank < 0:
+                return None
+            clock = CommonClock(self._transport, self.ledger.clock)
+            told: list[tuple[bool, Any, Page]] = []
+            try:
+                clock.measure()
+                told = self.allgather_object((self._is_new, standing, self.logbook.last_page()))
+            except RankLost:
+                pass
+            self._refused = not self._transport.agree(bool(told))
+            if not self._refused:
+                break
+            self._transport.call_off(())
+        self._clock = clock
+        new = [is_new for is_new, _, _ in told]
+        self.logbook.leave_out([page for _, _, page in told], self.members, clock, new)
+        return [None if is_new else its for is_new, its, _ in told]
+
+    def confirm(self, so_far: bool = True) -> None:
+        """All ranks have come so far. If one has not, or was lost, it raises RankLost on all."""
         with self.ledger.phase("recovery"):
-            if not self._transport.agree(True):
+            self._refused = not self._transport.agree(so_far)
+            if self._refused:
                 raise RankLost("a rank was lost")
+
+    def _count(self) -> None:
+        self.rank, self.size = self._transport.rank, self._transport.size
 
     def die(self) -> None:
         """End this rank at once, as kill -9 does: the others find out by themselves."""

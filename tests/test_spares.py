@@ -1,0 +1,176 @@
+"""Ranks that stand by: one takes the place of a rank that is lost, and nothing is lost with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankwise.config import TrainConfig
+from rankwise.data.sampler import _shares
+from rankwise.errors import RankLost
+from rankwise.models.replica import Replica
+from rankwise.record import Record
+from rankwise.strategies import entry_of, resolve
+from rankwise.strategies.synchroniser import Synchroniser, make_sampler, stand_by
+from rankwise.world import World
+from rankwise.world.threads import Killed, run_in_threads
+
+from .strategies.loops import BATCH, SAMPLES, gradients, make, weights_of
+from .test_survival import SYNCHRONOUS
+from .world_contract import check
+
+Make = Callable[..., TrainConfig]
+Train = Callable[..., tuple[Record, Any, Any]]
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 100))
+def test_shares_are_even(sizes: list[int], extra: int) -> None:
+    """What is dealt out is all dealt out, and nobody gets any who then has two more than somebody else."""
+    shares = _shares(np.array(sizes), extra)
+    assert shares.sum() == extra
+    assert (shares >= 0).all()
+    sums = np.array(sizes) + shares
+    assert all(its <= sums.min() + 1 for its, share in zip(sums, shares, strict=True) if share)
+
+
+def test_a_spare_comes_in() -> None:
+    """A rank that stands by takes the place of a lost one, behind the others, and the world keeps its
+    contract; one that is not needed learns that the others are done."""
+
+    def program(world: World) -> tuple[list[int], list[Any]] | None:
+        world.set_aside(3)
+        if world.rank < 0:
+            standings = world.stand_by()
+            if standings is None:
+                return None
+            world.arrive(world.broadcast_object(None, 0))
+        else:
+            try:
+                if world.rank == 1:
+                    raise Killed
+                world.allreduce(np.zeros(1))
+                raise AssertionError
+            except RankLost:
+                standings = world.repair(world.rank)
+            world.broadcast_object(world.logbook.replay, 0)
+        check(world)
+        world.settle()
+        totals = world.ledger.close()
+        assert sum(totals.phases_ns.values()) == totals.wall_ns
+        assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+        return world.members, standings
+
+    results = run_in_threads(5, program)
+    assert results[1] is Killed
+    assert results[0] == results[2] == results[3] == ([0, 2, 3], [0, 2, None])
+    assert results[4] is None
+
+
+def loop(world: World, spares: int, options: dict[str, Any]) -> tuple[Any, list[Any], int] | None:
+    """Three epochs of a plain loop; returns the weights, how often each sample was trained in each of the
+    epochs that this rank saw the end of, and the number of ranks."""
+    ranks = world.size - spares
+    world.set_aside(ranks)
+    arrival = None
+    if world.rank < 0:
+        arrival = stand_by(world)
+        if arrival is None:
+            return None
+    config = resolve(TrainConfig(ranks=ranks, batch_size=BATCH, epochs=3, **options))
+    assert config.strategy is not None
+    model, optimizer = make()
+    synchroniser = Synchroniser(
+        Replica(model, optimizer),
+        entry_of(config.strategy).build(config),
+        make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), max(world.rank, 0)),
+        world,
+        survives=True,
+        spares=spares,
+        arrival=arrival,
+    )
+    counts = []
+    for epoch in range(arrival.position.epoch if arrival else 1, 4):
+
+        def train(epoch: int = epoch) -> Any:
+            for batch in synchroniser.batches(epoch):
+                gradients(synchroniser.model, optimizer, batch.indices)
+                synchroniser.step()
+            trained = np.bincount(synchroniser.trained(), minlength=SAMPLES)
+            world.allreduce(trained)
+            return trained
+
+        counts.append(synchroniser.surely(train))
+    return weights_of(model), counts, world.size
+
+
+@pytest.mark.parametrize("compress", ["none", "powersgd:2"])
+@pytest.mark.parametrize(
+    "strategy", ["parameter-averaging", "local-sgd", "allreduce", "gradient-server", "slowmo", "diloco"]
+)
+@settings(max_examples=40)
+@given(size=st.integers(2, 4), spares=st.integers(1, 2), data=st.data())
+def test_spares_come_in_at_any_call(
+    strategy: str, compress: str, size: int, spares: int, data: st.DataObject
+) -> None:
+    """Whichever ranks are killed at whichever calls, spares and ranks that come in among them: those that are
+    left end with the same weights, and every sample was trained once an epoch."""
+    everybody = range(size + spares)
+    dead = data.draw(st.sets(st.sampled_from(everybody), max_size=size + spares - 1))
+    kill_at = {rank: data.draw(st.integers(12, 90)) for rank in sorted(dead)}
+    options = {"strategy": strategy}
+    if strategy != "gradient-server" or compress == "none":
+        options["compress"] = compress
+    if strategy == "parameter-averaging":
+        options["sync_every"] = 3
+    try:
+        results = run_in_threads(size + spares, lambda world: loop(world, spares, options), kill_at=kill_at)
+    except RankLost:
+        assert len(dead) >= size  # nobody was left who knew where the run was
+        return
+    left = [result for result in results if result is not Killed and result is not None]
+    assert left or len(dead) >= size
+    for weights, counts, _ in left:
+        assert np.array_equal(weights, left[0][0])
+        assert all((trained == 1).all() for trained in counts)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(("strategy", "topology"), SYNCHRONOUS)
+def test_back_to_full_strength(
+    config: Make, train_in_threads: Train, strategy: str, topology: str, lost: int
+) -> None:
+    """A run with a spare that loses a rank ends with as many as it began with, all samples trained, and both
+    ranks in the record."""
+    options = {"strategy": strategy, "topology": topology, "train_limit": 200, "val_limit": 50}
+    made = config(
+        ranks=3,
+        spares=1,
+        epochs=3,
+        batch_size=16,
+        on_failure="continue",
+        fault=[f"kill:rank={lost},epoch=2"],
+        **options,
+    )
+    record, _, _ = train_in_threads(made)
+    assert record.outcome == "completed"
+    assert [row.epoch for row in record.epochs] == [1, 2, 3]
+    assert record.samples.trained == record.samples.expected
+    assert (record.samples.lost, record.samples.duplicated) == (0, 0)
+    assert [row.rank for row in record.ranks] == [0, 1, 2, 3]
+    assert [row.rank for row in record.ranks if row.died_at_s is not None] == [lost]
+    assert "spare" not in {row.role for row in record.ranks}
+    for row in record.ranks:
+        assert sum(row.phases_ns.values()) == row.wall_ns
+
+
+def test_a_spare_that_is_not_needed(config: Make, train_in_threads: Train) -> None:
+    """A spare sleeps through a run without faults, and stands in the record as one."""
+    record, _, _ = train_in_threads(config(ranks=2, spares=2, on_failure="continue"))
+    assert record.outcome == "completed"
+    assert [row.role for row in record.ranks][2:] == ["spare", "spare"]
+    assert record.samples.trained == record.samples.expected
