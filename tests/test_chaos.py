@@ -143,6 +143,60 @@ def test_killed_ranks_cost_nothing(
     assert "NBC_Progress" not in done.err
 
 
+@pytest.mark.parametrize(
+    ("strategy", "topology"), [("gossip", "ring"), ("easgd", "master"), ("downpour", "master")]
+)
+def test_ranks_out_of_step(command: Command, tmp_path: Path, strategy: str, topology: str) -> None:
+    """Where ranks do not wait for each other they go on too, each from where it is, without the master as
+    well."""
+    kills = [Kill(1, 1, "exchange"), Kill(0, 2, "compute"), Kill(3, 2, "evaluation")]
+    words = [*SMALL, "--strategy", strategy, "--topology", topology, "--ranks", "5", "--epochs", "3"]
+    words += [word for kill in kills for word in ("--fault", str(kill))]
+    done = command.rankwise("train", *words, "--out", "run")
+    assert done.code == 0, done
+    survives(RunFolder(tmp_path / "run").read(), {0, 1, 3})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "topology"), [("parameter-averaging", "master"), ("allreduce", "allreduce")]
+)
+def test_spares_come_in(command: Command, tmp_path: Path, strategy: str, topology: str) -> None:
+    """Spares take the places of rank 0 and, in a recovery, of one of themselves: the run ends at full
+    strength with all samples, and the last spare, which was not needed, ends with it."""
+    kills = [Kill(0, 1, "exchange"), Kill(3, 2, "evaluation"), Kill(2, 2, "recovery")]
+    words = [*SMALL, "--strategy", strategy, "--topology", topology, "--ranks", "3", "--epochs", "3"]
+    words += [word for kill in kills for word in ("--fault", str(kill))]
+    done = command.rankwise("train", *words, "--spares", "4", "--out", "run")
+    assert done.code == 0, done
+    run = RunFolder(tmp_path / "run").read()
+    assert run.outcome == "completed", run.message
+    assert run.samples.trained == run.samples.expected == 3 * 480
+    assert {fault.rank for fault in run.faults} == {0, 2, 3}
+    roles = {row.rank: row.role for row in run.ranks}
+    assert list(roles) == list(range(7))
+    assert [rank for rank, role in roles.items() if role == "spare"] == [6]
+    assert closes(run)
+    assert ranks_of(tmp_path / "run") == []
+
+
+def test_a_spare_that_died_in_its_sleep(command: Command, tmp_path: Path) -> None:
+    """kill -9 of a rank that stands by disturbs nobody; when it is missed, the others go on with fewer."""
+    words = [*SMALL, "--ranks", "3", "--spares", "1", "--epochs", "2000", "--out", "run"]
+    process = command.start(sys.executable, "-m", "rankwise", "train", *words)
+    folder = tmp_path / "run"
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and count_epochs(folder) >= 2)
+    for victim in (max, min):  # ranks are started in order
+        before = count_epochs(folder)
+        os.kill(victim(ranks_of(folder)), signal.SIGKILL)
+        wait_for(lambda before=before: count_epochs(folder) >= before + 3, 30)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == 130, err
+    run = RunFolder(folder).read()
+    assert (run.outcome, [fault.rank for fault in run.faults]) == ("interrupted", [0])
+    assert closes(run)
+
+
 @pytest.mark.parametrize("strategy", ["parameter-averaging", "allreduce"])
 def test_only_one_is_left(command: Command, tmp_path: Path, strategy: str) -> None:
     """All ranks but one are killed, two of them at once: the last trains what is left by itself."""
@@ -228,7 +282,9 @@ def test_a_run_is_started_again(command: Command, tmp_path: Path, kind: str) -> 
     done = command.rankwise("train", *words, "--fault", f"{kind}:rank=1,epoch=3,step=2", "--out", "run")
     assert done.code == 0, done
     run = RunFolder(tmp_path / "run").read()
-    assert (run.outcome, len(run.epochs), run.resumed_from_epoch) == ("completed", 3, 2)
+    # The newest checkpoint was just being written when the rank died, or had been.
+    assert (run.outcome, len(run.epochs)) == ("completed", 3)
+    assert run.resumed_from_epoch in (1, 2)
     assert run.samples.trained == run.samples.expected == 3 * 480
     (fault,) = run.faults
     assert (fault.rank, fault.kind, fault.epoch, fault.action) == (1, kind, 3, "restart")
@@ -243,7 +299,8 @@ def test_too_few_ranks_are_started_again(command: Command, tmp_path: Path) -> No
     done = command.rankwise("train", *words, "--fault", "kill:rank=2,epoch=2,step=2", "--out", "run")
     assert done.code == 0, done
     run = RunFolder(tmp_path / "run").read()
-    assert (run.outcome, run.resumed_from_epoch) == ("completed", 1)
+    assert run.outcome == "completed"
+    assert run.resumed_from_epoch in (0, 1)
     assert [(fault.rank, fault.action) for fault in run.faults] == [(2, "restart")]
     assert run.samples.trained == run.samples.expected == 2 * 480
 
@@ -272,7 +329,7 @@ def test_under_a_given_mpiexec(command: Command, tmp_path: Path) -> None:
     assert "mpiexec --with-ft ulfm" in refused.err
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "gossip", "easgd"])
+@pytest.mark.parametrize("strategy", ["ddp", "paper-stopwatch"])
 def test_strategies_that_cannot_go_on(command: Command, strategy: str) -> None:
     """A strategy whose ranks cannot do without one of them refuses --on-failure continue in one line, before
     a rank is started."""

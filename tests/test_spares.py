@@ -16,7 +16,8 @@ from rankwise.errors import RankLost
 from rankwise.models.replica import Replica
 from rankwise.record import Record
 from rankwise.strategies import entry_of, resolve
-from rankwise.strategies.synchroniser import Synchroniser, make_sampler, stand_by
+from rankwise.strategies.arrival import stand_by
+from rankwise.strategies.synchroniser import Synchroniser, make_sampler
 from rankwise.world import World
 from rankwise.world.threads import Killed, run_in_threads
 

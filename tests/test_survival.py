@@ -37,9 +37,18 @@ SYNCHRONOUS = [
 ]
 
 
+OUT_OF_STEP = [
+    ("gossip", "ring"),
+    ("gossip", "exponential"),
+    ("gossip", "complete"),
+    ("easgd", "master"),
+    ("downpour", "master"),
+]
+
+
 @pytest.mark.parametrize("call", [63, 101])
 @pytest.mark.parametrize("lost", [0, 1, 2])
-@pytest.mark.parametrize(("strategy", "topology"), SYNCHRONOUS)
+@pytest.mark.parametrize(("strategy", "topology"), SYNCHRONOUS + OUT_OF_STEP)
 def test_a_rank_is_lost_and_no_sample(
     config: Make, train_in_threads: Train, strategy: str, topology: str, lost: int, call: int
 ) -> None:
@@ -106,13 +115,24 @@ def loop(world: World, options: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 @pytest.mark.parametrize("shrink", ["keep-local-batch", "keep-global-batch"])
 @pytest.mark.parametrize(
-    "strategy", ["parameter-averaging", "local-sgd", "allreduce", "gradient-server", "slowmo"]
+    "strategy",
+    [
+        "parameter-averaging",
+        "local-sgd",
+        "allreduce",
+        "gradient-server",
+        "slowmo",
+        "gossip",
+        "easgd",
+        "downpour",
+    ],
 )
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(2, 5), data=st.data())
 def test_ranks_are_lost_at_any_call(strategy: str, shrink: str, size: int, data: st.DataObject) -> None:
     """Whichever ranks are killed, at whichever calls, also inside a recovery: those that are left come to the
-    end with the same weights, and every sample was trained once an epoch."""
+    end with the same weights (but for workers of an asynchronous master), and every sample was trained once
+    an epoch."""
     dead = data.draw(st.sets(st.integers(0, size - 1), max_size=size - 1))
     kill_at = {rank: data.draw(st.integers(6, 90)) for rank in sorted(dead)}
     options = {"strategy": strategy, "on_shrink": shrink}
@@ -122,7 +142,7 @@ def test_ranks_are_lost_at_any_call(strategy: str, shrink: str, size: int, data:
     left = [result for result in results if result is not Killed]
     assert len(left) >= size - len(dead)
     for weights, counts in left:
-        assert np.array_equal(weights, left[0][0])
+        assert strategy in ("easgd", "downpour") or np.array_equal(weights, left[0][0])
         assert all((trained == 1).all() for trained in counts)
 
 

@@ -84,13 +84,13 @@ class Watchdog:
             self._rows[rank]["pid"] = 0
 
     def _watch(self) -> None:
-        looked_ns = time.monotonic_ns()
+        looked_ns = awake_ns = time.monotonic_ns()
         while not self._over.wait(LOOK_S):
             self._tell()
             now_ns = time.monotonic_ns()
-            # After a pause of this process, or of the whole machine, the others must tell first.
-            if now_ns - looked_ns < 4 * LOOK_S * 1e9:
-                self._look(now_ns)
+            if now_ns - looked_ns > 4 * LOOK_S * 1e9:
+                awake_ns = now_ns  # after a pause of this process, or of the whole machine, all begin anew
+            self._look(now_ns, awake_ns)
             looked_ns = now_ns
 
     def _tell(self) -> None:
@@ -104,15 +104,15 @@ class Watchdog:
             PHASES.index(ledger.running),
         )
 
-    def _look(self, now_ns: int) -> None:
+    def _look(self, now_ns: int, awake_ns: int) -> None:
         rows = self._rows.copy()
         for rank, row in enumerate(rows):
             if rank == self._rank or not row["pid"] or row["clock"] != self._clock:
                 continue
             phase = PHASES[row["phase"]]
-            silent_ns = now_ns - row["told_ns"]
+            silent_ns = now_ns - max(row["told_ns"], awake_ns)
             if silent_ns <= self._timeout_ns:
-                silent_ns = 0 if phase in PATIENT else now_ns - row["since_ns"]
+                silent_ns = 0 if phase in PATIENT else now_ns - max(row["since_ns"], awake_ns)
             if silent_ns > self._timeout_ns:
                 self._end(rank, row, phase, silent_ns / 1e9, rows)
 

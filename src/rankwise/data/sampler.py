@@ -166,34 +166,47 @@ class Sampler:
                     step=int(steps[number + 1] if ends else steps[number] + cut // self._batch_size + 1),
                 )
 
-    def regroup(self, epoch: int, number: int, before: Sequence[int | None], done: Sequence[int]) -> None:
+    def regroup(
+        self,
+        epoch: int,
+        number: int,
+        before: Sequence[int | None],
+        done: Sequence[int],
+        ahead: Sequence[int] | None = None,
+    ) -> None:
         """Go on without ranks that were lost, and with newcomers, when `number` rounds of an epoch were
-        committed.
+        committed by all.
 
         `before` [ranks] are the ranks so far of those that are there now, in the order of their new
-        numbers, None for a newcomer; `done` [ranks] says how many samples of the round under way each
-        keeps in its weights. What lost ranks had in this round, and what a worker had left that becomes the
-        master, is dealt to the workers and trained in it, so that they have as even shares as can be; what
-        lost ranks had in later rounds is dealt too, and later rounds are cut anew. What they had in the
-        rounds before is `credited` [samples], as it was committed.
+        numbers, None for a newcomer; `ahead` [ranks] says how many rounds more each has committed (none
+        unless given), and `done` [ranks] how many samples of its round under way each keeps in its weights:
+        all these become one round, in which they are done. What lost ranks had in this round, and what a
+        worker had left that becomes the master, is dealt to the workers and trained in it, so that they have
+        as even shares as can be; what lost ranks had in later rounds is dealt too, and later rounds are cut
+        anew. What they had in the rounds before is `credited` [samples], as it was committed.
         """
         rounds = self.rounds(epoch)
-        past, current, later = rounds[:number], rounds[number : number + 1], rounds[number + 1 :]
+
+        def had(rank: int | None, first: int, until: int | None = None) -> Indices:
+            return _join(its.part(rank) for its in rounds[first:until])
+
         lost = [rank for rank in range(self._size) if rank not in before]
-        credited = _join(
-            [self.credited(epoch), *(done_round.parts[rank] for done_round in past for rank in lost)]
-        )
+        credited = _join([self.credited(epoch), *(had(rank, 0, number) for rank in lost)])
         workers = range(min(self._first_worker, len(before) - 1), len(before))
-        plan = [done_round.only(before) for done_round in past]
-        for under_way in current:
-            parts = [under_way.part(rank) for rank in before]
-            cuts = [done[rank] if rank not in workers else len(part) for rank, part in enumerate(parts)]
-            spare = [under_way.parts[rank] for rank in lost]  # what was done is lost with them
-            spare += [part[cut:] for part, cut in zip(parts, cuts, strict=True)]
-            kept = [part[:cut] for part, cut in zip(parts, cuts, strict=True)]
-            plan.append(Round(_dealt(spare, kept, workers), tuple(done)))
-        tails = [_join(to_come.part(rank) for to_come in later) for rank in before]
-        spare = [_join(to_come.parts[rank] for to_come in later) for rank in lost]
+        reached = [number + rounds_more for rounds_more in ahead or [0] * len(before)]
+        plan = [its.only(before) for its in rounds[:number]]
+        if number < len(rounds):
+            spare = [rounds[number].parts[rank] for rank in lost]  # what was done is lost with them
+            kept, all_done = [], []
+            for rank, (old, at) in enumerate(zip(before, reached, strict=True)):
+                over, under_way = had(old, number, at), had(old, at, at + 1)
+                cut = len(under_way) if rank in workers else done[rank]
+                kept.append(_join([over, under_way[:cut]]))
+                spare.append(under_way[cut:])
+                all_done.append(len(over) + done[rank])
+            plan.append(Round(_dealt(spare, kept, workers), tuple(all_done)))
+        tails = [had(old, at + 1) for old, at in zip(before, reached, strict=True)]
+        spare = [had(rank, number + 1) for rank in lost]
         spare += [tail for rank, tail in enumerate(tails) if rank not in workers]
         tails = [tail if rank in workers else NOTHING for rank, tail in enumerate(tails)]
         tails = list(_dealt(spare, tails, workers))

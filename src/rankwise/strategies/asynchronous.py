@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
-from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy
+from rankwise.errors import Interrupted, RankLost
+from rankwise.strategies.base import State, Strategy, require_finite
 from rankwise.world import World
 
 if TYPE_CHECKING:
@@ -80,10 +80,13 @@ class Asynchronous(Strategy):
     maximum stand in the record of the master. `max_staleness` bounds by how many exchanges of the epoch a
     worker may be ahead of the slowest (stale synchronous: Ho et al. 2013); staleness is then at most
     2 (workers - 1) (max_staleness + 1). What is evaluated and saved is the centre.
+
+    When a worker is lost, each other may exchange once more what the centre has already. When the master is
+    lost, so is what others brought to the centre since the worker that takes its place fetched it last.
     """
 
     topologies: ClassVar = ("master",)
-    survives: ClassVar = False
+    in_step: ClassVar = False
     sync_every: ClassVar = 4
 
     max_staleness: int | None = None
@@ -117,9 +120,15 @@ class Asynchronous(Strategy):
         with world.ledger.phase("pack"):
             flat = replica.pack(tail=1)
             flat[-1] = world.stopping
+        if batch.weights[world.rank]:
+            require_finite(flat)
         if world.rank == 0:
-            return self._serve(state, flat, batch, world)
+            return self._serve(state, flat, replica, batch, world)
         return self._call(state, flat, world)
+
+    def recover(self, state: State, replica: Replica, world: World) -> State:
+        assert isinstance(state, CentreState)
+        return replace(state, desk=None)
 
     def close_epoch(
         self, state: State, replica: Replica, weights: NDArray[np.float64], world: World
@@ -149,21 +158,27 @@ class Asynchronous(Strategy):
             mine = self.take(mine, flat[:-1]).copy()
         return replace(state, fetched=mine), mine
 
-    def _serve(self, state: CentreState, flat: Flat, batch: Batch, world: World) -> tuple[CentreState, Flat]:
+    def _serve(
+        self, state: CentreState, flat: Flat, replica: Replica, batch: Batch, world: World
+    ) -> tuple[CentreState, Flat]:
         """As many exchanges as there are workers, whoever comes; in the last round all that are left."""
         workers = world.size - 1
         desk = state.desk or _Desk.of_epoch(batch.rounds_left + 1, world.size)
         centre, message = flat[:-1].copy(), np.empty_like(flat)
-        while desk.rounds_left.sum() > workers * batch.rounds_left:
-            source = world.receive(message)
-            world.stopping = world.stopping or bool(message[-1])
-            desk.waiting.append((source, message.copy()))
-            for source, content in desk.admit(None if world.stopping else self.max_staleness):
-                with world.ledger.phase("optimizer"):
-                    answer = np.append(self.serve(centre, content[:-1], workers), content[-1:])
-                    answer[-1] = world.stopping
-                    state = _booked(state, desk.book(source, is_last=world.stopping))
-                world.send(answer, source)
+        try:
+            while desk.rounds_left.sum() > workers * batch.rounds_left:
+                source = world.receive(message)
+                world.stopping = world.stopping or bool(message[-1])
+                desk.waiting.append((source, message.copy()))
+                for source, content in desk.admit(None if world.stopping else self.max_staleness):
+                    with world.ledger.phase("optimizer"):
+                        answer = np.append(self.serve(centre, content[:-1], workers), content[-1:])
+                        answer[-1] = world.stopping
+                        state = _booked(state, desk.book(source, is_last=world.stopping))
+                    world.send(answer, source)
+        except RankLost:
+            replica.unpack(centre)  # what workers have brought stays
+            raise
         return replace(state, desk=desk), centre
 
 

@@ -76,6 +76,10 @@ class Strategy(ABC):
     """Whether what a rank has trained in a round is still in its replica when the round's exchange failed;
     otherwise it is trained again."""
 
+    in_step: ClassVar[bool] = True
+    """Whether no rank ends a round before all have come to its end. Otherwise ranks are rounds apart when one
+    is lost, and each goes on from where it is."""
+
     alike: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays in a state's memory that are the same on all ranks, so that a newcomer takes them
     from another."""

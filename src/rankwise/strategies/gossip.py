@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy
+from rankwise.strategies.base import State, Strategy, require_finite
 from rankwise.world import World
 
 if TYPE_CHECKING:
@@ -34,10 +34,13 @@ class Gossip(Strategy):
     ... places away, one distance a round in turn (Ying et al. 2021, arXiv:2110.13363); on the `complete`
     graph all. What is evaluated and saved is the mean of all ranks; how far they are from it, the root of
     the mean squared distance, is `consensus_distance` in the record.
+
+    Ranks are rounds apart, at most as many as the graph's hops between them. What a lost rank trained in
+    these is dealt again, though it may have reached others already.
     """
 
     topologies: ClassVar = ("ring", "exponential", "complete")
-    survives: ClassVar = False
+    in_step: ClassVar = False
 
     topology: Literal["ring", "exponential", "complete"]
 
@@ -56,6 +59,7 @@ class Gossip(Strategy):
         with world.ledger.phase("pack"):
             flat = replica.pack(tail=1)
             flat[-1] = stop_at
+            require_finite(flat)
         to, sources = neighbours(self.topology, world.rank, world.size, state.rounds)
         rows = np.empty((len(sources), len(flat)), flat.dtype)
         receives = [world.start_receive(row, source) for row, source in zip(rows, sources, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -13,20 +13,21 @@ from rankwise.compression import Memory
 from rankwise.config import TrainConfig
 from rankwise.data import partition
 from rankwise.data.partition import Indices
-from rankwise.data.sampler import NOTHING, Batch, Plan, Sampler
+from rankwise.data.sampler import NOTHING, Batch, Sampler
 from rankwise.errors import ConfigError, DivergedError, RankLost
 from rankwise.faults import NoFaults
 from rankwise.schedule import scheduler
 from rankwise.strategies import entry_of, resolve
+from rankwise.strategies.arrival import Arrival, Standing, let_in
 from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
+from rankwise.strategies.past import Past, Position
 from rankwise.world import World
-from rankwise.world.replay import Replay
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
-    from rankwise.models.replica import Replica, Snapshot
+    from rankwise.models.replica import Replica
 
 
 T = TypeVar("T")
@@ -40,34 +41,6 @@ MOST_FRUITLESS = 3
 SETTLE_ROUNDS = 1024
 """Rounds, of which all ranks make the same number, after which logs are compared: an epoch of nothing but
 messages has no exchange at which the world could do it by itself."""
-
-
-@dataclass(frozen=True, order=True)
-class Position:
-    """How far a run is: rounds of an epoch that are committed, and whether the epoch is closed."""
-
-    epoch: int = 0
-    rounds: int = 0
-    closed: bool = True
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """What a rank that comes in for a lost one gets from one that is there: everything that it cannot make
-    itself. `books` are for whoever uses the synchroniser."""
-
-    position: Position
-    plan: Plan
-    rounds: int
-    memory: Memory
-    replica: list[Tensor]
-    replay: Replay
-    books: Any
-
-
-_Standing = list[tuple[Position, int]]
-"""Where a rank was when another was lost, last, and where it can go back to; with the samples that it had
-trained there since the last commit."""
 
 
 class Synchroniser:
@@ -127,16 +100,17 @@ class Synchroniser:
         self.faults = faults or NoFaults()
         world.in_exchange = self.faults.in_exchange
         self._found_ns: int | None = None
-        self._before: list[tuple[State, Snapshot, Position]] = []
-        self._start: Snapshot | None = None
+        self._past = Past(
+            replica,
+            world.ledger,
+            undoes=survives,
+            begins_again=survives and strategy.keeps_local_work,
+            lets_in=spares > 0 and strategy.keeps_local_work,
+        )
         self._at_start = (0, 0)
-        self._spare: Snapshot | None = None
-        self._drops = 0
+        self._drops = self._over = 0
         self._trained: list[Indices] = []
         self._under_way: list[Indices] = []
-        self._commits: dict[Position, Snapshot] = {}
-        self._last_commit = self.position
-        self._keeps_commits = spares > 0 and strategy.keeps_local_work
         self._fill = True
         if arrival is None:
             start_alike(replica, world)
@@ -152,8 +126,8 @@ class Synchroniser:
             self._trained.clear()
             self.faults.begin(epoch, self.sampler.steps(epoch))
             self.state = self._strategy.open_epoch(self.state, self.replica, self.world)
-            self._keep_commit()
-            self._keep_start()
+            self._past.committed(self.position)
+            self._round_begins()
         while not self.position.closed:
             try:
                 yield from self._rounds_of(epoch)
@@ -212,10 +186,7 @@ class Synchroniser:
 
     def undo(self) -> None:
         """Take the last commit back: replica and state are as they were when its exchange began."""
-        if not self._before:
-            raise RuntimeError("there is no step to undo")
-        self.state, snapshot, position = self._before.pop()
-        snapshot.restore()
+        self.state, position = self._past.undo()
         if position.rounds < self.position.rounds:
             self._under_way = [self._trained.pop()]
         self.position = position
@@ -253,7 +224,7 @@ class Synchroniser:
         if self._fruitless > MOST_FRUITLESS:
             raise RankLost("exchanges fail again and again, though no rank was lost")
         self._begun_again += 1
-        self._keep_start()
+        self._round_begins()
         if not self.position.closed:
             self._found_ns = self._found_ns or started_ns
         self.on_recovery(lost, new, (self.world.ledger.clock() - started_ns) / 1e9)
@@ -261,23 +232,22 @@ class Synchroniser:
     def _regroup(self) -> bool:
         """Meet those that are left; returns whether those who came in have all that they need."""
         world = self.world
-        reached = [(position, state.pending) for state, _, position in self._before]
+        mine: Standing = [*self._past.reached(), (self.position, self.state.pending + self._over)]
         with self.faults.during("recovery"):
-            standings: list[_Standing | None] = world.repair(
-                [*reached, (self.position, self.state.pending)], fill=self._fill
-            )
+            standings: list[Standing | None] = world.repair(mine, fill=self._fill)
         if world.size < self._min_ranks:
             raise RankLost(f"{world.size} ranks are left, fewer than the {self._min_ranks} of --min-ranks")
         with world.ledger.phase("recovery"):
-            self._meet([standing for standing in standings if standing])
+            ahead = self._meet(standings)
             before = [
                 self._members.index(member) if standing else None
                 for member, standing in zip(world.members, standings, strict=True)
             ]
             self._members = list(world.members)
             keeps = self._strategy.keeps_local_work
-            done = [keeps * dict(standing or []).get(self.position, 0) for standing in standings]
-            self.sampler.regroup(self.position.epoch, self.position.rounds, before, done)
+            done = [keeps * self._pending(standing) for standing in standings]
+            self.sampler.regroup(self.position.epoch, self.position.rounds, before, done, ahead)
+            self._over += sum(map(len, self._trained[len(self._trained) - ahead[world.rank] :]))
             self.state = self._strategy.recover(self.state, self.replica, world)
             if not keeps:
                 self._under_way.clear()
@@ -291,13 +261,12 @@ class Synchroniser:
 
     def _arrival(self) -> Arrival:
         """What a newcomer gets from this rank."""
-        snapshot = self._commits.get(self.position) or self.replica.snapshot()
         return Arrival(
             self.position,
             self.sampler.plan(self.position.epoch),
             self.state.rounds,
             self._alike(self.state.memory),
-            snapshot.content(),
+            self._past.commit_at(self.position).content(),
             self.world.logbook.replay,
             self.books(),
         )
@@ -314,7 +283,7 @@ class Synchroniser:
         if not self.position.closed:
             self.state = self._strategy.open_epoch(self.state, self.replica, self.world)
         self._does_again = True
-        self._keep_start()
+        self._round_begins()
 
     def _alike(self, memory: Memory) -> Memory:
         return {name: array for name, array in memory.items() if name in self._strategy.alike}
@@ -325,8 +294,7 @@ class Synchroniser:
         if self._drops == MOST_DROPS or not self.survives:
             raise DivergedError(why)
         with self.world.ledger.phase("recovery"):
-            if self._start is not None:
-                self._start.restore()
+            self._past.begin_again()
             batches, samples = self._at_start
             del self._under_way[batches:]
             dropped = {**self.state.measured, "dropped": self.state.measured.get("dropped", 0) + 1}
@@ -334,12 +302,27 @@ class Synchroniser:
             self.state = self._strategy.recover(state, self.replica, self.world)
         self._begun_again += 1
 
-    def _meet(self, standings: list[_Standing]) -> None:
-        """Bring this rank to the position from which all go on."""
-        first = min(standing[-1][0] for standing in standings)
-        while self.position > first:
+    def _meet(self, standings: Sequence[Standing | None]) -> list[int]:
+        """Bring this rank to the position from which all go on; returns how many rounds ahead of it each rank
+        stays."""
+        first = min(standing[-1][0] for standing in standings if standing)
+        last = first if self._strategy.in_step else replace(first, rounds=self.position.rounds)
+        while self.position > last:
             self.undo()
-        self._before.clear()
+        self._past.forget_steps()
+        ahead = [standing[-1][0].rounds - first.rounds if standing else 0 for standing in standings]
+        if self._strategy.in_step:
+            return [0] * len(ahead)
+        mine = self.position.rounds - first.rounds
+        self.state = replace(self.state, rounds=self.state.rounds - mine)
+        self.position = first
+        return ahead
+
+    def _pending(self, standing: Standing | None) -> int:
+        """Samples that a rank has trained of its round under way."""
+        if not standing:
+            return 0
+        return dict(standing).get(self.position, 0) if self._strategy.in_step else standing[-1][1]
 
     def _rounds_of(self, epoch: int) -> Iterator[Batch]:
         """The batches from this position on, until a rank is lost."""
@@ -368,7 +351,7 @@ class Synchroniser:
             raise RuntimeError("a batch was not followed by step(), and ranks would lose step")
 
     def _close(self, epoch: int) -> None:
-        self._remember()
+        self._past.exchange_begins(self.state, self.position)
         weights = self.sampler.weights(epoch)
         self.state = self._strategy.close_epoch(self.state, self.replica, weights, self.world)
         self.position = replace(self.position, closed=True)
@@ -378,99 +361,43 @@ class Synchroniser:
         self.state = strategy.train(self.state, replica, batch, world)
         self._under_way.append(batch.indices)
         if batch.ends_round:
-            self._remember()
+            self._past.exchange_begins(self.state, self.position)
             try:
                 with self.faults.during("exchange"):
                     prepared = strategy.prepare(self.state, replica, batch, world)
                     self.state = strategy.commit(self.state, replica, prepared, world)
             except NotFiniteError:
-                self._before = self._before[:-1]
+                self._past.exchange_is_off()
                 where = f"in epoch {batch.epoch}, step {batch.step}"
                 self._drop(f"weights or gradients are not finite {where}: try a smaller learning rate")
                 return
-            self._drops = 0
+            self._drops = self._over = 0
             self.position = replace(self.position, rounds=self.position.rounds + 1)
-            # All have come to this round, so nobody goes back behind its beginning.
-            if len(self._before) > 1:
-                self._spare = self._before[0][1]
-                self._before = self._before[-1:]
-            self._keep_commit()
+            self._past.all_came()
+            self._past.committed(self.position)
             self._trained.append(np.concatenate(self._under_way))
             self._under_way = []
-            self._keep_start()
+            self._round_begins()
             self._tell_of_recovery()
         world.timeline.step(batch.epoch, len(batch))
         self._rounds += batch.ends_round
         if batch.ends_round and self._rounds % SETTLE_ROUNDS == 0:
             world.settle()
 
-    def _remember(self) -> None:
-        """Keep what `undo` needs."""
-        if self.survives:
-            with self.world.ledger.phase("recovery"):
-                snapshot, self._spare = self.replica.snapshot(self._spare), None
-                self._before.append((self.state, snapshot, self.position))
-
     def _tell_of_recovery(self) -> None:
         if self._found_ns is not None:
             self.on_next_commit((self.world.ledger.clock() - self._found_ns) / 1e9)
             self._found_ns = None
 
-    def _keep_start(self) -> None:
-        """Keep what `_drop` needs: a strategy that steps at a round's end alone has it still."""
+    def _round_begins(self) -> None:
         self._at_start = len(self._under_way), self.state.pending
-        if self.survives and self._strategy.keeps_local_work:
-            with self.world.ledger.phase("recovery"):
-                self._start = self.replica.snapshot(self._start)
-
-    def _keep_commit(self) -> None:
-        """Keep what a newcomer begins with: this commit, and the one before, to which all may go back."""
-        if self._keeps_commits:
-            with self.world.ledger.phase("recovery"):
-                older = [position for position in self._commits if position != self._last_commit]
-                reuse = self._commits.pop(older[0]) if older else None
-                self._commits[self.position] = self.replica.snapshot(reuse)
-                self._last_commit = self.position
+        self._past.round_begins()
 
     def _set_rates(self, position: float) -> None:
         if self._rate_factor is not None:
             factor = self._rate_factor(position, self.sampler.workers)
             for group, rate in zip(self.replica.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
-
-
-def let_in(
-    world: World, standings: Sequence[_Standing | None], make: Callable[[], Arrival] | None = None
-) -> Arrival:
-    """Give newcomers, whose standing is None, what they need; all ranks together.
-
-    The last of the others makes it: it is a worker, if any of them is. Raises RankLost on all ranks if one of
-    them was lost.
-    """
-    donor = max(rank for rank, standing in enumerate(standings) if standing)
-    mine = make() if make and world.rank == donor else None
-    arrival: Arrival | None = None
-    try:
-        arrival = world.broadcast_object(mine, donor)
-    finally:
-        world.confirm(arrival is not None)
-    assert arrival is not None
-    return arrival
-
-
-def stand_by(world: World) -> Arrival | None:
-    """Wait for a rank to be lost, to come in for it; returns None if the others are done without."""
-    standings = world.stand_by()
-    while standings is not None:
-        if not any(standings):
-            raise RankLost("all ranks were lost that knew how far the run was")
-        try:
-            arrival = let_in(world, standings)
-            world.arrive(arrival.replay)
-            return arrival
-        except RankLost:
-            standings = world.repair()
-    return None
 
 
 def dealing_of(config: TrainConfig, pool: Indices, labels: Indices) -> Callable[[int, int], list[Indices]]:

@@ -65,6 +65,7 @@ class Exchange:
         try:
             with ledger.phase("transfer"):
                 logbook.enter(self._row)
+                self._world.in_exchange()
                 source = self._pending.wait(self._watch)
         except RankLost:
             logbook.fail(self._row)
@@ -85,8 +86,8 @@ class World:
     `members` are the numbers that the ranks began with, `number` this one's: they stay when ranks are lost
     and `rank` changes.
 
-    With `survives` the others go on if this rank ends. `in_exchange` is called in each blocking exchange,
-    after this rank has begun it.
+    With `survives` the others go on if this rank ends. `in_exchange` is called in each exchange, after
+    this rank has begun it and before it is over.
 
     Once `cross_check` is set, each blocking collective exchange is preceded by a barrier whose time is
     added up in `barrier_wait_ns`: the stopwatch that the logs do without, to check them by.

@@ -1,0 +1,110 @@
+"""What a rank keeps of itself to go back to: how far it was, its state, and copies of its replica."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rankwise.ledger import Ledger
+from rankwise.strategies.base import State
+
+if TYPE_CHECKING:
+    from rankwise.models.replica import Replica, Snapshot
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far a run is: rounds of an epoch that are committed, and whether the epoch is closed."""
+
+    epoch: int = 0
+    rounds: int = 0
+    closed: bool = True
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a rank was when an exchange began."""
+
+    state: State
+    replica: Snapshot
+    position: Position
+
+
+class Past:
+    """Copies of one rank's replica, all in memory that is used again.
+
+    With `undoes` that from before each exchange is kept, until all ranks must have come through it. With
+    `begins_again` that from the beginning of the round. With `lets_in` those of the last two commits, from
+    which a rank that comes in would begin.
+    """
+
+    def __init__(
+        self, replica: Replica, ledger: Ledger, *, undoes: bool, begins_again: bool, lets_in: bool
+    ) -> None:
+        self._replica = replica
+        self._ledger = ledger
+        self._undoes = undoes
+        self._begins_again = begins_again
+        self._lets_in = lets_in
+        self._steps: list[_Step] = []
+        self._free: Snapshot | None = None
+        self._start: Snapshot | None = None
+        self._commits: list[tuple[Position, Snapshot]] = []
+
+    def exchange_begins(self, state: State, position: Position) -> None:
+        """An exchange begins, which one day may have to be taken back."""
+        if self._undoes:
+            with self._ledger.phase("recovery"):
+                copy, self._free = self._replica.snapshot(self._free), None
+                self._steps.append(_Step(state, copy, position))
+
+    def exchange_is_off(self) -> None:
+        """The exchange that began last is not made."""
+        self._steps = self._steps[:-1]
+
+    def all_came(self) -> None:
+        """All ranks have come through the exchange before the last one: nobody goes back behind it."""
+        if len(self._steps) > 1:
+            self._free = self._steps[0].replica
+            self._steps = self._steps[-1:]
+
+    def undo(self) -> tuple[State, Position]:
+        """Make the replica what it was before the last exchange that is kept; returns state and position.
+
+        Raises RuntimeError if there is none.
+        """
+        if not self._steps:
+            raise RuntimeError("there is no step to undo")
+        step = self._steps.pop()
+        step.replica.restore()
+        return step.state, step.position
+
+    def reached(self) -> list[tuple[Position, int]]:
+        """The positions to which `undo` goes back, the last at the end, with the samples pending there."""
+        return [(step.position, step.state.pending) for step in self._steps]
+
+    def forget_steps(self) -> None:
+        """All ranks have agreed from where they go on."""
+        self._steps.clear()
+
+    def round_begins(self) -> None:
+        """What is now is what `begin_again` makes again."""
+        if self._begins_again:
+            with self._ledger.phase("recovery"):
+                self._start = self._replica.snapshot(self._start)
+
+    def begin_again(self) -> None:
+        """Make the replica what it was when the round began; where that is not kept, it still is."""
+        if self._start is not None:
+            self._start.restore()
+
+    def committed(self, position: Position) -> None:
+        """What is now is what all have committed here."""
+        if self._lets_in:
+            with self._ledger.phase("recovery"):
+                reuse = self._commits.pop(0)[1] if len(self._commits) > 1 else None
+                self._commits.append((position, self._replica.snapshot(reuse)))
+
+    def commit_at(self, position: Position) -> Snapshot:
+        """The replica as it was committed at this position; as it is now if it still is that."""
+        return dict(self._commits).get(position) or self._replica.snapshot()
