@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there, and are verified before they are believed.
 
 A checkpoint is a folder ``epoch-NNNN`` with the model, the optimiser state of each worker that has
-one of its own, and a manifest with the SHA-256 of every file. It is written under another name,
-synced, and renamed. All randomness is a function of seed, epoch and worker, so the epoch is all the
+one of its own, and a manifest with the SHA-256 of every file. It is written (by `saver`) under another
+name, synced, and renamed. All randomness is a function of seed, epoch and worker, so the epoch is all the
 generator state there is.
 """
 
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import safetensors.torch
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from rankwise.errors import ResumeError, StorageError, one_line
+from rankwise.errors import ResumeError, one_line
 from rankwise.models.replica import Replica
-from rankwise.storage import write_atomically
-from rankwise.world import World
 
 Memory = Mapping[str, NDArray[np.floating]]
 """Arrays of one rank's strategy, by name."""
@@ -55,7 +49,7 @@ class Checkpoint:
         try:
             replica.model.load_state_dict(safetensors.torch.load_file(self.path / MODEL))
             if worker is not None and self.workers:
-                saved = safetensors.torch.load_file(self.path / _worker_file(worker % self.workers))
+                saved = safetensors.torch.load_file(self.path / worker_file(worker % self.workers))
                 replica.load_optimizer_state(saved)
         except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             raise ResumeError(
@@ -64,63 +58,11 @@ class Checkpoint:
 
     def memory_of(self, rank: int) -> Memory:
         """What the strategy of a rank had to remember; nothing for a rank that was not there."""
-        path = self.path / _memory_file(rank)
+        path = self.path / memory_file(rank)
         try:
             return safetensors.numpy.load_file(path) if path.exists() else {}
         except (OSError, safetensors.SafetensorError) as error:
             raise ResumeError(f"checkpoint {path} cannot be read: {one_line(error)[:300]}") from None
-
-
-def save(
-    folder: Path,
-    epoch: int,
-    replica: Replica,
-    world: World,
-    *,
-    worker: int | None,
-    writers: int,
-    memory: Memory,
-    keep: int,
-    notes: dict[str, Any],
-) -> None:
-    """Write the checkpoint of `epoch` into `folder`; all ranks call it together.
-
-    Rank 0 writes the model, the workers below `writers` their optimiser state (`worker` is this
-    rank's number among them, None if it has none), and each rank its strategy's `memory`, if any. The
-    newest `keep` checkpoints stay. The folder is one that all ranks see. Raises StorageError; the
-    checkpoints before it stay.
-    """
-    final = folder / f"epoch-{epoch:04d}"
-    draft = folder / f".{final.name}.draft"
-    writes_state = worker is not None and worker < writers
-    if world.rank == 0:
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        except OSError as error:
-            raise StorageError(f"cannot write checkpoint {draft}: {error.strerror}") from error
-    world.barrier()  # the folder is there
-    sums = {}
-    if world.rank == 0:
-        sums[MODEL] = _write_tensors(draft / MODEL, replica.model.state_dict())
-    if writes_state:
-        assert worker is not None
-        name = _worker_file(worker)
-        sums[name] = _write_tensors(draft / name, replica.optimizer_state())
-    if memory:
-        name = _memory_file(world.rank)
-        sums[name] = _write_tensors(draft / name, {key: torch.from_numpy(a) for key, a in memory.items()})
-    sums = {name: digest for part in world.allgather_object(sums) for name, digest in part.items()}
-    if world.rank == 0:
-        manifest = {"epoch": epoch, "workers": writers, "files": sums, "notes": notes}
-        write_atomically(draft / MANIFEST, json.dumps(manifest, indent=1).encode())
-        try:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(draft, final)
-            for old in _folders(folder)[keep:]:
-                shutil.rmtree(old)
-        except OSError as error:
-            raise StorageError(f"cannot write checkpoint {final}: {error.strerror}") from error
 
 
 def newest(folder: Path, on_damage: Callable[[str], None]) -> Checkpoint:
@@ -128,7 +70,7 @@ def newest(folder: Path, on_damage: Callable[[str], None]) -> Checkpoint:
 
     Each damaged one is named to `on_damage` in one line. Raises ResumeError if none is good.
     """
-    for path in _folders(folder):
+    for path in finished(folder):
         try:
             return verify(path)
         except ResumeError as error:
@@ -153,22 +95,17 @@ def verify(path: Path) -> Checkpoint:
         raise ResumeError(f"checkpoint {path} is damaged: {MANIFEST}: {one_line(error)}") from None
 
 
-def _folders(folder: Path) -> list[Path]:
+def finished(folder: Path) -> list[Path]:
     """Finished checkpoints, the newest first."""
     found = [path for path in folder.glob("epoch-*") if path.name[6:].isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[6:]), reverse=True)
 
 
-def _memory_file(rank: int) -> str:
+def memory_file(rank: int) -> str:
+    """Holds what the strategy of a rank has to remember."""
     return f"memory-{rank:04d}.safetensors"
 
 
-def _worker_file(worker: int) -> str:
+def worker_file(worker: int) -> str:
+    """Holds the optimiser state of a worker."""
     return f"worker-{worker:04d}.safetensors"
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors, and return the file's SHA-256. Copies: the format takes no strides and no sharing."""
-    content = safetensors.torch.save({k: v.detach().clone().contiguous() for k, v in tensors.items()})
-    write_atomically(path, content)
-    return hashlib.sha256(content).hexdigest()

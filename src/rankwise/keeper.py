@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from rankwise import checkpoint, machine
+from rankwise import machine
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
 from rankwise.errors import ResumeError, one_line
@@ -36,6 +36,7 @@ from rankwise.record import (
     seconds_since,
     utc_before,
 )
+from rankwise.saver import Saver
 from rankwise.tracking import NoTracker, Say, open_tracker
 from rankwise.training import EpochResult, Job
 from rankwise.world import World
@@ -49,6 +50,20 @@ class _Tally:
     trained: int = 0
     duplicated: int = 0
     lost: int = 0
+
+
+BOOKS = (
+    "_epochs",
+    "_tallies",
+    "_spares",
+    "_rows",
+    "_dead",
+    "_losses",
+    "_told",
+    "_started_at",
+    "_elapsed_before_s",
+)
+"""What all keepers of a run know alike."""
 
 
 class Keeper:
@@ -74,6 +89,8 @@ class Keeper:
         self._start = start
         self._environment = _environment(world, hosts)
         self._started_at = utc_before(world.ledger.close().wall_ns / 1e9)
+        before = folder.read() if start and folder.record.exists() else None
+        self._elapsed_before_s = before.elapsed_before_s(self._started_at) if before else 0.0
         notes = start.notes if start else {"epochs": [], "samples": {}}
         try:
             self._epochs = [Epoch.model_validate(row) for row in notes["epochs"]]
@@ -86,9 +103,12 @@ class Keeper:
         self._rows: dict[int, Rank] = {}
         self._dead: dict[int, Rank] = {}
         self._losses = [
-            _recovered(fault) for fault in self._last_faults() if fault.action in ("continue", "restart")
+            _recovered(fault)
+            for fault in (before.faults if before else [])
+            if fault.action in ("continue", "restart")
         ]
         self._told = len(self._losses)
+        self._saver = Saver(folder.checkpoints, config.checkpoint_keep)
         self._say = say
         if world.rank == 0:
             folder.keep_metrics(self._epochs)
@@ -122,7 +142,17 @@ class Keeper:
 
     def books(self) -> dict[str, Any]:
         """What a rank must know that comes in later, and may be the one that keeps the folder some day."""
-        names = ("_epochs", "_tallies", "_spares", "_rows", "_dead", "_losses", "_told", "_started_at")
+        names = (
+            "_epochs",
+            "_tallies",
+            "_spares",
+            "_rows",
+            "_dead",
+            "_losses",
+            "_told",
+            "_started_at",
+            "_elapsed_before_s",
+        )
         return {name: getattr(self, name) for name in names}
 
     def take_over(self, books: dict[str, Any]) -> None:
@@ -133,6 +163,7 @@ class Keeper:
     def after_recovery(self, lost: list[int], new: list[int], seconds: float) -> None:
         """Ranks were lost, and the others go on, with new ones in their place; who is rank 0 now keeps the
         folder."""
+        self._saver.give_up()
         position = self._job.synchroniser.position
         now_s = self._world.ledger.close().wall_ns / 1e9
         strikes = {mark.rank: mark for mark in read_marks(self._folder.faults) if mark.kind in DEADLY}
@@ -177,10 +208,6 @@ class Keeper:
         words = self._folder.read_words(member)
         return f" ({words['message']})" if words else ""
 
-    def _last_faults(self) -> list[Fault]:
-        """Those of the sittings before this one."""
-        return self._folder.read().faults if self._start and self._folder.record.exists() else []
-
     def _faults(self) -> list[Fault]:
         """All so far: ranks that were lost, and what was injected and did not end its rank."""
         if not self._config.fault:
@@ -207,15 +234,13 @@ class Keeper:
         if synchroniser.shares_optimizer:
             writers, worker = 1, self._world.rank
         with self._world.ledger.phase("checkpoint"), synchroniser.faults.during("checkpoint"):
-            checkpoint.save(
-                self._folder.checkpoints,
+            self._saver.save(
                 epoch,
                 synchroniser.replica,
                 self._world,
                 worker=worker,
                 writers=writers if workers > 1 else 1,
                 memory=synchroniser.state.memory,
-                keep=self._config.checkpoint_keep,
                 notes={
                     "epochs": [row.model_dump() for row in self._epochs],
                     "samples": vars(self._tally()),
@@ -231,6 +256,8 @@ class Keeper:
         """
         self._world.settle()
         if outcome != "running":
+            with self._world.ledger.phase("checkpoint"):
+                self._saver.finish(self._world)
             self._world.settle()  # nobody will tell later what was waiting in the first one
         self._save_timeline(ended)
         world, measured = self._world, dict(self._job.synchroniser.state.measured)
@@ -244,6 +271,7 @@ class Keeper:
             rankwise_version=metadata.version("rankwise"),
             started_at=self._started_at,
             wall_s=live[0].wall_ns / 1e9,
+            elapsed_s=self._elapsed_before_s + live[0].wall_ns / 1e9,
             outcome=outcome,
             message=message,
             resumed_from_epoch=self._start.epoch if self._start else None,
@@ -265,6 +293,12 @@ class Keeper:
                 self._folder.beats.unlink(missing_ok=True)
                 self._tracker.finish(record)
         return record
+
+    def complete(self) -> Record:
+        """Write the last record, and the last checkpoint again if it was lost with a rank; all together."""
+        if any(self._world.allgather_object(self._saver.gave_up)):
+            self.save_checkpoint(self._epochs[-1].epoch)
+        return self.write("completed")
 
     def _tally(self) -> _Tally:
         """Over all epochs so far."""

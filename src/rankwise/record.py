@@ -159,6 +159,9 @@ class Record(_Row):
     rankwise_version: str
     started_at: str = Field(description="UTC, ISO 8601")
     wall_s: float = Field(description="of the last sitting, from the start of rank 0's process")
+    elapsed_s: float = Field(
+        default=0.0, description="from the start of the first sitting, with the time between sittings"
+    )
     outcome: Outcome
     message: str | None = Field(description="why the run did not complete, one line")
     resumed_from_epoch: int | None = Field(description="the epoch after which this sitting went on")
@@ -171,6 +174,11 @@ class Record(_Row):
     efficiency: Efficiency
     samples: Samples
     faults: list[Fault]
+
+    def elapsed_before_s(self, moment: str) -> float:
+        """Seconds from the start of its first sitting to a moment that `utc_before` gave."""
+        sitting_s = (datetime.fromisoformat(moment) - datetime.fromisoformat(self.started_at)).total_seconds()
+        return sitting_s + max(self.elapsed_s - self.wall_s, 0.0)
 
     @property
     def best(self) -> Epoch:
@@ -222,10 +230,17 @@ class RunFolder:
         self, rank: int, kind: str, message: str, *, silent_s: float | None = None, **more: Any
     ) -> None:
         """Leave word of why a rank ends that the others go on without. The first one counts."""
-        path = self._words_of(rank)
-        path.parent.mkdir(exist_ok=True)
-        with suppress(FileExistsError), path.open("x") as file:
-            json.dump({"kind": kind, "message": message, "silent_s": silent_s, **more}, file, indent=1)
+        content = {"kind": kind, "message": message, "silent_s": silent_s, **more}
+        with suppress(OSError):
+            _create(self._words_of(rank), content)
+
+    def leave_failure(self, content: dict[str, Any]) -> bool:
+        """Leave word of what ends the run; returns whether it was the first, which counts."""
+        try:
+            _create(self.failure, content)
+        except OSError:
+            return False
+        return True
 
     def read_words(self, rank: int) -> dict[str, Any]:
         """The last words about a rank, empty if there are none."""
@@ -306,6 +321,13 @@ class RunFolder:
         record = self.read()
         if record.outcome == "running":
             self.write(record.model_copy(update={"outcome": outcome, "message": message}))
+
+
+def _create(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is not there yet: several ranks may want to at once, and the first is the cause."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("x") as file:
+        json.dump(content, file, indent=1)
 
 
 def new_run_path(name: str) -> Path:

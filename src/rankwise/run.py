@@ -20,7 +20,8 @@ from rankwise.models.replica import Replica
 from rankwise.progress import Progress
 from rankwise.record import Host, Record, RunFolder
 from rankwise.schedule import scheduler
-from rankwise.strategies.synchroniser import Arrival, Synchroniser, make_sampler, stand_by
+from rankwise.strategies.arrival import Arrival, stand_by
+from rankwise.strategies.synchroniser import Synchroniser, make_sampler
 from rankwise.training import Job, train
 from rankwise.watchdog import Watchdog
 from rankwise.world import World
@@ -57,6 +58,7 @@ def run(
     with _watchdog(config, folder, world) as dog:
         arrival = None
         if world.rank < 0:
+            world.survives = True  # nobody needs it yet
             arrival = stand_by(world)
             if arrival is None:
                 return folder.read()
@@ -105,7 +107,7 @@ def _train(
         message = f"{stop}; go on with: rankwise train --resume {folder.path}"
         keeper.write("interrupted", message)
         raise Interrupted(message) from None
-    record = synchroniser.surely(lambda: keeper.write("completed"), fill=False)
+    record = synchroniser.surely(keeper.complete, fill=False)
     world.survives = False
     return record
 

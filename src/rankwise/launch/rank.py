@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import signal
 import sys
 import time
@@ -201,11 +199,4 @@ def _write_failure(folder: RunFolder, rank: int, told: RankwiseError, error: Bas
         "may_restart": not isinstance(error, RankwiseError) or isinstance(error, RankLost),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    try:
-        # Exclusive creation: several ranks may fail at once, and the first to say so is the cause.
-        handle = os.open(folder.failure, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except OSError:
-        return False
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file, indent=1)
-    return True
+    return folder.leave_failure(content)
