@@ -1,4 +1,4 @@
-"""The study of the paper that is kept in docs/ holds what its page says, and nothing of the machine's."""
+"""The studies that are kept in docs/ hold what their pages say, and nothing of the machine's."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from rankwise.strategies import entry_of
 from rankwise.studies.folder import PLACES
 
 STUDY = Path(__file__).parent.parent / "docs" / "reproduction"
-RECORDS = sorted((STUDY / "records").glob("*.json"))
+PAPERS = sorted((STUDY / "records").glob("*.json"))
+RECORDS = sorted(STUDY.rglob("records/*.json"))
+PAGES = sorted(STUDY.rglob("*.html"))
 LARGEST_BYTES = 5_000_000
 
 
-@pytest.fixture(params=RECORDS, ids=lambda path: path.stem)
+@pytest.fixture(params=RECORDS, ids=lambda path: f"{path.parent.parent.name}/{path.stem}")
 def record(request: pytest.FixtureRequest) -> Record:
-    """A record of the study."""
+    """A record of a study."""
     return Record.model_validate_json(request.param.read_bytes())
 
 
 def test_the_study_is_there() -> None:
     """The paper's experiments were run in full: baseline, replication, 2 to 8 processes, 7 batch sizes."""
-    runs = [json.loads(path.read_bytes())["config"] for path in RECORDS]
+    runs = [json.loads(path.read_bytes())["config"] for path in PAPERS]
     averaged = [
         run for run in runs if run["strategy"] == "parameter-averaging" and run["dataset"] == "cifar10"
     ]
@@ -52,7 +54,8 @@ def test_no_sample_is_lost_or_trained_twice(record: Record) -> None:
     assert (samples.duplicated, samples.lost) == (0, 0)
     assert samples.trained == samples.expected == sum(epoch.train_samples for epoch in record.epochs)
     times = config["ranks"] - 1 if entry_of(config["strategy"]).replicates else 1
-    assert record.epochs[0].train_samples == times * (config["train_limit"] or 50_000)
+    pool = 50_000 - round(50_000 * (config["validation_split"] or 0))
+    assert record.epochs[0].train_samples == times * min(config["train_limit"] or pool, pool)
 
 
 def test_it_fits_a_repository_and_tells_no_paths() -> None:
@@ -68,7 +71,8 @@ def test_it_fits_a_repository_and_tells_no_paths() -> None:
         assert all(config[place] is None for place in PLACES)
 
 
-def test_its_page_asks_nobody() -> None:
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_its_page_asks_nobody(path: Path) -> None:
     """The page loads nothing from elsewhere."""
-    page = (STUDY / "index.html").read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", re.sub(r"<a [^>]*>", "", page))

@@ -76,8 +76,13 @@ def train(
 @app.command
 def reproduce(
     experiment: Annotated[
-        Literal["baseline", "replication", "processes", "batch-size", "timing", "all", "strategies"],
-        Parameter(help="The paper's experiment, all of them, or all strategies against each other."),
+        Literal[
+            "baseline", "replication", "processes", "batch-size", "timing", "all", "strategies", "faults"
+        ],
+        Parameter(
+            help="The paper's experiment, all of them, all strategies against each other, or the experiment "
+            "with faults that the paper left out."
+        ),
     ],
     /,
     *,

@@ -2,7 +2,8 @@
 
 from rankwise.errors import LaunchError
 from rankwise.studies.contest_study import hold_contest
-from rankwise.studies.study import CONTEST, Reproduction, Study, reproduce_paper
+from rankwise.studies.failures_study import meet_failures
+from rankwise.studies.study import CONTEST, FAILURES, Reproduction, Study, reproduce_paper
 from rankwise.studies.summary import summary, to_json
 from rankwise.world.surroundings import started_as_rank
 
@@ -14,7 +15,10 @@ def reproduce(study: Study) -> Reproduction:
     """
     if started_as_rank():
         raise LaunchError("reproduce starts its ranks itself: call it without mpiexec or srun")
-    return hold_contest(study) if study.experiment == CONTEST else reproduce_paper(study)
+    return _BESIDE_THE_PAPER.get(study.experiment, reproduce_paper)(study)
+
+
+_BESIDE_THE_PAPER = {CONTEST: hold_contest, FAILURES: meet_failures}
 
 
 __all__ = ["Reproduction", "Study", "reproduce", "summary", "to_json"]

@@ -63,18 +63,24 @@ class Course:
     """A network, how it is trained, and who takes part.
 
     `options` hold for all runs. Learning rates are chosen by short runs with `tuning`, on samples held
-    out of the training set; the test set is for the final runs alone.
+    out of the training set; the test set is for the final runs alone. Where runs take long, `most_seeds`
+    limits how often each is repeated.
     """
 
     model: str
     options: Options
     tuning: Options
     rates: tuple[float, ...] = RATES
+    most_seeds: int | None = None
     entrants: tuple[Entrant, ...] = ENTRANTS
 
     def name(self, entrant: Entrant, rate: float, *, final: bool) -> str:
         """The name of a run, but for its seed."""
         return f"{self.model}-{entrant.slug}-lr{rate:g}{'' if final else '-tuning'}"
+
+    def seeds(self, repeats: int) -> int:
+        """How many seeds its final runs have when so many are asked for."""
+        return min(repeats, self.most_seeds or repeats)
 
     def run_options(self, entrant: Entrant, rate: float, *, final: bool) -> Options:
         """What `rankwise train` is given for a run, but for dataset and seed."""
@@ -97,6 +103,7 @@ COURSES = (
         {"batch_size": 16, "epochs": 1, "train_limit": 6_000, "val_limit": 2_000},
         {"epochs": 1, "train_limit": 3_000, "validation_split": 0.1, "val_limit": 1_000},
         rates=(0.01, 0.05),
+        most_seeds=1,
         entrants=_only(
             "allreduce",
             "allreduce topk:0.01",

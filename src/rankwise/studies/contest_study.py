@@ -9,7 +9,7 @@ from rankwise.studies.contest import Course, Entrant, Score
 from rankwise.studies.contest_page import contest_page, judge, score_grid
 from rankwise.studies.folder import StudyFolder
 from rankwise.studies.plan import Options
-from rankwise.studies.runner import run_all
+from rankwise.studies.runner import Run, run_all
 from rankwise.studies.study import Reproduction, Study, require_all
 
 
@@ -20,23 +20,20 @@ def hold_contest(study: Study) -> Reproduction:
     the end if final runs failed.
     """
     courses = contest.QUICK_COURSES if study.quick else contest.COURSES
-    folder = study.open_folder()
+    study.require_folder()
     short = {
         course.name(entrant, rate, final=False): course.run_options(entrant, rate, final=False)
         for course, entrant in _all(courses)
         for rate in course.rates
     }
+    tuning = study.runs(short, 1)
+    folder = study.open_folder()
     # A run that diverges has failed, and its rate is not the best one; that is no failure of the study.
-    run_all(study.runs(short, 1), folder, study.console)
+    run_all(tuning, folder, study.console)
     rates = _choose(courses, folder)
-    final: dict[str, Options] = {
-        course.name(entrant, rate, final=True): course.run_options(entrant, rate, final=True)
-        for course, entrant in _all(courses)
-        if (rate := rates.get((course.model, entrant.name)))
-    }
-    runs = study.runs(final, study.repeats)
+    runs = [run for course in courses for run in _finals(study, course, rates)]
     failed = run_all(runs, folder, study.console)
-    found = {course: _scores(course, rates, folder, study.repeats) for course in courses}
+    found = {course: _scores(course, rates, folder, course.seeds(study.repeats)) for course in courses}
     judged = judge(found[courses[0]], study.val_samples(courses[0].options))
     for course, scores in found.items():
         grid = score_grid(course, scores)
@@ -45,6 +42,16 @@ def hold_contest(study: Study) -> Reproduction:
     contest_page(found, judged, study.dataset, study.command, study.quick).write(page)
     require_all(runs, failed, page)
     return Reproduction(judged, page)
+
+
+def _finals(study: Study, course: Course, rates: dict[tuple[str, str], float]) -> list[Run]:
+    """The final runs of a course, each entrant at its own rate."""
+    options: dict[str, Options] = {
+        course.name(entrant, rate, final=True): course.run_options(entrant, rate, final=True)
+        for entrant in course.entrants
+        if (rate := rates.get((course.model, entrant.name)))
+    }
+    return study.runs(options, course.seeds(study.repeats))
 
 
 def _all(courses: tuple[Course, ...]) -> list[tuple[Course, Entrant]]:

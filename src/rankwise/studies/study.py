@@ -25,7 +25,10 @@ from rankwise.studies.verdicts import Verdict, judge
 from rankwise.world.surroundings import find_mpiexec
 
 CONTEST = "strategies"
-"""The experiment that is not the paper's: all strategies against each other."""
+"""An experiment that is not the paper's: all strategies against each other."""
+
+FAILURES = "faults"
+"""The one that the paper left out: ranks that fail by chance."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Study:
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def __post_init__(self) -> None:
-        known = (*plan.EXPERIMENTS, CONTEST)
+        known = (*plan.EXPERIMENTS, CONTEST, FAILURES)
         if self.experiment not in known:
             raise UsageError(unknown_name("experiment", self.experiment, known))
         if self.repeats < 1:
@@ -79,10 +82,14 @@ class Study:
             for (name, options), flight in zip(named.items(), flights, strict=True)
         ]
 
+    def require_folder(self) -> None:
+        """Raises UsageError if its folder holds something else."""
+        StudyFolder(self.output).require(self.settings)
+
     def open_folder(self) -> StudyFolder:
         """Its folder, which is made if it is not there. Raises UsageError if it holds another study."""
+        self.require_folder()
         folder = StudyFolder(self.output)
-        folder.require(self.settings)
         folder.create(self.settings)
         return folder
 
@@ -130,7 +137,7 @@ def reproduce_paper(study: Study) -> Reproduction:
 
     Raises UsageError before anything is run, Interrupted, and TrainingError at the end if runs failed.
     """
-    StudyFolder(study.output).require(study.settings)
+    study.require_folder()
     trials = plan.trials(study.experiment, study.scale)
     runs = study.runs({trial.name: trial.options for trial in trials}, study.repeats)
     folder = study.open_folder()
