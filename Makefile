@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos check paper format clean
+.PHONY: demo test chaos soak check paper format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -25,6 +25,10 @@ test: $(VENV)/installed-dev  ## Run all tests, those under a real mpiexec includ
 
 chaos: $(VENV)/installed-dev  ## Kill every rank in every phase under every strategy, for real; takes an hour
 	RANKWISE_CHAOS=full $(BIN)/python -m pytest tests/test_chaos.py -m mpi
+
+soak: $(VENV)/installed-dev  ## Train for 20 minutes with a fault every 20 seconds, and as long without
+	$(BIN)/rankwise data prepare cifar10
+	$(BIN)/python benchmarks/soak.py
 
 check: $(VENV)/installed-dev  ## Lint, types, layers
 	$(BIN)/ruff check .
