@@ -30,7 +30,7 @@ def newest(folder: Path) -> int:
 
 
 def test_checkpoints_are_whole_and_the_newest_are_kept(tmp_path: Path) -> None:
-    """After `finish` the last checkpoint is there with the parts of all ranks; old ones and drafts are gone."""
+    """After `finish` the last checkpoint is there with all parts; old ones and drafts are gone."""
 
     def program(world: World) -> None:
         its = Saver(tmp_path, keep=2)

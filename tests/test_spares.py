@@ -13,16 +13,11 @@ from hypothesis import strategies as st
 from rankwise.config import TrainConfig
 from rankwise.data.sampler import _shares
 from rankwise.errors import RankLost
-from rankwise.models.replica import Replica
 from rankwise.record import Record
-from rankwise.strategies import entry_of, resolve
-from rankwise.strategies.arrival import stand_by
-from rankwise.strategies.synchroniser import Synchroniser, make_sampler
 from rankwise.world import World
 from rankwise.world.threads import Killed, run_in_threads
 
-from .strategies.loops import BATCH, SAMPLES, gradients, make, weights_of
-from .test_survival import SYNCHRONOUS
+from .test_survival import SYNCHRONOUS, loop
 from .world_contract import check
 
 Make = Callable[..., TrainConfig]
@@ -72,43 +67,6 @@ def test_a_spare_comes_in() -> None:
     assert results[4] is None
 
 
-def loop(world: World, spares: int, options: dict[str, Any]) -> tuple[Any, list[Any], int] | None:
-    """Three epochs of a plain loop; returns the weights, how often each sample was trained in each of the
-    epochs that this rank saw the end of, and the number of ranks."""
-    ranks = world.size - spares
-    world.set_aside(ranks)
-    arrival = None
-    if world.rank < 0:
-        arrival = stand_by(world)
-        if arrival is None:
-            return None
-    config = resolve(TrainConfig(ranks=ranks, batch_size=BATCH, epochs=3, **options))
-    assert config.strategy is not None
-    model, optimizer = make()
-    synchroniser = Synchroniser(
-        Replica(model, optimizer),
-        entry_of(config.strategy).build(config),
-        make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), max(world.rank, 0)),
-        world,
-        survives=True,
-        spares=spares,
-        arrival=arrival,
-    )
-    counts = []
-    for epoch in range(arrival.position.epoch if arrival else 1, 4):
-
-        def train(epoch: int = epoch) -> Any:
-            for batch in synchroniser.batches(epoch):
-                gradients(synchroniser.model, optimizer, batch.indices)
-                synchroniser.step()
-            trained = np.bincount(synchroniser.trained(), minlength=SAMPLES)
-            world.allreduce(trained)
-            return trained
-
-        counts.append(synchroniser.surely(train))
-    return weights_of(model), counts, world.size
-
-
 @pytest.mark.parametrize("compress", ["none", "powersgd:2"])
 @pytest.mark.parametrize(
     "strategy", ["parameter-averaging", "local-sgd", "allreduce", "gradient-server", "slowmo", "diloco"]
@@ -129,13 +87,15 @@ def test_spares_come_in_at_any_call(
     if strategy == "parameter-averaging":
         options["sync_every"] = 3
     try:
-        results = run_in_threads(size + spares, lambda world: loop(world, spares, options), kill_at=kill_at)
+        results = run_in_threads(
+            size + spares, lambda world: loop(world, options, spares=spares), kill_at=kill_at
+        )
     except RankLost:
         assert len(dead) >= size  # nobody was left who knew where the run was
         return
     left = [result for result in results if result is not Killed and result is not None]
     assert left or len(dead) >= size
-    for weights, counts, _ in left:
+    for weights, counts in left:
         assert np.array_equal(weights, left[0][0])
         assert all((trained == 1).all() for trained in counts)
 

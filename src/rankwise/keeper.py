@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -52,18 +52,21 @@ class _Tally:
     lost: int = 0
 
 
-BOOKS = (
-    "_epochs",
-    "_tallies",
-    "_spares",
-    "_rows",
-    "_dead",
-    "_losses",
-    "_told",
-    "_started_at",
-    "_elapsed_before_s",
-)
-"""What all keepers of a run know alike."""
+@dataclass
+class Books:
+    """What all keepers of a run know alike: the epochs so far and their tallies by number; the rows of ranks
+    that stand by, of all when they were told last, and of those that were lost; the losses, of which the
+    first `told` are known to be over; and when the run began."""
+
+    epochs: list[Epoch]
+    tallies: dict[int, _Tally]
+    spares: dict[int, Rank]
+    losses: list[Fault]
+    started_at: str
+    elapsed_before_s: float
+    rows: dict[int, Rank] = field(default_factory=dict)
+    dead: dict[int, Rank] = field(default_factory=dict)
+    told: int = 0
 
 
 class Keeper:
@@ -79,6 +82,7 @@ class Keeper:
         hosts: list[Host],
         spares: list[Rank],
         start: Checkpoint | None,
+        books: Books | None,
         say: Say,
     ) -> None:
         self._config = config
@@ -88,31 +92,37 @@ class Keeper:
         self._threads = threads
         self._start = start
         self._environment = _environment(world, hosts)
-        self._started_at = utc_before(world.ledger.close().wall_ns / 1e9)
-        before = folder.read() if start and folder.record.exists() else None
-        self._elapsed_before_s = before.elapsed_before_s(self._started_at) if before else 0.0
-        notes = start.notes if start else {"epochs": [], "samples": {}}
+        self.books = books or self._open_books(spares)
+        self._saver = Saver(folder.checkpoints, config.checkpoint_keep)
+        self._say = say
+        if world.rank == 0:
+            folder.keep_metrics(self.books.epochs)
+        self._tracker = (
+            open_tracker(config, folder, self.books.epochs, say) if world.rank == 0 else NoTracker()
+        )
+
+    def _open_books(self, spares: list[Rank]) -> Books:
+        """At the start of a sitting, by what a checkpoint and the record of the one before tell."""
+        started_at = utc_before(self._world.ledger.close().wall_ns / 1e9)
+        before = self._folder.read() if self._start and self._folder.record.exists() else None
+        notes = self._start.notes if self._start else {"epochs": [], "samples": {}}
+        losses = (
+            [fault for fault in before.faults if fault.action in ("continue", "restart")] if before else []
+        )
         try:
-            self._epochs = [Epoch.model_validate(row) for row in notes["epochs"]]
-            self._tallies = {0: _Tally(**notes["samples"])}
+            return Books(
+                epochs=[Epoch.model_validate(row) for row in notes["epochs"]],
+                tallies={0: _Tally(**notes["samples"])},
+                spares={row.rank: row for row in spares},
+                losses=[_recovered(fault) for fault in losses],
+                told=len(losses),
+                started_at=started_at,
+                elapsed_before_s=before.elapsed_before_s(started_at) if before else 0.0,
+            )
         except (KeyError, TypeError, ValidationError) as error:
             raise ResumeError(
                 f"the notes of the checkpoint do not fit this rankwise: {one_line(error)[:200]}"
             ) from None
-        self._spares = {row.rank: row for row in spares}
-        self._rows: dict[int, Rank] = {}
-        self._dead: dict[int, Rank] = {}
-        self._losses = [
-            _recovered(fault)
-            for fault in (before.faults if before else [])
-            if fault.action in ("continue", "restart")
-        ]
-        self._told = len(self._losses)
-        self._saver = Saver(folder.checkpoints, config.checkpoint_keep)
-        self._say = say
-        if world.rank == 0:
-            folder.keep_metrics(self._epochs)
-        self._tracker = open_tracker(config, folder, self._epochs, say) if world.rank == 0 else NoTracker()
 
     def after_epoch(self, result: EpochResult, start_s: float) -> None:
         """Count the epoch in, save it, and write it down; all ranks together.
@@ -121,44 +131,24 @@ class Keeper:
         first.
         """
         number = result.epoch.epoch
-        if self._epochs and self._epochs[-1].epoch == number:
-            self._epochs.pop()
-        self._tallies[number] = _Tally(
+        if self.books.epochs and self.books.epochs[-1].epoch == number:
+            self.books.epochs.pop()
+        self.books.tallies[number] = _Tally(
             self._job.synchroniser.sampler.samples(number),
             result.epoch.train_samples,
             result.duplicated,
             result.lost,
         )
-        self._epochs.append(result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s}))
+        self.books.epochs.append(result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s}))
         if number % self._config.checkpoint_every == 0 or result.last:
             self.save_checkpoint(number)
             # The checkpoint itself takes part of the epoch: what it holds is without that part.
-            self._epochs[-1] = result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s})
+            self.books.epochs[-1] = result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s})
         if self._world.rank == 0:
-            self._folder.keep_metrics(self._epochs)
+            self._folder.keep_metrics(self.books.epochs)
             with self._world.ledger.phase("instrument"):
-                self._tracker.epoch(self._epochs[-1])
+                self._tracker.epoch(self.books.epochs[-1])
         self.write("running", ended=number)
-
-    def books(self) -> dict[str, Any]:
-        """What a rank must know that comes in later, and may be the one that keeps the folder some day."""
-        names = (
-            "_epochs",
-            "_tallies",
-            "_spares",
-            "_rows",
-            "_dead",
-            "_losses",
-            "_told",
-            "_started_at",
-            "_elapsed_before_s",
-        )
-        return {name: getattr(self, name) for name in names}
-
-    def take_over(self, books: dict[str, Any]) -> None:
-        """Keep the books of another rank."""
-        for name, value in books.items():
-            setattr(self, name, value)
 
     def after_recovery(self, lost: list[int], new: list[int], seconds: float) -> None:
         """Ranks were lost, and the others go on, with new ones in their place; who is rank 0 now keeps the
@@ -168,12 +158,12 @@ class Keeper:
         now_s = self._world.ledger.close().wall_ns / 1e9
         strikes = {mark.rank: mark for mark in read_marks(self._folder.faults) if mark.kind in DEADLY}
         for member in lost:
-            row = self._rows.get(member)
+            row = self.books.rows.get(member)
             if row is not None:
-                self._dead[member] = row.model_copy(update={"died_at_s": now_s - seconds})
+                self.books.dead[member] = row.model_copy(update={"died_at_s": now_s - seconds})
             strike, words = strikes.get(member), self._folder.read_words(member)
             since_s = max(0.0, time.time() - seconds - strike.at_s) if strike else words.get("silent_s")
-            self._losses.append(
+            self.books.losses.append(
                 Fault(
                     rank=member,
                     kind=strike.kind if strike else words.get("kind", "lost"),
@@ -186,22 +176,22 @@ class Keeper:
                 )
             )
         if position.closed:
-            self._told = len(self._losses)  # there is no round to commit
+            self.books.told = len(self.books.losses)  # there is no round to commit
         in_place = f", with {_named(new)} in place" if new else ""
         self._say(
             f"lost {', '.join(f'rank {member}{self._why(member)}' for member in lost)} in epoch "
             f"{position.epoch}: {self._world.size} go on{in_place}, after {1e3 * seconds:.0f} ms"
         )
         if self._world.rank == 0 and isinstance(self._tracker, NoTracker):
-            self._tracker = open_tracker(self._config, self._folder, self._epochs, self._say)
+            self._tracker = open_tracker(self._config, self._folder, self.books.epochs, self._say)
 
     def after_next_commit(self, seconds: float) -> None:
         """A round is committed again, so many seconds after a loss was found."""
-        for place, fault in enumerate(self._losses):
-            if place >= self._told:
+        for place, fault in enumerate(self.books.losses):
+            if place >= self.books.told:
                 after_s = seconds + (fault.detected_after_s or 0)
-                self._losses[place] = fault.model_copy(update={"recovered_after_s": after_s})
-        self._told = len(self._losses)
+                self.books.losses[place] = fault.model_copy(update={"recovered_after_s": after_s})
+        self.books.told = len(self.books.losses)
 
     def _why(self, member: int) -> str:
         """Why a rank ended, in brackets, if it is known."""
@@ -211,7 +201,7 @@ class Keeper:
     def _faults(self) -> list[Fault]:
         """All so far: ranks that were lost, and what was injected and did not end its rank."""
         if not self._config.fault:
-            return self._losses
+            return self.books.losses
         marks = [mark for mark in read_marks(self._folder.faults) if mark.kind not in DEADLY]
         harmless = [
             Fault(
@@ -223,7 +213,7 @@ class Keeper:
             )
             for mark in marks
         ]
-        return sorted([*self._losses, *harmless], key=lambda fault: fault.epoch)
+        return sorted([*self.books.losses, *harmless], key=lambda fault: fault.epoch)
 
     def save_checkpoint(self, epoch: int) -> None:
         """Write the checkpoint of `epoch`; all ranks together."""
@@ -242,7 +232,7 @@ class Keeper:
                 writers=writers if workers > 1 else 1,
                 memory=synchroniser.state.memory,
                 notes={
-                    "epochs": [row.model_dump() for row in self._epochs],
+                    "epochs": [row.model_dump() for row in self.books.epochs],
                     "samples": vars(self._tally()),
                     "rounds": synchroniser.state.rounds,
                     "config": self._config.model_dump(mode="json"),
@@ -263,21 +253,21 @@ class Keeper:
         world, measured = self._world, dict(self._job.synchroniser.state.measured)
         mine = _rank_row(world, self._role, self._threads, measured)
         live = [Rank(**row) for row in world.allgather_object(mine)]
-        self._rows |= {row.rank: row for row in live}
-        told = self._spares | self._dead | {row.rank: row for row in live}
+        self.books.rows |= {row.rank: row for row in live}
+        told = self.books.spares | self.books.dead | {row.rank: row for row in live}
         rows = [told[rank] for rank in sorted(told)]
         record = Record(
             schema_version=SCHEMA_VERSION,
             rankwise_version=metadata.version("rankwise"),
-            started_at=self._started_at,
+            started_at=self.books.started_at,
             wall_s=live[0].wall_ns / 1e9,
-            elapsed_s=self._elapsed_before_s + live[0].wall_ns / 1e9,
+            elapsed_s=self.books.elapsed_before_s + live[0].wall_ns / 1e9,
             outcome=outcome,
             message=message,
             resumed_from_epoch=self._start.epoch if self._start else None,
             config=self._config.model_dump(mode="json"),
             environment=self._environment,
-            epochs=self._epochs,
+            epochs=self.books.epochs,
             ranks=rows,
             clock=Clock(error_bound_ns=self._world.clock_error_ns, violations=self._world.logbook.violations),
             cpu_percent=_cpu_percent(rows, self._environment.hosts),
@@ -297,12 +287,14 @@ class Keeper:
     def complete(self) -> Record:
         """Write the last record, and the last checkpoint again if it was lost with a rank; all together."""
         if any(self._world.allgather_object(self._saver.gave_up)):
-            self.save_checkpoint(self._epochs[-1].epoch)
+            self.save_checkpoint(self.books.epochs[-1].epoch)
         return self.write("completed")
 
     def _tally(self) -> _Tally:
         """Over all epochs so far."""
-        return _Tally(*(sum(column) for column in zip(*map(astuple, self._tallies.values()), strict=True)))
+        return _Tally(
+            *(sum(column) for column in zip(*map(astuple, self.books.tallies.values()), strict=True))
+        )
 
     @property
     def _role(self) -> Role:

@@ -63,7 +63,8 @@ def run(
             if arrival is None:
                 return folder.read()
         job = _make_job(config, dataset, replica, world, folder, arrival)
-        keeper = Keeper(config, world, folder, job, threads, hosts, spares, start, say)
+        books = arrival.books if arrival else None
+        keeper = Keeper(config, world, folder, job, threads, hosts, spares, start, books, say)
         return _train(job, keeper, world, dog, start, arrival, folder)
 
 
@@ -85,9 +86,8 @@ def _train(
 
     synchroniser.on_recovery = after_recovery
     synchroniser.on_next_commit = keeper.after_next_commit
-    synchroniser.books = keeper.books
+    synchroniser.books = lambda: keeper.books
     if arrival is not None:
-        keeper.take_over(arrival.books)
         first = arrival.position.epoch
         world.timeline.begin(ledger.close())
     else:
