@@ -9,13 +9,14 @@ from collections.abc import Callable
 import torch
 
 from rankwise import data, models, placement, strategies
+from rankwise.accounts import standing_by
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Dataset
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.faults import Faults, NoFaults, parse_all
-from rankwise.keeper import Keeper, standing_by
+from rankwise.keeper import Keeper
 from rankwise.models.replica import Replica
 from rankwise.progress import Progress
 from rankwise.record import Host, Record, RunFolder
