@@ -114,6 +114,11 @@ class Ledger:
         return self._mark_ns
 
     @property
+    def cpu_mark_ns(self) -> int:
+        """What the CPU clock showed just before."""
+        return self._cpu_mark_ns
+
+    @property
     def busy_ns(self) -> int:
         """Time outside exchanges, since the end of start-up until the running phase began.
 

@@ -28,6 +28,7 @@ DUE_AFTER = 4096
 """Collective exchanges after which logs should be compared; bounds their memory."""
 
 _COLUMNS = ENTRY.names or ()
+_BLANK = dict.fromkeys(_COLUMNS, 0)
 
 Row = dict[str, int]
 """A row of ENTRY that is being filled; `left_ns` is 0 until the exchange is over."""
@@ -78,14 +79,14 @@ class Logbook:
 
     def collective(self, pattern: Pattern, root: int, size: int) -> Row:
         """An exchange of all ranks of so many bytes."""
-        row = _blank(pattern, size) | {"peer": root, "number": self._collectives}
+        row = _blank(pattern, size, root, self._collectives)
         self._collectives += 1
         self._collective.append(row)
         return row
 
     def send(self, dest: int, size: int) -> Row:
         """A message of so many bytes to one rank."""
-        row = _blank(Pattern.SEND, size) | {"peer": dest, "number": self._sent_to[dest]}
+        row = _blank(Pattern.SEND, size, dest, self._sent_to[dest])
         self._sent_to[dest] += 1
         self._messages.append(row)
         return row
@@ -101,8 +102,11 @@ class Logbook:
         row["posted_ns"], row["posted_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
 
     def enter(self, row: Row) -> None:
-        """The ledger's running phase is that in which the rank does nothing but this exchange."""
+        """The ledger's running phase is that in which the rank does nothing but this exchange, which begins
+        with it unless it was posted before."""
         row["entered_ns"], row["entered_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
+        if not row["posted_ns"]:
+            row["posted_ns"], row["posted_busy_ns"] = row["entered_ns"], row["entered_busy_ns"]
 
     def leave(self, row: Row, source: int, lapse: tuple[int, int]) -> None:
         """The exchange was over when the ledger's running phase began; `source` is whose message came, or -1,
@@ -215,8 +219,10 @@ class Logbook:
         return translated
 
 
-def _blank(pattern: Pattern, size: int) -> Row:
-    return dict.fromkeys(_COLUMNS, 0) | {"pattern": pattern, "bytes": size}
+def _blank(pattern: Pattern, size: int, peer: int = 0, number: int = 0) -> Row:
+    row = _BLANK.copy()
+    row["pattern"], row["bytes"], row["peer"], row["number"] = pattern, size, peer, number
+    return row
 
 
 def _table(entries: list[Row]) -> Log:

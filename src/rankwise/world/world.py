@@ -60,19 +60,8 @@ class Exchange:
 
     def wait(self) -> int:
         """Come to its end. Returns the rank whose message was received, else -1. Called once."""
-        ledger, logbook = self._world.ledger, self._world.logbook
-        self._watch.skip()
-        try:
-            with ledger.phase("transfer"):
-                logbook.enter(self._row)
-                self._world.in_exchange()
-                source = self._pending.wait(self._watch)
-        except RankLost:
-            logbook.fail(self._row)
-            raise
-        self._watch.look()
+        source = self._world.finish(self._row, lambda: self._pending, self._watch)
         self._world.under_way.discard(self._pending)
-        logbook.leave(self._row, source, self._watch.lapse)
         return source
 
 
@@ -121,7 +110,7 @@ class World:
             self.traffic.sent(buffer.nbytes)
             self.traffic.received(buffer.nbytes)
             row = self.logbook.collective(Pattern.ALL_TO_ALL, -1, buffer.nbytes)
-            self._exchange(row, lambda: self._transport.allreduce(buffer, op))
+            self.finish(row, lambda: self._transport.allreduce(buffer, op))
 
     def start_allreduce(self, buffer: Buffer, op: Op = "sum") -> Exchange:
         """The same in the background; `buffer` must be left alone until its `wait`."""
@@ -135,7 +124,7 @@ class World:
         self._meet()
         into = np.empty((self.size, *buffer.shape), buffer.dtype) if self.rank == root else None
         row = self.logbook.collective(Pattern.ALL_TO_ONE, root, buffer.nbytes)
-        self._exchange(row, lambda: self._transport.gather(buffer, root, into))
+        self.finish(row, lambda: self._transport.gather(buffer, root, into))
         if self.rank == root:
             self.traffic.received(buffer.nbytes, self.size - 1)
         else:
@@ -148,7 +137,7 @@ class World:
             return
         self._meet()
         row = self.logbook.collective(Pattern.ONE_TO_ALL, root, buffer.nbytes)
-        self._exchange(row, lambda: self._transport.broadcast(buffer, root))
+        self.finish(row, lambda: self._transport.broadcast(buffer, root))
         if self.rank == root:
             self.traffic.sent(buffer.nbytes, self.size - 1)
         else:
@@ -158,7 +147,7 @@ class World:
         """Send to one other rank."""
         self.traffic.sent(buffer.nbytes)
         row = self.logbook.send(dest, buffer.nbytes)
-        self._exchange(row, lambda: self._transport.send(buffer, dest))
+        self.finish(row, lambda: self._transport.send(buffer, dest))
 
     def start_send(self, buffer: Buffer, dest: int) -> Exchange:
         """The same in the background; `buffer` must be left alone until its `wait`."""
@@ -171,7 +160,7 @@ class World:
         whose it is."""
         self.traffic.received(buffer.nbytes)
         row = self.logbook.receive(buffer.nbytes)
-        return self._exchange(row, lambda: self._transport.receive(buffer, source))
+        return self.finish(row, lambda: self._transport.receive(buffer, source))
 
     def start_receive(self, buffer: Buffer, source: int | None = None) -> Exchange:
         """The same in the background. Wait for several from one rank in the order in which they started."""
@@ -184,7 +173,7 @@ class World:
         into = np.empty((self.size, *buffer.shape), buffer.dtype)
         self._meet()
         row = self.logbook.collective(Pattern.ALL_TO_ALL, -1, buffer.nbytes)
-        self._exchange(row, lambda: self._transport.allgather(buffer, into))
+        self.finish(row, lambda: self._transport.allgather(buffer, into))
         self.traffic.sent(buffer.nbytes, self.size - 1)
         self.traffic.received(buffer.nbytes, self.size - 1)
         return into
@@ -349,34 +338,44 @@ class World:
             started_ns = self.ledger.clock()
             token = np.zeros(1)
             row = self.logbook.collective(Pattern.ALL_TO_ALL, -1, token.nbytes)
-            self._exchange(row, lambda: self._transport.allreduce(token, "max"))
+            self.finish(row, lambda: self._transport.allreduce(token, "max"))
             self.barrier_wait_ns += self.ledger.clock() - started_ns
 
     def _start(self, row: Row, start: Callable[[], Pending]) -> Exchange:
-        watch = self._watch()
-        with self.ledger.phase("transfer"):
+        ledger = self.ledger
+        with ledger.phase("transfer"):
+            watch = Watch(ledger.clock, ledger.cpu_clock, (ledger.mark_ns, ledger.cpu_mark_ns))
             self.logbook.post(row)
             pending = start()
-        watch.look()
+        watch.judge(ledger.mark_ns, ledger.cpu_mark_ns)
         self.under_way.add(pending)
         return Exchange(self, pending, row, watch)
 
-    def _exchange(self, row: Row, start: Callable[[], Pending]) -> int:
-        watch = self._watch()
-        try:
-            with self.ledger.phase("transfer"):
-                self.logbook.post(row)
-                self.logbook.enter(row)
-                pending = start()
-                self.in_exchange()
-                source = pending.wait(watch)
-        except RankLost:
-            self.logbook.fail(row)
-            raise
-        watch.look()
-        self.logbook.leave(row, source, watch.lapse)
-        return source
+    def finish(self, row: Row, start: Callable[[], Pending], watch: Watch | None = None) -> int:
+        """Come to the end of an exchange, which `start` gives, in phase transfer. Returns whose message came,
+        or -1.
 
-    def _watch(self) -> Watch:
-        # It looks from before the ledger's reading until after the next one: a stop may fall between any two.
-        return Watch(self.ledger.clock, self.ledger.cpu_clock)
+        The watch goes from the ledger's one reading of the clocks to the other, so that no stop of this rank
+        falls between them.
+        """
+        ledger, logbook = self.ledger, self.logbook
+        before = ledger.enter("transfer")
+        began = ledger.mark_ns, ledger.cpu_mark_ns
+        if watch is None:
+            watch = Watch(ledger.clock, ledger.cpu_clock, began)
+        else:
+            watch.begin(*began)
+        logbook.enter(row)
+        try:
+            pending = start()
+            self.in_exchange()
+            source = pending.wait(watch)
+        except BaseException as error:
+            ledger.enter(before)
+            if isinstance(error, RankLost):
+                logbook.fail(row)
+            raise
+        ledger.enter(before)
+        watch.judge(ledger.mark_ns, ledger.cpu_mark_ns)
+        logbook.leave(row, source, watch.lapse)
+        return source
