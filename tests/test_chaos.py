@@ -318,11 +318,13 @@ def test_restarts_come_to_an_end(command: Command, tmp_path: Path) -> None:
 
 
 def test_under_a_given_mpiexec(command: Command, tmp_path: Path) -> None:
-    """The user's own mpiexec --with-ft ulfm is enough for ranks to go on; without it they are told so."""
+    """The user's own mpiexec --with-ft ulfm is enough for ranks to go on, and progress is still shown when
+    rank 0 is gone; without it they are told so."""
     words = ["-m", "rankwise", "train", *SMALL, "--epochs", "2", "--out", "run", "--strategy", "local-sgd"]
     mpiexec = mpiexec_words(3)
     tolerant = [mpiexec[0], "--with-ft", "ulfm", *mpiexec[1:]]
-    command(*tolerant, sys.executable, *words, "--fault", "kill:rank=0,epoch=1,step=2")
+    done = command(*tolerant, sys.executable, *words, "--fault", "kill:rank=0,epoch=1,step=2")
+    assert (done.out + done.err).count("epoch 2/2") == 1, done
     survives(RunFolder(tmp_path / "run").read(), {0})
     refused = command(*mpiexec, sys.executable, *words[:-4], "--on-failure", "continue")
     assert refused.code == 2, refused

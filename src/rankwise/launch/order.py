@@ -36,9 +36,18 @@ class Order:
         """A remark for the user."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def display(self, folder: RunFolder, epochs: int, samples_per_epoch: int, *, live: bool) -> Display:
-        """Shows the run's progress as long as it is entered."""
-        done = len(folder.read().epochs) if self.resume else 0
+    def display(
+        self,
+        folder: RunFolder,
+        epochs: int,
+        samples_per_epoch: int,
+        *,
+        live: bool,
+        done: int | None = None,
+    ) -> Display:
+        """Shows the run's progress as long as it is entered, but for epochs that are `done`."""
+        if done is None:
+            done = len(folder.read().epochs) if self.resume else 0
         return Display(
             folder,
             self.console,

@@ -27,6 +27,7 @@ from rankwise.launch.order import Order, discard, open_folder
 from rankwise.launch.signals import handling
 from rankwise.ledger import Ledger, measure_cost
 from rankwise.record import Record, RunFolder
+from rankwise.report.live import Display
 from rankwise.run import Say, run
 from rankwise.world import World, solo_world
 from rankwise.world.mpi import mpi_world
@@ -109,7 +110,7 @@ def _among(config: TrainConfig, processes: int) -> TrainConfig:
 
 def _as_given(order: Order, config: TrainConfig, world: World, folder: RunFolder) -> Record:
     if world.rank != 0:
-        return _train(order, config, world, folder, order.say)
+        return _train_as_understudy(order, config, world, folder)
     if order.config.ranks not in (1, config.ranks):
         order.say(f"--ranks {order.config.ranks} was given, but there are {config.ranks}: these are used")
     for remark in order.remarks:
@@ -117,6 +118,21 @@ def _as_given(order: Order, config: TrainConfig, world: World, folder: RunFolder
     # Ranks may see a terminal though mpiexec's output is a file, so here are lines and no bar.
     with order.display(folder, config.epochs, 0, live=False) as display:
         return _train(order, config, world, folder, display.say)
+
+
+def _train_as_understudy(order: Order, config: TrainConfig, world: World, folder: RunFolder) -> Record:
+    """As a rank that shows nothing, until it has become rank 0."""
+    with contextlib.ExitStack() as stack:
+        displays: list[Display] = []
+
+        def say(line: str) -> None:
+            if world.rank == 0 and not displays:
+                done = len(folder.read_metrics())
+                display = order.display(folder, config.epochs, 0, live=False, done=done)
+                displays.append(stack.enter_context(display))
+            (displays[0].say if displays else order.say)(line)
+
+        return _train(order, config, world, folder, say)
 
 
 def _train(order: Order, config: TrainConfig, world: World, folder: RunFolder, say: Say) -> Record:
