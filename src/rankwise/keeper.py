@@ -8,7 +8,7 @@ from importlib import metadata
 
 from pydantic import ValidationError
 
-from rankwise import accounts, machine
+from rankwise import accounts, losses, machine
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
 from rankwise.errors import ResumeError, one_line
@@ -148,25 +148,20 @@ class Keeper:
         self._saver.give_up()
         position = self._job.synchroniser.position
         now_s = self._world.ledger.close().wall_ns / 1e9
-        strikes = {mark.rank: mark for mark in read_marks(self._folder.faults) if mark.kind in DEADLY}
         for member in lost:
             row = self.books.rows.get(member)
             if row is not None:
                 self.books.dead[member] = row.model_copy(update={"died_at_s": now_s - seconds})
-            strike, words = strikes.get(member), self._folder.read_words(member)
-            since_s = max(0.0, time.time() - seconds - strike.at_s) if strike else words.get("silent_s")
-            self.books.losses.append(
-                Fault(
-                    rank=member,
-                    kind=strike.kind if strike else words.get("kind", "lost"),
-                    found_at=utc_before(seconds, "milliseconds"),
-                    epoch=position.epoch,
-                    step=strike.step if strike else None,
-                    detected_after_s=since_s,
-                    recovered_after_s=seconds + (since_s or 0),
-                    action="continue",
-                )
+            fault = losses.explain(
+                self._folder,
+                member,
+                self.books.losses,
+                epoch=position.epoch,
+                action="continue",
+                ago_s=seconds,
             )
+            after_s = seconds + (fault.detected_after_s or 0)
+            self.books.losses.append(fault.model_copy(update={"recovered_after_s": after_s}))
         if position.closed:
             self.books.told = len(self.books.losses)  # there is no round to commit
         in_place = f", with {_named(new)} in place" if new else ""

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Literal
 
-from rankwise import machine
+from rankwise import losses, machine
 from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
-from rankwise.faults import DEADLY, read_marks
 from rankwise.launch.order import Order, to_arguments
 from rankwise.launch.preflight import Flight
 from rankwise.launch.signals import handling
-from rankwise.record import Fault, Record, RunFolder, utc_before
+from rankwise.record import Fault, Record, RunFolder
 from rankwise.world.surroundings import Mpiexec, allocated_hosts, find_mpiexec, mpi_environment
 
 FIRST_PAUSE_S = 1.0
@@ -76,33 +75,14 @@ def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
 def _why(folder: RunFolder, ending: Ending) -> Fault:
     """The fault after which a run is started again, by what was left in the folder and what mpiexec said."""
     record = folder.read()
-    epoch = len(record.epochs) + 1
-    known = {(fault.rank, fault.kind, fault.epoch) for fault in record.faults}
-    strikes = [mark for mark in read_marks(folder.faults) if mark.kind in DEADLY]
-    found_at = utc_before(0, "milliseconds")
-    for mark in reversed(strikes):
-        if (mark.rank, mark.kind, mark.epoch) not in known:
-            return Fault(
-                rank=mark.rank,
-                kind=mark.kind,
-                epoch=mark.epoch,
-                step=mark.step,
-                found_at=found_at,
-                detected_after_s=time.time() - mark.at_s,
-                action="restart",
-            )
     named = re.search(r"process rank (\d+)", ending.last_words)
-    rank = json.loads(folder.failure.read_bytes())["rank"] if folder.failure.exists() else -1
-    rank = int(named[1]) if named else rank
-    words = folder.read_words(rank)
-    return Fault(
-        rank=rank,
-        kind=words.get("kind", "lost"),
-        epoch=epoch,
-        found_at=found_at,
-        detected_after_s=words.get("silent_s"),
-        action="restart",
-    )
+    if strikes := losses.new_strikes(folder, record.faults):
+        rank = strikes[-1].rank
+    elif named:
+        rank = int(named[1])
+    else:
+        rank = json.loads(folder.failure.read_bytes())["rank"] if folder.failure.exists() else -1
+    return losses.explain(folder, rank, record.faults, epoch=len(record.epochs) + 1, action="restart")
 
 
 def _arguments(order: Order, config: TrainConfig, folder: RunFolder, resume: bool) -> list[str]:
