@@ -140,15 +140,16 @@ class Score:
     """What an entrant came to on a course, over its seeds.
 
     `accuracy` is that after all epochs, `in_time` the best that was reached before the fastest entrant was
-    through. `bytes_sent` counts what all ranks sent in a whole run, `epoch_s` is the median epoch.
+    through, None if that was before its first epoch was over. `bytes_sent` counts what all ranks sent in a
+    whole run, None for ddp, whose bytes go past the ledger; `epoch_s` is the median epoch.
     """
 
     entrant: Entrant
     rate: float
     records: Sequence[Record]
     accuracy: Estimate
-    in_time: Estimate
-    bytes_sent: float
+    in_time: Estimate | None
+    bytes_sent: float | None
     epoch_s: float
     linked_epoch_s: float | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
@@ -176,8 +177,8 @@ def scores(
                 rate,
                 records,
                 accuracy=estimate([record.epochs[-1].val_accuracy for record in records]),
-                in_time=estimate([_accuracy_after(record, limit_s) for record in records]),
-                bytes_sent=sum(row.bytes_sent for row in first.ranks),
+                in_time=_estimate([_accuracy_after(record, limit_s) for record in records]),
+                bytes_sent=None if "ddp" in entrant.name else sum(row.bytes_sent for row in first.ranks),
                 epoch_s=first.median_epoch_s,
                 linked_epoch_s=_scaled_epoch_s(link, first) if link else None,
                 measured=first.ranks[0].measured,
@@ -190,10 +191,15 @@ def _epochs_s(record: Record) -> list[float]:
     return list(accumulate(row.wall_s for row in record.epochs))
 
 
-def _accuracy_after(record: Record, limit_s: float) -> float:
-    """The best accuracy of the epochs that were over after so many seconds; 0 if none was."""
+def _estimate(values: Sequence[float | None]) -> Estimate | None:
+    known = [value for value in values if value is not None]
+    return estimate(known) if len(known) == len(values) else None
+
+
+def _accuracy_after(record: Record, limit_s: float) -> float | None:
+    """The best accuracy of the epochs that were over after so many seconds, if any was."""
     done = zip(record.epochs, _epochs_s(record), strict=True)
-    return max((row.val_accuracy for row, seconds in done if seconds <= limit_s * (1 + 1e-9)), default=0.0)
+    return max((row.val_accuracy for row, seconds in done if seconds <= limit_s * (1 + 1e-9)), default=None)
 
 
 def _scaled_epoch_s(link: Record, full: Record) -> float:

@@ -61,13 +61,22 @@ def _far_fewer_bytes(scores: Scores, val_samples: int) -> Finding | None:
     gain = _gain(scores, "diloco 500", REFERENCE, val_samples)
     if gain is None:
         return None
-    ratio = scores[REFERENCE].bytes_sent / scores["diloco 500"].bytes_sent
+    ratio = _times_fewer(scores["diloco 500"], scores[REFERENCE])
+    if ratio is None:
+        return None
     evidence = (
         f"With a round of 500 steps it sends {ratio:,.0f} times fewer bytes than {REFERENCE} in the same run "
         f"(an epoch's end ends a round too), and is ahead by {points(gain)}."
     )
     fails = ratio < 100 or gain.below(0)
     return answer_of(holds=ratio >= 250 and gain.low > -0.01 and not fails, fails=fails), evidence
+
+
+def _times_fewer(score: Score, reference: Score | None) -> float | None:
+    """How many times fewer bytes it sent than the reference."""
+    if reference is None or not (score.bytes_sent and reference.bytes_sent):
+        return None
+    return reference.bytes_sent / score.bytes_sent
 
 
 CLAIMS = (
@@ -116,9 +125,9 @@ def score_grid(course: Course, scores: Sequence[Score]) -> Grid:
             score.entrant.name,
             score.rate,
             _percent(score.accuracy),
-            _percent(score.in_time),
-            score.bytes_sent / 1e6,
-            reference.bytes_sent / max(score.bytes_sent, 1) if reference else None,
+            _percent(score.in_time) if score.in_time else None,
+            score.bytes_sent / 1e6 if score.bytes_sent else None,
+            _times_fewer(score, reference),
             score.epoch_s,
             score.linked_epoch_s,
         )
@@ -167,16 +176,17 @@ def _course(course: Course, scores: Sequence[Score]) -> Iterable[Block]:
         yield Notice("Nothing was run over a link of 100 Mbit/s: benchmarks/slow_link.py does that.")
     yield Paragraph(
         "Accuracy is that after the last epoch; at equal time it is the best that was reached before the "
-        "fastest of these was through. Bytes are what all ranks handed over in a whole run; those of ddp go "
-        "past the ledger and are not known."
+        "fastest of these was through, if an epoch was over by then. Bytes are what all ranks handed over in "
+        "a whole run; those of ddp go past the ledger and are not known. Times are the first seed's median "
+        "epoch; over the link one epoch, of a part of the samples where rounds are short, scaled."
     )
 
 
 def _against_bytes(scores: Sequence[Score]) -> Chart:
-    known = [score for score in scores if score.entrant.name != "ddp"]
+    known = [score for score in scores if score.bytes_sent]
     return _scatter(
         known,
-        ("MB sent", [score.bytes_sent / 1e6 for score in known], {"type": "log"}),
+        ("MB sent", [(score.bytes_sent or 0) / 1e6 for score in known], {"type": "log"}),
         "Accuracy after all epochs against what all ranks sent in the run; up and to the left is better.",
     )
 
