@@ -108,7 +108,8 @@ class Synchroniser:
             lets_in=spares > 0 and strategy.keeps_local_work,
         )
         self._at_start = (0, 0)
-        self._drops = self._over = 0
+        self._drops = 0
+        self._over = 0  # samples of rounds ahead of the others', which belong to the round under way since
         self._trained: list[Indices] = []
         self._under_way: list[Indices] = []
         self._fill = True
