@@ -16,7 +16,8 @@ from rankwise.models.replica import Replica
 from rankwise.record import Record
 from rankwise.strategies import entry_of, resolve
 from rankwise.strategies.arrival import stand_by
-from rankwise.strategies.synchroniser import Synchroniser, make_sampler
+from rankwise.strategies.assembly import make_sampler
+from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.world import World
 from rankwise.world.threads import Killed, run_in_threads
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rankwise.config import TrainConfig as TrainConfig
     from rankwise.record import Record as Record
     from rankwise.record import RunFolder as RunFolder
+    from rankwise.strategies.assembly import synchronise as synchronise
     from rankwise.strategies.synchroniser import Synchroniser as Synchroniser
-    from rankwise.strategies.synchroniser import synchronise as synchronise
     from rankwise.world import World as World
     from rankwise.world import run_in_threads as run_in_threads
     from rankwise.world.join import join as join
@@ -30,7 +30,7 @@ _HOMES = {
     "World": "rankwise.world",
     "join": "rankwise.world.join",
     "run_in_threads": "rankwise.world",
-    "synchronise": "rankwise.strategies.synchroniser",
+    "synchronise": "rankwise.strategies.assembly",
     "train": "rankwise.api",
 }
 

@@ -22,7 +22,8 @@ from rankwise.progress import Progress
 from rankwise.record import Host, Record, RunFolder
 from rankwise.schedule import scheduler
 from rankwise.strategies.arrival import Arrival, stand_by
-from rankwise.strategies.synchroniser import Synchroniser, make_sampler
+from rankwise.strategies.assembly import make_sampler
+from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.training import Job, train
 from rankwise.watchdog import Watchdog
 from rankwise.world import World

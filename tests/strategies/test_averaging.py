@@ -72,7 +72,7 @@ def test_averaging_is_numpys(topology: str, optimizer_state: str, strategy: str,
 
     from rankwise.config import TrainConfig
     from rankwise.strategies import resolve
-    from rankwise.strategies.synchroniser import make_sampler
+    from rankwise.strategies.assembly import make_sampler
 
     config = resolve(TrainConfig(ranks=ranks, batch_size=16, **options))
     workers = list(range(int(topology == "master"), ranks))

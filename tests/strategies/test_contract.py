@@ -14,7 +14,8 @@ from rankwise import synchronise
 from rankwise.config import TrainConfig
 from rankwise.models.replica import Replica
 from rankwise.strategies import STRATEGIES, resolve
-from rankwise.strategies.synchroniser import Synchroniser, make_sampler
+from rankwise.strategies.assembly import make_sampler
+from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.world import World, run_in_threads
 
 from .loops import BATCH, LABELS, SAMPLES, gradients, make, train_all

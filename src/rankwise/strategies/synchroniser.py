@@ -10,21 +10,16 @@ import numpy as np
 
 from rankwise.checkpoint import Checkpoint
 from rankwise.compression import Memory
-from rankwise.config import TrainConfig
-from rankwise.data import partition
 from rankwise.data.partition import Indices
 from rankwise.data.sampler import NOTHING, Batch, Sampler
-from rankwise.errors import ConfigError, DivergedError, RankLost
+from rankwise.errors import DivergedError, RankLost
 from rankwise.faults import NoFaults
-from rankwise.schedule import scheduler
-from rankwise.strategies import entry_of, resolve
 from rankwise.strategies.arrival import Arrival, Standing, let_in
 from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
 from rankwise.strategies.past import Past, Position
 from rankwise.world import World
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from rankwise.models.replica import Replica
@@ -399,84 +394,3 @@ class Synchroniser:
             factor = self._rate_factor(position, self.sampler.workers)
             for group, rate in zip(self.replica.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
-
-
-def dealing_of(config: TrainConfig, pool: Indices, labels: Indices) -> Callable[[int, int], list[Indices]]:
-    """The function (epoch, workers) -> shards, one a worker, over the samples `pool`, whose classes are
-    `labels`."""
-    assert config.strategy is not None
-    replicates = entry_of(config.strategy).replicates
-
-    def deal(epoch: int, workers: int) -> list[Indices]:
-        if replicates:
-            shards = partition.replicate(samples=len(pool), workers=workers, epoch=epoch, seed=config.seed)
-        else:
-            shards = partition.deal(
-                config.shards, labels=labels, workers=workers, epoch=epoch, seed=config.seed
-            )
-        return [pool[shard] for shard in shards]
-
-    return deal
-
-
-def make_sampler(
-    config: TrainConfig, pool: partition.Indices, labels: partition.Indices, rank: int
-) -> Sampler:
-    """The sampler of `rank` for a resolved configuration."""
-    return Sampler(
-        dealing_of(config, pool, labels),
-        rank=rank,
-        size=config.ranks,
-        first_worker=1 if config.has_master else 0,
-        batch_size=config.batch_size,
-        sync_every=lambda epoch: _steps_a_round(config, epoch),
-        keeps_global_batch=config.on_shrink == "keep-global-batch",
-    )
-
-
-def _steps_a_round(config: TrainConfig, epoch: int) -> int | None:
-    """Steps between synchronisations in an epoch, None for all of it."""
-    if config.local_after is not None and epoch <= config.local_after * config.epochs:
-        return 1
-    return config.sync_every if isinstance(config.sync_every, int) else None
-
-
-def synchronise(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    *,
-    samples: int,
-    **options: Any,
-) -> Synchroniser:
-    """Put a plain PyTorch loop in step with the other ranks of `world`.
-
-    `samples` is the size of the training set. `options` are those of `rankwise train` that say how
-    ranks work together (strategy, topology, sync_every, compress, optimizer_state, shards, batch_size,
-    seed, on_failure and those of single strategies) and how the learning rate goes (epochs, schedule,
-    lr_scaling, warmup, clip_norm); the rate itself is the optimiser's.
-    Raises ConfigError, one line, for an option that does not exist or does not fit.
-    """
-    from rankwise.models.replica import Replica
-
-    config = resolve(TrainConfig(ranks=world.size, **options))
-    if config.shards.startswith("dirichlet"):
-        raise ConfigError("--shards dirichlet needs labels, which a loop of your own deals with itself")
-    if samples < config.workers:
-        raise ConfigError(f"{samples} samples cannot be dealt to {config.workers} workers: use fewer ranks")
-    assert config.strategy is not None
-    pool = np.arange(samples)
-    return Synchroniser(
-        Replica(
-            model,
-            optimizer,
-            share_optimizer_state=config.optimizer_state == "average",
-            clip_norm=config.clip_norm,
-        ),
-        entry_of(config.strategy).build(config),
-        make_sampler(config, pool, np.zeros(samples, np.int64), world.rank),
-        world,
-        rate_factor=scheduler(config),
-        survives=config.on_failure == "continue" and world.size > 1,
-        min_ranks=config.min_ranks,
-    )
