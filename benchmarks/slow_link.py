@@ -4,7 +4,8 @@
 
 STUDY is the folder of `rankwise reproduce strategies`; it gains a record for each strategy, and the same
 command of `reproduce` then puts the times into its page. The hosts are network namespaces on this
-machine, joined by a bridge, so root is needed. ddp is left out: gloo would need names for the hosts.
+machine, joined by a bridge, so root is needed. ddp is left out, as gloo would need names for the hosts, and
+post-local-sgd, whose one epoch would be of its second half alone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ LIMITS = {"paper-cnn": 12_500, "resnet9": 1500}
 """A part of the samples must do, as what counts is the time a sample; but not where rounds are long."""
 
 LONGEST_ROUND = 64
+LEFT_OUT = ("ddp", "post-local-sgd")
 
 
 def call(*words: object) -> None:
@@ -121,7 +123,7 @@ def main() -> None:
                 name = f"{course.model}-{entrant.slug}-link"
                 found = sorted(folder.records.glob(f"{course.model}-{entrant.slug}-lr*-seed0.json"))
                 final = [path for path in found if "tuning" not in path.name]
-                if entrant.name == "ddp" or not final or (folder.records / f"{name}.json").exists():
+                if entrant.name in LEFT_OUT or not final or (folder.records / f"{name}.json").exists():
                     continue
                 stored = folder.record_of(final[0].stem)
                 assert stored is not None

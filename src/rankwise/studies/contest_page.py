@@ -171,8 +171,11 @@ def _course(course: Course, scores: Sequence[Score]) -> Iterable[Block]:
         yield Notice("Nothing was run here yet.")
         return
     yield Row((_against_bytes(scores), _against_time(scores)))
+    linked = [score for score in scores if score.linked_epoch_s is not None]
+    if linked:
+        yield _over_the_link(linked)
     yield score_grid(course, scores).table()
-    if all(score.linked_epoch_s is None for score in scores):
+    if not linked:
         yield Notice("Nothing was run over a link of 100 Mbit/s: benchmarks/slow_link.py does that.")
     yield Paragraph(
         "Accuracy is that after the last epoch; at equal time it is the best that was reached before the "
@@ -196,6 +199,14 @@ def _against_time(scores: Sequence[Score]) -> Chart:
         scores,
         ("seconds an epoch", [score.epoch_s for score in scores], {"zero": False}),
         "Accuracy after all epochs against what one took on this machine; up and to the left is better.",
+    )
+
+
+def _over_the_link(scores: Sequence[Score]) -> Chart:
+    return _scatter(
+        scores,
+        ("seconds an epoch", [score.linked_epoch_s or 0.0 for score in scores], {"type": "log"}),
+        "The same with the workers on two hosts that are joined by 100 Mbit/s.",
     )
 
 
