@@ -26,14 +26,13 @@ import numpy as np
 import torch
 
 import rankwise.training
-from rankwise import models
 from rankwise.config import TrainConfig
 from rankwise.data import prepare
 from rankwise.data.feed import Feed
 from rankwise.ledger import PHASES
 from rankwise.models.replica import Replica
 from rankwise.record import RunFolder
-from rankwise.run import _make_job
+from rankwise.run import _make_job, _make_replica
 from rankwise.strategies import exchange, resolve
 from rankwise.training import Losses, train_epoch
 from rankwise.world import World, join
@@ -99,8 +98,7 @@ def main(topology: str, *cases: str) -> None:
             train_limit=8 * ROUNDS * (world.size - (topology == "master")),
         )
     )
-    model = models.build("mlp", dataset.image_shape, len(dataset.classes))
-    job = _make_job(config, dataset, model, world, RunFolder(Path(".")))
+    job = _make_job(config, dataset, _make_replica(config, dataset), world, RunFolder(Path(".")))
     train_epoch(job, 1, Losses())  # warms up
     for case in cases:
         kind, rank, length_s = case.split(":")

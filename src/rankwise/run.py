@@ -187,7 +187,7 @@ def _make_job(
     replica: Replica,
     world: World,
     folder: RunFolder,
-    arrival: Arrival | None,
+    arrival: Arrival | None = None,
 ) -> Job:
     assert config.strategy is not None
     chosen = select(config, dataset)
