@@ -29,7 +29,7 @@ def replica(number: int, lighthouse: str, log: Path) -> None:
     import torch
     import torch.nn.functional as F
     from torch.distributed import TCPStore
-    from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+    from torchft import Manager, Optimizer, ProcessGroupGloo
 
     from rankwise import models
 
@@ -56,12 +56,15 @@ def replica(number: int, lighthouse: str, log: Path) -> None:
         replica_id=f"replica-{number}",
         timeout=timedelta(seconds=10),
     )
-    model, optimizer = DistributedDataParallel(manager, model), Optimizer(manager, optimizer)
+    optimizer = Optimizer(manager, optimizer)
     images, labels = torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))
     with log.open("w", buffering=1) as file:
         while True:
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
+            # Not by its DistributedDataParallel, whose hook fails with torch 2.13.
+            for work in [manager.allreduce(parameter.grad) for parameter in model.parameters()]:
+                work.wait()
             before = manager.current_step()
             optimizer.step()
             if manager.current_step() > before:
@@ -76,7 +79,7 @@ def commits(log: Path) -> list[tuple[float, int]]:
 
 def one_kill(processes: int, victim: int, scratch: Path) -> float:
     """Seconds from a kill until the last survivor has committed a step with one process less."""
-    from torchft import LighthouseServer
+    from torchft.coordination import LighthouseServer
 
     lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=100)
     context = multiprocessing.get_context("spawn")
