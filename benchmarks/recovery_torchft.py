@@ -1,6 +1,6 @@
 """How long torchft takes from the death of a process until the others have committed a step without it.
 
-    pip install torchft opentelemetry-exporter-otlp-proto-http
+    pip install torchft
     python benchmarks/recovery_torchft.py [--processes 4] [--repeats 10]
 
 The peer of recovery.py: the same network and batch, as many processes, each a replica group of its own over
@@ -77,11 +77,13 @@ def commits(log: Path) -> list[tuple[float, int]]:
     return [(float(moment), int(n)) for moment, n in (line.split() for line in lines)]
 
 
-def one_kill(processes: int, victim: int, scratch: Path) -> float:
+def one_kill(processes: int, victim: int, scratch: Path, heartbeat_ms: int) -> float:
     """Seconds from a kill until the last survivor has committed a step with one process less."""
     from torchft.coordination import LighthouseServer
 
-    lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=100)
+    lighthouse = LighthouseServer(
+        bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=100, heartbeat_timeout_ms=heartbeat_ms
+    )
     context = multiprocessing.get_context("spawn")
     logs = [scratch / f"{number}.log" for number in range(processes)]
     for log in logs:
@@ -121,10 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument(
+        "--heartbeat-ms", type=int, default=5000, help="when the lighthouse gives up; 5000 is its default"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         found_ms = [
-            1e3 * one_kill(arguments.processes, turn % arguments.processes, Path(scratch))
+            1e3
+            * one_kill(arguments.processes, turn % arguments.processes, Path(scratch), arguments.heartbeat_ms)
             for turn in range(arguments.repeats)
         ]
     print(
