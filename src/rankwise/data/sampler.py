@@ -136,6 +136,8 @@ class Sampler:
     def weights(self, epoch: int) -> NDArray[np.float64]:
         """The share of each rank [ranks] in the samples of an epoch."""
         totals = self._totals(epoch)
+        if not totals.any():  # all that was trained, ranks had that were lost since
+            totals = np.ones(self._size)
         return np.asarray(totals / totals.sum())
 
     def batches(self, epoch: int, first_round: int = 0) -> Iterator[Batch]:
