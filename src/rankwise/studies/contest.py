@@ -178,7 +178,7 @@ def scores(
                 records,
                 accuracy=estimate([record.epochs[-1].val_accuracy for record in records]),
                 in_time=_estimate([_accuracy_after(record, limit_s) for record in records]),
-                bytes_sent=None if "ddp" in entrant.name else sum(row.bytes_sent for row in first.ranks),
+                bytes_sent=_bytes_sent(entrant, first),
                 epoch_s=first.median_epoch_s,
                 linked_epoch_s=_scaled_epoch_s(link, first) if link else None,
                 measured=first.ranks[0].measured,
@@ -189,6 +189,11 @@ def scores(
 
 def _epochs_s(record: Record) -> list[float]:
     return list(accumulate(row.wall_s for row in record.epochs))
+
+
+def _bytes_sent(entrant: Entrant, record: Record) -> float | None:
+    past_the_ledger = entrant.options["strategy"] == "ddp"
+    return None if past_the_ledger else sum(row.bytes_sent for row in record.ranks)
 
 
 def _estimate(values: Sequence[float | None]) -> Estimate | None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.report import run_tables
 from rankwise.report.charts.learning import HEIGHT
 from rankwise.report.page import Block, Chart, Notice, Page, Paragraph, Row, Section, Spec
-from rankwise.report.runs import Run
+from rankwise.studies import blocks
 from rankwise.studies.contest import REFERENCE, WORKERS, Course, Score
 from rankwise.studies.grids import Grid
-from rankwise.studies.statistics import Contrast, accuracy_difference
+from rankwise.studies.results import last_gain
+from rankwise.studies.statistics import Contrast
 from rankwise.studies.verdicts import Answer, Finding, Verdict, answer_of, points
 
 Scores = Mapping[str, Score]
@@ -31,9 +31,7 @@ def _gain(scores: Scores, ours: str, other: str, val_samples: int) -> Contrast |
     """By how much one entrant is more accurate than another after all epochs, seed by seed."""
     if ours not in scores or other not in scores:
         return None
-    pairs = zip(scores[ours].records, scores[other].records, strict=False)
-    rows = [(one.epochs[-1].val_accuracy, two.epochs[-1].val_accuracy) for one, two in pairs]
-    return accuracy_difference([one for one, _ in rows], [two for _, two in rows], val_samples)
+    return last_gain(scores[ours].records, scores[other].records, val_samples)
 
 
 def _by_gain(ours: str, other: str, answer: Callable[[Contrast], Answer]) -> _Find:
@@ -243,20 +241,11 @@ def _percent(estimate: Any) -> Any:
 
 
 def _how(found: Mapping[Course, Sequence[Score]], command: str) -> Iterable[Block]:
-    yield Paragraph(
-        f"{command}, with --output and this folder, keeps what is finished here, runs what is missing, and "
-        "writes this page anew. Learning rates fall along a cosine."
-    )
+    yield blocks.how_to_run(command, "Learning rates fall along a cosine.")
     for course in found:
         yield Paragraph(
-            f"Options of all runs: {_words(course.options)}. To choose among the rates "
-            f"{', '.join(f'{rate:g}' for rate in course.rates)}: {_words(course.tuning)}.",
+            f"Options of all runs: {blocks.options(course.options)}. To choose among the rates "
+            f"{', '.join(f'{rate:g}' for rate in course.rates)}: {blocks.options(course.tuning)}.",
             lead=f"{course.model}.",
         )
-    records = [score.records[0] for scores in found.values() for score in scores]
-    if records:
-        yield from run_tables.environment([Run("all runs", max(records, key=lambda r: len(r.ranks)))])
-
-
-def _words(options: Mapping[str, object]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+    yield from blocks.environment([score.records[0] for scores in found.values() for score in scores])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rankwise.record import Record
-from rankwise.storage import write_atomically
 from rankwise.studies import contest
 from rankwise.studies.contest import Course, Entrant, Score
 from rankwise.studies.contest_page import contest_page, judge, score_grid
@@ -36,8 +35,7 @@ def hold_contest(study: Study) -> Reproduction:
     found = {course: _scores(course, rates, folder, course.seeds(study.repeats)) for course in courses}
     judged = judge(found[courses[0]], study.val_samples(courses[0].options))
     for course, scores in found.items():
-        grid = score_grid(course, scores)
-        write_atomically(folder.tables / f"{grid.name}.csv", grid.to_csv().encode())
+        score_grid(course, scores).write(folder.tables)
     page = folder.path / "strategies.html"
     contest_page(found, judged, study.dataset, study.command, study.quick).write(page)
     require_all(runs, failed, page)
@@ -80,10 +78,8 @@ def _scores(
         rate = rates.get((course.model, entrant.name))
         if rate is None:
             continue
-        name = course.name(entrant, rate, final=True)
-        records = [folder.record_of(f"{name}-seed{seed}") for seed in range(repeats)]
-        if all(records):
-            finals[entrant.name] = rate, [record for record in records if record]
+        if records := folder.all_seeds(course.name(entrant, rate, final=True), repeats):
+            finals[entrant.name] = rate, records
         if link := folder.record_of(f"{course.model}-{entrant.slug}-link"):
             linked[entrant.name] = link
     return contest.scores(course, finals, linked)

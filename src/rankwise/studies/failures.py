@@ -9,7 +9,8 @@ from rankwise.ledger import TRAINING
 from rankwise.record import Record
 from rankwise.studies.grids import Cell, Grid
 from rankwise.studies.plan import AVERAGED, Options
-from rankwise.studies.statistics import Contrast, accuracy_difference, estimate
+from rankwise.studies.results import last_accuracy, last_gain
+from rankwise.studies.statistics import Contrast, estimate
 from rankwise.studies.verdicts import Verdict, answer_of, points
 
 KINDS = {"sleep": "asleep for {seconds:g} s", "kill": "killed"}
@@ -113,7 +114,7 @@ def failures_grid(trouble: Trouble, found: Found) -> Grid:
                 trouble.words(setting),
                 estimate([len(record.faults) for record in records]),
                 estimate([sum(f.action == "restart" for f in record.faults) for record in records]),
-                estimate([100 * record.epochs[-1].val_accuracy for record in records]),
+                estimate([100 * last_accuracy(record) for record in records]),
                 sum(record.samples.lost + record.samples.duplicated for record in records),
                 estimate([record.elapsed_s for record in records]),
                 *(estimate([its[name] for its in parts]) for name in (*PARTS, BEFORE)),
@@ -170,6 +171,4 @@ def _nothing_is_lost(found: Found) -> Verdict:
 def _gain(found: Found, ours: Setting, other: Setting, val_samples: int) -> Contrast | None:
     if ours not in found or other not in found:
         return None
-    pairs = list(zip(found[ours], found[other], strict=False))
-    one, two = ([record.epochs[-1].val_accuracy for record in column] for column in zip(*pairs, strict=True))
-    return accuracy_difference(one, two, val_samples)
+    return last_gain(found[ours], found[other], val_samples)

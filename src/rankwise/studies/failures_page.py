@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rankwise.report import run_tables
 from rankwise.report.charts.learning import HEIGHT
 from rankwise.report.page import Block, Chart, Notice, Page, Paragraph, Row, Section, Spec
-from rankwise.report.runs import Run
+from rankwise.studies import blocks
 from rankwise.studies.failures import BEFORE, PARTS, Found, Trouble, failures_grid, parts_s
+from rankwise.studies.results import last_accuracy
 from rankwise.studies.verdicts import Verdict
 
 
@@ -53,7 +53,7 @@ def _accuracy(trouble: Trouble, found: Found) -> Chart:
         {
             "failures": trouble.words(setting),
             "processes": str(setting.processes),
-            "accuracy": sum(record.epochs[-1].val_accuracy for record in records) / len(records),
+            "accuracy": sum(map(last_accuracy, records)) / len(records),
         }
         for setting, records in found.items()
     ]
@@ -77,13 +77,14 @@ def _accuracy(trouble: Trouble, found: Found) -> Chart:
 
 
 def _time(trouble: Trouble, found: Found) -> Chart:
+    parts = {setting: [parts_s(record) for record in records] for setting, records in found.items()}
     values = [
         {
             "run": f"{setting.processes} processes, {trouble.words(setting)}",
             "part": name,
-            "seconds": sum(parts_s(record)[name] for record in records) / len(records),
+            "seconds": sum(its[name] for its in runs) / len(runs),
         }
-        for setting, records in found.items()
+        for setting, runs in parts.items()
         for name in (*PARTS, BEFORE)
     ]
     spec: Spec = {
@@ -108,12 +109,6 @@ def _time(trouble: Trouble, found: Found) -> Chart:
 
 
 def _how(trouble: Trouble, found: Found, command: str) -> Iterable[Block]:
-    yield Paragraph(
-        f"{command}, with --output and this folder, keeps what is finished here, runs what is missing, and "
-        "writes this page anew. Who fails, and in which step, follows from the seed."
-    )
-    given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in trouble.options.items())
-    yield Paragraph(f"Options of all runs: {given}.")
-    records = [record for records in found.values() for record in records]
-    if records:
-        yield from run_tables.environment([Run("all runs", max(records, key=lambda r: len(r.ranks)))])
+    yield blocks.how_to_run(command, "Who fails, and in which step, follows from the seed.")
+    yield Paragraph(f"Options of all runs: {blocks.options(trouble.options)}.")
+    yield from blocks.environment([record for records in found.values() for record in records])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rankwise.storage import write_atomically
 from rankwise.studies import failures
 from rankwise.studies.failures_page import failures_page
 from rankwise.studies.runner import run_all
@@ -23,12 +22,10 @@ def meet_failures(study: Study) -> Reproduction:
     failed = run_all(runs, folder, study.console)
     found = {}
     for setting in trouble.settings():
-        records = [folder.record_of(f"{setting.name}-seed{seed}") for seed in range(study.repeats)]
-        if finished := [record for record in records if record]:
-            found[setting] = finished
+        if records := folder.all_seeds(setting.name, study.repeats):
+            found[setting] = records
     judged = failures.judge(trouble, found, study.val_samples(trouble.options), quick=study.quick)
-    grid = failures.failures_grid(trouble, found)
-    write_atomically(folder.tables / f"{grid.name}.csv", grid.to_csv().encode())
+    failures.failures_grid(trouble, found).write(folder.tables)
     page = folder.path / "failures.html"
     failures_page(trouble, found, judged, study.dataset, study.command, quick=study.quick).write(page)
     require_all(runs, failed, page)

@@ -91,6 +91,11 @@ class StudyFolder:
         except (OSError, ValidationError):
             return None
 
+    def all_seeds(self, name: str, seeds: int) -> list[Record]:
+        """The records of so many seeds of a run, whatever its options; none unless all are finished."""
+        records = [self.record_of(f"{name}-seed{seed}") for seed in range(seeds)]
+        return [record for record in records if record] if all(records) else []
+
     def keep(self, name: str, record: Record) -> None:
         """Put a finished run's record aside. Raises StorageError."""
         anywhere = record.model_copy(update={"config": record.config | dict.fromkeys(PLACES)})

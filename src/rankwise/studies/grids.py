@@ -6,9 +6,11 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rankwise.record import Record
 from rankwise.report import page
+from rankwise.storage import write_atomically
 from rankwise.studies import paper
 from rankwise.studies.ledgers import PARTS, Breakdown, Growth, breakdown, growth, mean_breakdown
 from rankwise.studies.plan import Trial
@@ -41,6 +43,10 @@ class Grid:
         """For a page: a mean with its interval in one cell."""
         rows = tuple(tuple(_shown(cell) for cell in row) for row in self.rows)
         return page.Table(self.columns, rows, self.caption, folded)
+
+    def write(self, folder: Path) -> None:
+        """Write it as a CSV file, under its name. Raises StorageError."""
+        write_atomically(folder / f"{self.name}.csv", self.to_csv().encode())
 
     def to_csv(self) -> str:
         """Twelve digits; beside a column of means the half width of the 95% interval and the seeds."""

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 from rankwise.record import Record, Role
-from rankwise.report import run_tables
 from rankwise.report.page import Block, Notice, Number, Numbers, Page, Paragraph, Row, Section, Table
-from rankwise.report.runs import Run
 from rankwise.report.words import count
-from rankwise.studies import charts, grids, paper
+from rankwise.studies import blocks, charts, grids, paper
 from rankwise.studies.ledgers import Growth, communication, mean_breakdown
 from rankwise.studies.results import Results, epoch_s
 from rankwise.studies.statistics import TIME_SPREAD
@@ -287,13 +285,8 @@ def _in_words(one: Growth) -> str:
 
 
 def _how(records: list[Record], command: str) -> Iterable[Block]:
-    yield Paragraph(
-        f"{command}, with --output and this folder, keeps what is finished here, runs what is missing, and "
-        "writes this page anew."
-    )
-    if records:
-        largest = max(records, key=lambda record: len(record.ranks))
-        yield from run_tables.environment([Run("all runs", largest)])
+    yield blocks.how_to_run(command)
+    yield from blocks.environment(records)
     yield Paragraph(
         "The tables stand as CSV files in tables/, the record of each run in records/: all its options, its "
         "epochs, and the time of each rank."

@@ -53,6 +53,13 @@ def cpu_percent(record: Record) -> float:
     return record.cpu_percent
 
 
+def last_gain(ours: Sequence[Record], others: Sequence[Record], val_samples: int) -> Contrast:
+    """By how much `ours` are more accurate after the last epoch, both in the order of the same seeds."""
+    return accuracy_difference(
+        [last_accuracy(record) for record in ours], [last_accuracy(record) for record in others], val_samples
+    )
+
+
 @dataclass(frozen=True)
 class Results:
     """Finished runs: `records` by the trial's name and then by seed.

@@ -14,7 +14,6 @@ from rankwise.config import TrainConfig
 from rankwise.data.selection import select
 from rankwise.errors import TrainingError, UsageError, unknown_name
 from rankwise.launch import preflight, showing_progress
-from rankwise.storage import write_atomically
 from rankwise.studies import plan
 from rankwise.studies.folder import StudyFolder
 from rankwise.studies.grids import all_grids
@@ -145,7 +144,7 @@ def reproduce_paper(study: Study) -> Reproduction:
     results = study.results(folder)
     judged = judge(results)
     for grid in all_grids(results, judged):
-        write_atomically(folder.tables / f"{grid.name}.csv", grid.to_csv().encode())
+        grid.write(folder.tables)
     study_page(results, judged, study.dataset, study.command).write(folder.page)
     require_all(runs, failed, folder.page)
     return Reproduction(judged, folder.page)
