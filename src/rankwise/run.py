@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from rankwise import data, models, placement, strategies
+from rankwise import data, models, placement
 from rankwise.accounts import standing_by
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
@@ -20,10 +20,8 @@ from rankwise.keeper import Keeper
 from rankwise.models.replica import Replica
 from rankwise.progress import Progress
 from rankwise.record import Host, Record, RunFolder
-from rankwise.schedule import scheduler
 from rankwise.strategies.arrival import Arrival, stand_by
-from rankwise.strategies.assembly import make_sampler
-from rankwise.strategies.synchroniser import Synchroniser
+from rankwise.strategies.assembly import assemble, make_replica
 from rankwise.training import Job, train
 from rankwise.watchdog import Watchdog
 from rankwise.world import World
@@ -173,12 +171,7 @@ def _make_replica(config: TrainConfig, dataset: Dataset) -> Replica:
         torch.manual_seed(config.seed)
         model = models.build(config.model, dataset.image_shape, len(dataset.classes))
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    return Replica(
-        model,
-        make_optimizer(config, model),
-        share_optimizer_state=config.optimizer_state == "average",
-        clip_norm=config.clip_norm,
-    )
+    return make_replica(config, model, make_optimizer(config, model))
 
 
 def _make_job(
@@ -189,23 +182,17 @@ def _make_job(
     folder: RunFolder,
     arrival: Arrival | None = None,
 ) -> Job:
-    assert config.strategy is not None
     chosen = select(config, dataset)
-    entry = strategies.entry_of(config.strategy)
-    sampler = make_sampler(config, chosen.train_pool, dataset.train.labels[chosen.train_pool], world.rank)
     return Job(
         config=config,
-        synchroniser=Synchroniser(
+        synchroniser=assemble(
+            config,
             replica,
-            entry.build(config),
-            sampler,
+            chosen.train_pool,
+            dataset.train.labels[chosen.train_pool],
             world,
-            rate_factor=scheduler(config),
-            survives=config.on_failure == "continue" and world.size > 1,
-            min_ranks=config.min_ranks,
-            spares=config.spares,
-            arrival=arrival,
             faults=_faults(config, folder, world, replica),
+            arrival=arrival,
         ),
         train=dataset.train,
         validation=chosen.validation,

@@ -12,14 +12,18 @@ from rankwise.data import partition
 from rankwise.data.partition import Indices
 from rankwise.data.sampler import Sampler
 from rankwise.errors import ConfigError
+from rankwise.faults import NoFaults
 from rankwise.schedule import scheduler
 from rankwise.strategies import entry_of, resolve
+from rankwise.strategies.arrival import Arrival
 from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.world import World
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from rankwise.models.replica import Replica
 
 
 def dealing_of(config: TrainConfig, pool: Indices, labels: Indices) -> Callable[[int, int], list[Indices]]:
@@ -40,9 +44,7 @@ def dealing_of(config: TrainConfig, pool: Indices, labels: Indices) -> Callable[
     return deal
 
 
-def make_sampler(
-    config: TrainConfig, pool: partition.Indices, labels: partition.Indices, rank: int
-) -> Sampler:
+def make_sampler(config: TrainConfig, pool: Indices, labels: Indices, rank: int) -> Sampler:
     """The sampler of `rank` for a resolved configuration."""
     return Sampler(
         dealing_of(config, pool, labels),
@@ -62,6 +64,45 @@ def _steps_a_round(config: TrainConfig, epoch: int) -> int | None:
     return config.sync_every if isinstance(config.sync_every, int) else None
 
 
+def make_replica(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> Replica:
+    """The replica of a rank for a resolved configuration."""
+    from rankwise.models.replica import Replica
+
+    return Replica(
+        model,
+        optimizer,
+        share_optimizer_state=config.optimizer_state == "average",
+        clip_norm=config.clip_norm,
+    )
+
+
+def assemble(
+    config: TrainConfig,
+    replica: Replica,
+    pool: Indices,
+    labels: Indices,
+    world: World,
+    *,
+    faults: NoFaults | None = None,
+    arrival: Arrival | None = None,
+) -> Synchroniser:
+    """What a resolved configuration describes, over the samples `pool`, whose classes are `labels`; for a
+    rank that comes in, from its `arrival`."""
+    assert config.strategy is not None
+    return Synchroniser(
+        replica,
+        entry_of(config.strategy).build(config),
+        make_sampler(config, pool, labels, world.rank),
+        world,
+        rate_factor=scheduler(config),
+        survives=config.on_failure == "continue" and world.size > 1,
+        min_ranks=config.min_ranks,
+        spares=config.spares,
+        faults=faults,
+        arrival=arrival,
+    )
+
+
 def synchronise(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -78,26 +119,10 @@ def synchronise(
     lr_scaling, warmup, clip_norm); the rate itself is the optimiser's.
     Raises ConfigError, one line, for an option that does not exist or does not fit.
     """
-    from rankwise.models.replica import Replica
-
     config = resolve(TrainConfig(ranks=world.size, **options))
     if config.shards.startswith("dirichlet"):
         raise ConfigError("--shards dirichlet needs labels, which a loop of your own deals with itself")
     if samples < config.workers:
         raise ConfigError(f"{samples} samples cannot be dealt to {config.workers} workers: use fewer ranks")
-    assert config.strategy is not None
-    pool = np.arange(samples)
-    return Synchroniser(
-        Replica(
-            model,
-            optimizer,
-            share_optimizer_state=config.optimizer_state == "average",
-            clip_norm=config.clip_norm,
-        ),
-        entry_of(config.strategy).build(config),
-        make_sampler(config, pool, np.zeros(samples, np.int64), world.rank),
-        world,
-        rate_factor=scheduler(config),
-        survives=config.on_failure == "continue" and world.size > 1,
-        min_ranks=config.min_ranks,
-    )
+    replica = make_replica(config, model, optimizer)
+    return assemble(config, replica, np.arange(samples), np.zeros(samples, np.int64), world)
