@@ -34,8 +34,8 @@ class Past:
     """Copies of one rank's replica, all in memory that is used again.
 
     With `undoes` that from before each exchange is kept, until all ranks must have come through it. With
-    `begins_again` that from the beginning of the round. With `lets_in` those of the last two commits, from
-    which a rank that comes in would begin.
+    `begins_again` that from the beginning of the round, and with `lets_in` too those of the last two commits,
+    from which a rank that comes in would begin.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Past:
         self._steps: list[_Step] = []
         self._free: Snapshot | None = None
         self._start: Snapshot | None = None
+        self._own: Snapshot | None = None  # memory for a start that is no commit
         self._commits: list[tuple[Position, Snapshot]] = []
 
     def exchange_begins(self, state: State, position: Position) -> None:
@@ -87,23 +88,23 @@ class Past:
         """All ranks have agreed from where they go on."""
         self._steps.clear()
 
-    def round_begins(self) -> None:
-        """What is now is what `begin_again` makes again."""
-        if self._begins_again:
-            with self._ledger.phase("recovery"):
-                self._start = self._replica.snapshot(self._start)
+    def round_begins(self, committed: Position | None) -> None:
+        """What is now is what `begin_again` makes again, and if all have committed it, at this position, what
+        a rank that comes in would begin with."""
+        if not self._begins_again:
+            return
+        with self._ledger.phase("recovery"):
+            if self._lets_in and committed is not None:
+                reuse = self._commits.pop(0)[1] if len(self._commits) > 1 else None
+                self._start = self._replica.snapshot(reuse)
+                self._commits.append((committed, self._start))
+            else:
+                self._start = self._own = self._replica.snapshot(self._own)
 
     def begin_again(self) -> None:
         """Make the replica what it was when the round began; where that is not kept, it still is."""
         if self._start is not None:
             self._start.restore()
-
-    def committed(self, position: Position) -> None:
-        """What is now is what all have committed here."""
-        if self._lets_in:
-            with self._ledger.phase("recovery"):
-                reuse = self._commits.pop(0)[1] if len(self._commits) > 1 else None
-                self._commits.append((position, self._replica.snapshot(reuse)))
 
     def commit_at(self, position: Position) -> Snapshot:
         """The replica as it was committed at this position; as it is now if it still is that."""

@@ -122,8 +122,7 @@ class Synchroniser:
             self._trained.clear()
             self.faults.begin(epoch, self.sampler.steps(epoch))
             self.state = self._strategy.open_epoch(self.state, self.replica, self.world)
-            self._past.committed(self.position)
-            self._round_begins()
+            self._round_begins(self.position)
         while not self.position.closed:
             try:
                 yield from self._rounds_of(epoch)
@@ -220,7 +219,7 @@ class Synchroniser:
         if self._fruitless > MOST_FRUITLESS:
             raise RankLost("exchanges fail again and again, though no rank was lost")
         self._begun_again += 1
-        self._round_begins()
+        self._round_begins(None)
         if not self.position.closed:
             self._found_ns = self._found_ns or started_ns
         self.on_recovery(lost, new, (self.world.ledger.clock() - started_ns) / 1e9)
@@ -279,7 +278,7 @@ class Synchroniser:
         if not self.position.closed:
             self.state = self._strategy.open_epoch(self.state, self.replica, self.world)
         self._does_again = True
-        self._round_begins()
+        self._round_begins(None)
 
     def _alike(self, memory: Memory) -> Memory:
         return {name: array for name, array in memory.items() if name in self._strategy.alike}
@@ -370,10 +369,9 @@ class Synchroniser:
             self._drops = self._over = 0
             self.position = replace(self.position, rounds=self.position.rounds + 1)
             self._past.all_came()
-            self._past.committed(self.position)
             self._trained.append(np.concatenate(self._under_way))
             self._under_way = []
-            self._round_begins()
+            self._round_begins(self.position)
             self._tell_of_recovery()
         world.timeline.step(batch.epoch, len(batch))
         self._rounds += batch.ends_round
@@ -385,9 +383,10 @@ class Synchroniser:
             self.on_next_commit((self.world.ledger.clock() - self._found_ns) / 1e9)
             self._found_ns = None
 
-    def _round_begins(self) -> None:
+    def _round_begins(self, committed: Position | None) -> None:
+        """A round begins, after a commit at this position, or again after a recovery."""
         self._at_start = len(self._under_way), self.state.pending
-        self._past.round_begins()
+        self._past.round_begins(committed)
 
     def _set_rates(self, position: float) -> None:
         if self._rate_factor is not None:
