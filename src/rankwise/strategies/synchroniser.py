@@ -278,7 +278,7 @@ class Synchroniser:
         if not self.position.closed:
             self.state = self._strategy.open_epoch(self.state, self.replica, self.world)
         self._does_again = True
-        self._round_begins(None)
+        self._round_begins(self.position)
 
     def _alike(self, memory: Memory) -> Memory:
         return {name: array for name, array in memory.items() if name in self._strategy.alike}
