@@ -17,6 +17,7 @@ import signal
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -111,9 +112,9 @@ def _first_without(log: Path, processes: int, after_s: float) -> float:
     return next((moment for moment, n in commits(log) if moment > after_s and n == processes - 1), 0.0)
 
 
-def _until(holds: object) -> None:
+def _until(holds: Callable[[], object]) -> None:
     give_up = time.monotonic() + WAIT_S
-    while not holds():  # type: ignore[operator]
+    while not holds():
         if time.monotonic() > give_up:
             raise SystemExit("it did not come to it in time")
         time.sleep(0.05)

@@ -102,8 +102,8 @@ def test_spares_come_in_at_any_call(
 
 @pytest.mark.parametrize(("first", "second"), [(12, 22), (12, 23), (22, 12)])
 def test_a_newcomer_lets_in_the_next(first: int, second: int) -> None:
-    """A spare that gets its start from another newcomer, in the same round, begins at the last commit too, and
-    not with what that one has trained since."""
+    """A spare that gets its start from another newcomer, in the same round, begins at the last commit too,
+    and not with what that one has trained since."""
     options = {"strategy": "local-sgd", "compress": "powersgd:2"}
     kill_at = {0: first, 1: second}
     results = run_in_threads(4, lambda world: loop(world, options, spares=2), kill_at=kill_at)

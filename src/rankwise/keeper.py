@@ -98,16 +98,15 @@ class Keeper:
         started_at = utc_before(self._world.ledger.close().wall_ns / 1e9)
         before = self._folder.read() if self._start and self._folder.record.exists() else None
         notes = self._start.notes if self._start else {"epochs": [], "samples": {}}
-        losses = (
-            [fault for fault in before.faults if fault.action in ("continue", "restart")] if before else []
-        )
+        faults = before.faults if before else []
+        survived = [_recovered(fault) for fault in faults if fault.action in ("continue", "restart")]
         try:
             return Books(
                 epochs=[Epoch.model_validate(row) for row in notes["epochs"]],
                 tallies={0: _Tally(**notes["samples"])},
                 spares={row.rank: row for row in spares},
-                losses=[_recovered(fault) for fault in losses],
-                told=len(losses),
+                losses=survived,
+                told=len(survived),
                 started_at=started_at,
                 elapsed_before_s=before.elapsed_before_s(started_at) if before else 0.0,
             )

@@ -49,9 +49,8 @@ class Logbook:
     """Logs the exchanges of one rank; `compare` moves what was waiting in them to where it belongs.
 
     `wait_on_ns` is the waiting by the rank that was waited for, under the number that it began with,
-    `hidden_ns` what went on behind
-    computing, `violations` how often clocks contradicted each other, `origin_ns` the start of
-    rank 0's process on the common clock.
+    `hidden_ns` what went on behind computing, `violations` how often clocks contradicted each other,
+    `origin_ns` the start of rank 0's process on the common clock.
     """
 
     def __init__(self, rank: int, size: int, ledger: Ledger, timeline: Timeline, clock: CommonClock) -> None:

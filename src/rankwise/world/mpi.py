@@ -192,13 +192,14 @@ class MpiTransport:
             left = group.Translate_ranks(range(group.Get_size()), before.Get_group())
             self._live = [self._live[rank] for rank in left]
             self._members = [member for member in worked if member in self._live]
-            if self._strength == len(self._clocks):  # nobody ever stood by
-                self._comm = self._all
-                break
-            if self._agree(self._all, fill):
+            some_stand_by = self._strength < len(self._clocks)
+            if some_stand_by and self._agree(self._all, fill):
                 waiting = [member for member in self._live if member not in worked]
                 self._members += waiting[: self._strength - len(self._members)]
             self._settle_in()
+            if not some_stand_by:
+                self._comm = self._all
+                return self._members
             try:
                 self._comm = self._split(self._all)
                 whole = True
@@ -206,9 +207,7 @@ class MpiTransport:
                 self._all.Revoke()
                 whole = False
             if self._agree(self._all, whole):
-                break
-        self._settle_in()
-        return self._members
+                return self._members
 
     def _split(self, everybody: MPI.Intracomm) -> MPI.Intracomm:
         """A communicator of those that work."""
@@ -244,12 +243,10 @@ class MpiTransport:
         if self._mpi.Is_finalized():
             return
         try:
-            if self.rank == 0:
-                for place, number in enumerate(self._live):
-                    if number not in self._members:
-                        _Pending(self._mpi, partial(self._all.Isend, np.empty(0), place, DONE_TAG)).wait(
-                            Watch()
-                        )
+            waiting = [number for number in self._live if number not in self._members]
+            for number in waiting if self.rank == 0 else ():
+                tell = partial(self._all.Isend, np.empty(0), self._live.index(number), DONE_TAG)
+                _Pending(self._mpi, tell).wait(Watch())
             _Pending(self._mpi, self._all.Ibarrier).wait(Watch())
         except RankLost:
             self._all.Revoke()  # or whoever stands by might do so for ever
