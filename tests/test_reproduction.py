@@ -16,7 +16,7 @@ STUDY = Path(__file__).parent.parent / "docs" / "reproduction"
 PAPERS = sorted((STUDY / "records").glob("*.json"))
 RECORDS = sorted(STUDY.rglob("records/*.json"))
 PAGES = sorted(STUDY.rglob("*.html"))
-LARGEST_BYTES = 5_000_000
+LARGEST_BYTES = 6_000_000
 
 
 @pytest.fixture(params=RECORDS, ids=lambda path: f"{path.parent.parent.name}/{path.stem}")
