@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.errors import ConfigError, unknown_name
-from rankwise.world import World
+from rankwise.world import Ranks
 from rankwise.world.halves import Kind, from_words, to_words
 
 Flat = NDArray[np.floating]
@@ -55,13 +55,13 @@ class Compressor(ABC):
 
     @abstractmethod
     def sum_by_allreduce(
-        self, values: Flat, flag: bool, world: World, memory: Memory, random: np.random.Generator
+        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
     ) -> Reduced:
         """Among all ranks alike; all find the same total."""
 
     @abstractmethod
     def sum_by_master(
-        self, values: Flat, flag: bool, world: World, memory: Memory, random: np.random.Generator
+        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
     ) -> Reduced:
         """By rank 0, in rank order, which sends the total to all."""
 
@@ -78,7 +78,7 @@ class ByPayload(Compressor):
         """The values [size] that a payload stands for."""
 
     def sum_by_allreduce(
-        self, values: Flat, flag: bool, world: World, memory: Memory, random: np.random.Generator
+        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
     ) -> Reduced:
         """All payloads to all ranks; each adds them up in rank order."""
         payload = self.encode(values, random)
@@ -90,7 +90,7 @@ class ByPayload(Compressor):
         return Reduced(total, parts[world.rank], bool(rows[:, -1].any()), memory, len(payload))
 
     def sum_by_master(
-        self, values: Flat, flag: bool, world: World, memory: Memory, random: np.random.Generator
+        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
     ) -> Reduced:
         """All payloads to rank 0, which compresses the sum too, and keeps a residual of that."""
         payload = self.encode(values, random)
@@ -121,7 +121,7 @@ class Half(ByPayload):
         return from_words(np.ascontiguousarray(payload).view(np.uint16), self.kind)
 
     def sum_by_allreduce(
-        self, values: Flat, flag: bool, world: World, memory: Memory, random: np.random.Generator
+        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
     ) -> Reduced:
         words = to_words(np.append(values, values.dtype.type(flag)), self.kind)
         mine = from_words(words[:-1], self.kind)
@@ -195,12 +195,12 @@ class PowerSGD(Compressor):
     shapes: tuple[tuple[int, ...], ...] = ()
 
     def sum_by_allreduce(
-        self, values: Flat, flag: bool, world: World, memory: Memory, random: np.random.Generator
+        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
     ) -> Reduced:
         return self._sum(values, flag, memory, world.allreduce)
 
     def sum_by_master(
-        self, values: Flat, flag: bool, world: World, memory: Memory, random: np.random.Generator
+        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
     ) -> Reduced:
         def add_up(buffer: Flat) -> None:
             rows = world.gather(buffer)

@@ -27,6 +27,14 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     ranks: int = Field(1, ge=1, description="MPI processes in all, a master included.")
+    hosts: str | None = Field(
+        None,
+        description="Start the ranks on these hosts, NAME:SLOTS,NAME:SLOTS, over ssh. Without --ranks "
+        "as many as there are slots.",
+    )
+    hostfile: _PathAsText | None = Field(
+        None, description="The same from a file with a line NAME slots=N for each host."
+    )
     dataset: str = Field(
         "cifar10",
         description="Images to train on: digits, cifar10, cifar100, synthetic:N, folder:PATH, "
@@ -44,8 +52,8 @@ class TrainConfig(BaseModel):
     strategy: str | None = Field(
         None,
         description="How ranks keep in step: single, parameter-averaging, replication, allreduce, "
-        "gradient-server, local-sgd, post-local-sgd, slowmo, diloco, easgd, downpour, gossip, ddp, "
-        "paper-stopwatch, or module:Class. By default single on one rank, else parameter-averaging.",
+        "gradient-server, local-sgd, post-local-sgd, slowmo, diloco, two-level, easgd, downpour, gossip, "
+        "ddp, paper-stopwatch, or module:Class. By default single on one rank, else parameter-averaging.",
     )
     topology: Literal["master", "allreduce", "ring", "exponential", "complete"] | None = Field(
         None,
@@ -114,6 +122,12 @@ class TrainConfig(BaseModel):
         description="allreduce: gradients are sent in pieces of so many megabytes, while the backward pass "
         "still runs. By default 25.",
     )
+    sync_across_hosts: int | None = Field(
+        None,
+        ge=1,
+        description="Asks for two-level: so many steps between averagings of weights across hosts, while "
+        "inside a host every step is synchronised. By default 8.",
+    )
     clip_norm: float | None = Field(
         None, gt=0, description="Limit of the norm of all gradients together, in each step of an optimiser."
     )
@@ -175,8 +189,9 @@ class TrainConfig(BaseModel):
     fault: tuple[str, ...] = Field(
         (),
         description="Put a fault into the run, KIND:KEY=VALUE,...: kill, crash, hang, sleep (seconds), slow "
-        "(factor) or nan, at a rank, epoch, step and phase (compute, exchange, evaluation, checkpoint, "
-        "recovery), or by chance with probability p an epoch. Can be given several times.",
+        "(factor), nan, drop-host or cut (a rank's host), at a rank, epoch, step and phase (compute, "
+        "exchange, evaluation, checkpoint, recovery), or by chance with probability p an epoch. Can be given "
+        "several times.",
     )
     cross_check: bool = Field(
         False,

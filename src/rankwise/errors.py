@@ -13,6 +13,7 @@
     ├── TrainingError             exit code 1: a failure after training began
     │   ├── DivergedError         a loss that is no number
     │   ├── StorageError          a record or checkpoint that cannot be written
+    │   │   └── SupersededError   a run that was started again without this rank
     │   └── RankLost              another rank has ended while this one waited for it
     └── Interrupted               exit code 130: somebody asked the run to stop
 
@@ -72,6 +73,10 @@ class DivergedError(TrainingError):
 
 class StorageError(TrainingError):
     """A record or a checkpoint could not be written."""
+
+
+class SupersededError(StorageError):
+    """The run was started again without this rank, and its folder is no longer for this one to write."""
 
 
 class RankLost(TrainingError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +83,11 @@ def train(
     return Trained(weights_of(model), torch.cat(state).numpy().copy() if state else np.empty(0), ranks, seen)
 
 
-def train_all(size: int, epochs: int = 2, **options: Any) -> list[Trained]:
-    """The loop on several ranks, which are threads."""
-    return run_in_threads(size, lambda world: train(world, epochs, **options))
+def train_all(
+    size: int, epochs: int = 2, *, hosts: Sequence[int] | None = None, **options: Any
+) -> list[Trained]:
+    """The loop on several ranks, which are threads, of hosts [ranks]."""
+    return run_in_threads(size, lambda world: train(world, epochs, **options), hosts=hosts)
 
 
 def assert_alike(results: list[Trained]) -> None:

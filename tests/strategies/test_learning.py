@@ -27,6 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "post-local-sgd": {"lr": 0.01, "epochs": 10},
     "slowmo": {"lr": 0.003, "epochs": 16},
     "diloco": {"lr": 0.005, "epochs": 12},
+    "two-level": {"lr": 0.01, "epochs": 10},
     "easgd": {"lr": 0.02, "epochs": 10},
     "downpour": {"lr": 0.005, "epochs": 10},
     "gossip": {"lr": 0.01, "epochs": 10},
@@ -51,7 +52,8 @@ def check(record: Record) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_strategy_learns(config: Make, train_in_threads: Train, name: str) -> None:
     """Each strategy takes 3 ranks on digits to 95%, loses no sample, and its ledgers close."""
-    check(train_in_threads(config(ranks=3, strategy=name, batch_size=16, **RECIPES[name]))[0])
+    made = config(ranks=3, strategy=name, batch_size=16, **RECIPES[name])
+    check(train_in_threads(made, hosts=[0, 0, 1])[0])
 
 
 @pytest.mark.parametrize("compress", COMPRESSIONS)

@@ -85,7 +85,8 @@ class Sampler:
     master, else 0. A round of an epoch ends after `sync_every(epoch)` steps of every worker, None for the
     whole epoch. Every rank sees the same number of rounds, so nobody waits for a round that another never
     joins. When ranks are lost, `regroup` deals what they had not brought in to the others, whose batches
-    stay as they are, or with `keeps_global_batch` grow so that those of all together do.
+    stay as they are, or with `keeps_global_batch` grow so that those of all together do. With `in_lockstep`
+    all ranks make the same number of steps in a round, the last ones perhaps with empty batches.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Sampler:
         batch_size: int,
         sync_every: Callable[[int], int | None],
         keeps_global_batch: bool = False,
+        in_lockstep: bool = False,
     ) -> None:
         self._deal = deal
         self._rank = rank
@@ -105,6 +107,7 @@ class Sampler:
         self._first_worker = first_worker
         self._batch_size = batch_size
         self._sync_every = sync_every
+        self._in_lockstep = in_lockstep
         self._global_batch = batch_size * self.workers if keeps_global_batch else None
         self._planned: tuple[int, list[Round]] = (-1, [])
         self._credited: tuple[int, Indices] = (-1, NOTHING)
@@ -151,12 +154,13 @@ class Sampler:
             sizes = round.sizes
             weights = sizes / sizes.sum()
             mine, done = round.left(self._rank), round.done[self._rank]
-            cuts = range(0, max(len(mine), 1), self._batch_size)
+            most = max(map(len, map(round.left, range(self._size)))) if self._in_lockstep else len(mine)
+            cuts = range(0, max(most, 1), self._batch_size)
             for cut in cuts:
                 ends = cut == cuts[-1]
                 indices = mine[cut : cut + self._batch_size]
                 start = over[number] + done + cut
-                until = over[number + 1] if ends else start + len(indices)
+                until = over[number + 1] if ends else start + self._batch_size
                 yield Batch(
                     epoch=epoch,
                     indices=indices,

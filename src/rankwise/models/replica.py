@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,11 @@ class Replica:
     def size(self) -> int:
         """Numbers in all parameters."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Those of the parameters as `pack` lays them out; what else it packs comes behind."""
+        return self._weights.layout.shapes[: len(self.parameters)]
 
     def step(self) -> None:
         """The optimiser's step with the gradients that are there."""
@@ -160,31 +165,51 @@ class Snapshot:
         torch._foreach_copy_(self._copies, content)
 
 
+class Layout:
+    """Where tensors lie in one flat array: one behind the other, each in the order in which it lies in
+    memory, so that nothing is turned around on the way (many convolutions are kept channels last).
+
+    `shapes` are theirs in that order.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.sizes = [tensor.numel() for tensor in tensors]
+        self.size = sum(self.sizes)
+        orders = [sorted(range(t.dim()), key=t.stride, reverse=True) for t in tensors]
+        self.shapes = tuple(
+            tuple(tensor.shape[axis] for axis in order) for tensor, order in zip(tensors, orders, strict=True)
+        )
+        self._backs = [[order.index(axis) for axis in range(len(order))] for order in orders]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The first `size` numbers of an array, each tensor's in its own shape and in the array's memory."""
+        parts = torch.split(flat[: self.size], self.sizes)
+        return [
+            part.view(shape).permute(back)
+            for part, shape, back in zip(parts, self.shapes, self._backs, strict=True)
+        ]
+
+
 class _Flat:
     """Several tensors as one flat array; the staging memory is allocated once."""
 
     def __init__(self, tensors: list[Tensor], dtype: torch.dtype) -> None:
         self._tensors = tensors
-        self._size = sum(tensor.numel() for tensor in tensors)
-        self._dtype = dtype
+        self.layout = Layout(tensors)
         self._staging = torch.empty(0, dtype=dtype)
+        self._views: list[Tensor] = []
 
     def pack(self, tail: int) -> NDArray[Any]:
-        if len(self._staging) != self._size + tail:
-            self._staging = torch.zeros(self._size + tail, dtype=self._dtype)
-        with torch.no_grad():
-            for view, tensor in zip(self._views(self._staging), self._tensors, strict=True):
-                view.copy_(tensor)
+        if len(self._staging) != self.layout.size + tail or not self._views:
+            self._staging = torch.zeros(self.layout.size + tail, dtype=self._staging.dtype)
+            self._views = self.layout.views(self._staging)
+        if self._tensors:
+            torch._foreach_copy_(self._views, self._tensors)
         return self._staging.numpy()
 
     def unpack(self, flat: NDArray[Any]) -> None:
-        with torch.no_grad():
-            for view, tensor in zip(self._views(torch.from_numpy(flat)), self._tensors, strict=True):
-                tensor.copy_(view)
-
-    def _views(self, flat: Tensor) -> Iterable[Tensor]:
-        parts = torch.split(flat[: self._size], [tensor.numel() for tensor in self._tensors])
-        return (part.view(tensor.shape) for part, tensor in zip(parts, self._tensors, strict=True))
+        if self._tensors:
+            torch._foreach_copy_(self._tensors, self.layout.views(torch.from_numpy(flat)))
 
 
 def _wide(tensors: list[Tensor]) -> torch.dtype:

@@ -16,6 +16,7 @@ from rankwise.strategies.averaging import ParameterAveraging
 from rankwise.strategies.base import State, Strategy
 from rankwise.strategies.gossip import Gossip
 from rankwise.strategies.gradients import GradientAveraging
+from rankwise.strategies.levels import TwoLevel
 from rankwise.strategies.peer import Peer
 from rankwise.strategies.single import Single
 from rankwise.strategies.stopwatch import PaperStopwatch
@@ -29,6 +30,7 @@ OPTIONS = {
     "elasticity": None,
     "max_staleness": None,
     "bucket_mb": None,
+    "sync_across_hosts": None,
 }
 """Options that only some strategies take, each with the value that asks for nothing."""
 
@@ -90,6 +92,7 @@ STRATEGIES: dict[str, Entry] = {
         {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov_outside": True},
         **_LOCAL | {"sync_every": 32},
     ),
+    "two-level": Entry(TwoLevel, hides=_OUTER),
     "easgd": Entry(EASGD),
     "downpour": Entry(Downpour),
     "gossip": Entry(Gossip),
@@ -116,6 +119,8 @@ def entry_of(name: str) -> Entry:
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on the strategy: its name, topology and interval. Raises ConfigError."""
     name = config.strategy or ("single" if config.ranks == 1 else "parameter-averaging")
+    if config.sync_across_hosts and not config.strategy and config.ranks > 1:
+        name = "two-level"
     entry = entry_of(name)
     topology = config.topology or (entry.topologies[0] if entry.topologies else None)
     if topology is not None and topology not in entry.topologies:
@@ -131,7 +136,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     changes = {
         "strategy": name,
         "topology": topology,
-        "sync_every": config.sync_every or entry.sync_every,
+        "sync_every": config.sync_across_hosts or config.sync_every or entry.sync_every,
         "local_after": entry.local_after if config.local_after is None else config.local_after,
     }
     return TrainConfig(**{**config.model_dump(), **changes})

@@ -46,6 +46,7 @@ def dealing_of(config: TrainConfig, pool: Indices, labels: Indices) -> Callable[
 
 def make_sampler(config: TrainConfig, pool: Indices, labels: Indices, rank: int) -> Sampler:
     """The sampler of `rank` for a resolved configuration."""
+    assert config.strategy is not None
     return Sampler(
         dealing_of(config, pool, labels),
         rank=rank,
@@ -54,6 +55,7 @@ def make_sampler(config: TrainConfig, pool: Indices, labels: Indices, rank: int)
         batch_size=config.batch_size,
         sync_every=lambda epoch: _steps_a_round(config, epoch),
         keeps_global_batch=config.on_shrink == "keep-global-batch",
+        in_lockstep=entry_of(config.strategy).strategy.in_lockstep,
     )
 
 

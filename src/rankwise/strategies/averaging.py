@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rankwise.compression import Flat
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.base import State, Strategy, require_finite
 from rankwise.strategies.exchange import Reduction
-from rankwise.world import World
+from rankwise.world import Ranks, World
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -53,8 +56,8 @@ class ParameterAveraging(Strategy):
     """
 
     topologies: ClassVar[tuple[str, ...]] = ("master", "allreduce")
-    sync_every: ClassVar = "epoch"
-    alike: ClassVar = ("outer_momentum", "directions")
+    sync_every: ClassVar[int | str | None] = "epoch"
+    alike: ClassVar[tuple[str, ...]] = ("outer_momentum", "directions")
 
     topology: Literal["master", "allreduce"]
     optimizer_state: Literal["keep", "average", "reset"]
@@ -65,8 +68,7 @@ class ParameterAveraging(Strategy):
     by_rate: bool = False
 
     def init(self, replica: Replica, world: World) -> State:
-        shapes = tuple(tuple(parameter.shape) for parameter in replica.parameters)
-        return RoundState(reduction=Reduction.of(self.topology, self.compress, shapes))
+        return RoundState(reduction=Reduction.of(self.topology, self.compress, replica.shapes))
 
     def open_epoch(self, state: State, replica: Replica, world: World) -> State:
         assert isinstance(state, RoundState)
@@ -76,22 +78,15 @@ class ParameterAveraging(Strategy):
         return state
 
     def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Averaged:
-        assert isinstance(state, RoundState)
-        assert state.reduction is not None
         with world.ledger.phase("pack"):
             # One place behind the weights carries the wish to stop, so that no extra message does.
             flat = replica.pack(tail=1)
             flat[-1] = world.stopping
             if batch.weights[world.rank]:
                 require_finite(flat)
-            if state.reduction.compressor and state.about is not None:
-                flat[:-1] -= state.about  # what has changed is small, and can be sent with fewer bits
-            flat[:-1] *= flat.dtype.type(batch.weights[world.rank])
-        stops, after = state.reduction(flat, batch.weights, world, state)
+        stops, after = self._average(flat, state, batch.weights, world)
         if stops:
             raise Interrupted(f"stopped in epoch {batch.epoch}")
-        if state.reduction.compressor and state.about is not None:
-            flat[:-1] += state.about
         return Averaged(flat[:-1], after, replica.optimizer.param_groups[0]["lr"])
 
     def commit(self, state: State, replica: Replica, prepared: Averaged, world: World) -> State:
@@ -107,6 +102,24 @@ class ParameterAveraging(Strategy):
         if self.optimizer_state == "reset":
             replica.reset_optimizer()
         return after.commit()
+
+    def _average(
+        self, flat: Flat, state: State, weights: NDArray[np.float64], ranks: Ranks
+    ) -> tuple[bool, State]:
+        """Overwrite this rank's weights with the mean over `ranks`, whose shares are `weights` [ranks].
+
+        Behind the weights stands a flag: returns whether any of the ranks set it, and the state.
+        """
+        assert isinstance(state, RoundState)
+        assert state.reduction is not None
+        with ranks.ledger.phase("pack"):
+            if state.reduction.compressor and state.about is not None:
+                flat[:-1] -= state.about  # what has changed is small, and can be sent with fewer bits
+            flat[:-1] *= flat.dtype.type(weights[ranks.rank])
+        stops, after = state.reduction(flat, weights, ranks, state)
+        if state.reduction.compressor and state.about is not None:
+            flat[:-1] += state.about
+        return stops, after
 
     @property
     def _steps_outside(self) -> bool:

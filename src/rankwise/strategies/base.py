@@ -80,6 +80,10 @@ class Strategy(ABC):
     """Whether no rank ends a round before all have come to its end. Otherwise ranks are rounds apart when one
     is lost, and each goes on from where it is."""
 
+    in_lockstep: ClassVar[bool] = False
+    """Whether `train` exchanges too, so that all ranks make every step of a round, with an empty batch if
+    they have nothing left. A round is then trained again from its beginning when a rank is lost."""
+
     alike: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays in a state's memory that are the same on all ranks, so that a newcomer takes them
     from another."""

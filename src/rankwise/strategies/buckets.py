@@ -27,34 +27,27 @@ class _Bucket:
 class Buckets:
     """The gradients of a round, each batch's times its share of the round, those of the last layers first.
 
-    `flat` holds them, each tensor in the order in which it lies in memory so that nothing is turned
-    around on the way (`shapes` are theirs in that order), and a flag behind them. With more than one
-    bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass has filled it, in the
-    same order on all ranks. An exchange in the background goes on only when somebody looks at it: each
+    `flat` holds them in their layout, `shapes` are theirs in it, and a flag stands behind them. With more
+    than one bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass has filled it,
+    in the same order on all ranks. An exchange in the background goes on only when somebody looks at it: each
     gradient that comes later does.
     """
 
     def __init__(self, parameters: Sequence[Tensor], bucket_bytes: float, world: World) -> None:
         import torch
 
+        from rankwise.models.replica import Layout
+
         self._world = world
         self._parameters = [parameter for parameter in reversed(parameters) if parameter.requires_grad]
         wide = any(parameter.dtype == torch.float64 for parameter in self._parameters)
-        sizes = [parameter.numel() for parameter in self._parameters]
-        self._tensor = torch.zeros(sum(sizes) + 1, dtype=torch.float64 if wide else torch.float32)
+        layout = Layout(self._parameters)
+        self._tensor = torch.zeros(layout.size + 1, dtype=torch.float64 if wide else torch.float32)
         self.flat: Flat = self._tensor.numpy()
-        orders = [_memory_order(parameter) for parameter in self._parameters]
-        self.shapes = tuple(
-            tuple(parameter.shape[axis] for axis in order)
-            for parameter, order in zip(self._parameters, orders, strict=True)
-        )
-        parts = torch.split(self._tensor[:-1], sizes)
-        self._views = [
-            part.view(shape).permute([order.index(axis) for axis in range(len(order))])
-            for part, shape, order in zip(parts, self.shapes, orders, strict=True)
-        ]
+        self.shapes = layout.shapes
+        self._views = layout.views(self._tensor)
         self._given = False
-        self._buckets = _cut(sizes, bucket_bytes // self.flat.itemsize)
+        self._buckets = _cut(layout.sizes, bucket_bytes // self.flat.itemsize)
         self._under_way: list[Exchange] = []
         self._next = 0
         self._share = 0.0
@@ -157,11 +150,6 @@ class Buckets:
         else:
             torch._foreach_copy_(views, gradients)
             self._tensor[span].mul_(self._share)
-
-
-def _memory_order(tensor: Tensor) -> list[int]:
-    """Its axes, the one with the longest way between neighbours first."""
-    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def _cut(sizes: list[int], most: float) -> list[_Bucket]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rankwise import compression
 from rankwise.compression import Compressor, Flat
 from rankwise.strategies.base import State
-from rankwise.world import World
+from rankwise.world import Ranks
 
 S = TypeVar("S", bound=State)
 
@@ -28,7 +28,7 @@ class Reduction:
         """With the compressor of this name, for arrays that are made of tensors of these shapes."""
         return cls(topology, compression.parse(compress, shapes))
 
-    def __call__(self, flat: Flat, weights: NDArray[np.float64], world: World, state: S) -> tuple[bool, S]:
+    def __call__(self, flat: Flat, weights: NDArray[np.float64], world: Ranks, state: S) -> tuple[bool, S]:
         """Overwrite `flat` everywhere with the sum over all ranks of what it was.
 
         Its last element is a flag: returns whether any rank set it, and the state with the compressor's
@@ -65,7 +65,7 @@ def _measured(state: State, plain_bytes: int, sent_bytes: int) -> dict[str, floa
     }
 
 
-def add_up_by_master(flat: Flat, weights: NDArray[np.float64], world: World) -> bool:
+def add_up_by_master(flat: Flat, weights: NDArray[np.float64], world: Ranks) -> bool:
     """Overwrite `flat` everywhere with the sum, formed by rank 0 in rank order whoever arrived first.
 
     Ranks whose weight is 0 are left out. The last element is a flag: returns whether any rank set it.
@@ -77,7 +77,7 @@ def add_up_by_master(flat: Flat, weights: NDArray[np.float64], world: World) -> 
     return bool(flat[-1])
 
 
-def gather_sum(flat: Flat, weights: NDArray[np.float64], world: World) -> bool | None:
+def gather_sum(flat: Flat, weights: NDArray[np.float64], world: Ranks) -> bool | None:
     """The first half of it: on rank 0 the sum, and whether a flag is set; elsewhere None."""
     rows = world.gather(flat, root=0)
     if rows is None:

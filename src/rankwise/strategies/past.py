@@ -34,18 +34,18 @@ class Past:
     """Copies of one rank's replica, all in memory that is used again.
 
     With `undoes` that from before each exchange is kept, until all ranks must have come through it. With
-    `begins_again` that from the beginning of the round, and with `lets_in` too those of the last two commits,
-    from which a rank that comes in would begin.
+    `begins_again` that from the beginning of the round, and with `keeps_commits` too those of the last two
+    commits, from which a rank that comes in would begin, or all of them.
     """
 
     def __init__(
-        self, replica: Replica, ledger: Ledger, *, undoes: bool, begins_again: bool, lets_in: bool
+        self, replica: Replica, ledger: Ledger, *, undoes: bool, begins_again: bool, keeps_commits: bool
     ) -> None:
         self._replica = replica
         self._ledger = ledger
         self._undoes = undoes
         self._begins_again = begins_again
-        self._lets_in = lets_in
+        self._keeps_commits = keeps_commits
         self._steps: list[_Step] = []
         self._free: Snapshot | None = None
         self._start: Snapshot | None = None
@@ -94,7 +94,7 @@ class Past:
         if not self._begins_again:
             return
         with self._ledger.phase("recovery"):
-            if self._lets_in and committed is not None:
+            if self._keeps_commits and committed is not None:
                 reuse = self._commits.pop(0)[1] if len(self._commits) > 1 else None
                 self._start = self._replica.snapshot(reuse)
                 self._commits.append((committed, self._start))

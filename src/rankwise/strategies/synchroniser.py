@@ -99,8 +99,8 @@ class Synchroniser:
             replica,
             world.ledger,
             undoes=survives,
-            begins_again=survives and strategy.keeps_local_work,
-            lets_in=spares > 0 and strategy.keeps_local_work,
+            begins_again=survives and (strategy.keeps_local_work or strategy.in_lockstep),
+            keeps_commits=(spares > 0 and strategy.keeps_local_work) or strategy.in_lockstep,
         )
         self._at_start = (0, 0)
         self._drops = 0
@@ -246,6 +246,8 @@ class Synchroniser:
             self.state = self._strategy.recover(self.state, self.replica, world)
             if not keeps:
                 self._under_way.clear()
+            if self._strategy.in_lockstep:
+                self._past.commit_at(self.position).restore()
             if all(standings):
                 return True
             try:
@@ -323,7 +325,7 @@ class Synchroniser:
         """The batches from this position on, until a rank is lost."""
         begun_again = self._begun_again
         for batch in self.sampler.batches(epoch, self.position.rounds):
-            if self.world.stopping:
+            if self.world.stopping and not self._strategy.in_lockstep:
                 # Go straight to the round's end, where the others learn that the run is to stop.
                 if not batch.ends_round:
                     continue
@@ -353,7 +355,13 @@ class Synchroniser:
 
     def _step(self, batch: Batch) -> None:
         strategy, replica, world = self._strategy, self.replica, self.world
-        self.state = strategy.train(self.state, replica, batch, world)
+        where = f"in epoch {batch.epoch}, step {batch.step}"
+        not_finite = f"weights or gradients are not finite {where}: try a smaller learning rate"
+        try:
+            self.state = strategy.train(self.state, replica, batch, world)
+        except NotFiniteError:
+            self._drop(not_finite)
+            return
         self._under_way.append(batch.indices)
         if batch.ends_round:
             self._past.exchange_begins(self.state, self.position)
@@ -363,8 +371,7 @@ class Synchroniser:
                     self.state = strategy.commit(self.state, replica, prepared, world)
             except NotFiniteError:
                 self._past.exchange_is_off()
-                where = f"in epoch {batch.epoch}, step {batch.step}"
-                self._drop(f"weights or gradients are not finite {where}: try a smaller learning rate")
+                self._drop(not_finite)
                 return
             self._drops = self._over = 0
             self.position = replace(self.position, rounds=self.position.rounds + 1)

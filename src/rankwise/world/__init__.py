@@ -4,8 +4,9 @@
 process, so that programs and tests run without MPI too. Importing this package starts nothing.
 """
 
+from rankwise.world.circle import Circle, Ranks
 from rankwise.world.join import join
 from rankwise.world.threads import run_in_threads, solo_world
 from rankwise.world.world import Traffic, World
 
-__all__ = ["Traffic", "World", "join", "run_in_threads", "solo_world"]
+__all__ = ["Circle", "Ranks", "Traffic", "World", "join", "run_in_threads", "solo_world"]

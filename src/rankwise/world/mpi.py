@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -25,8 +25,12 @@ from rankwise.world.world import World
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SPIN_NS = 500_000
-"""How long a waiting rank yields its core between polls before it starts to sleep between them."""
+SPIN_NS = 20_000_000
+"""How long a waiting rank yields its core between polls before it starts to sleep between them: whoever comes
+meanwhile then finds it awake."""
+
+CROWDED_SPIN_NS = 500_000
+"""The same on a host with more ranks than cores, where somebody else may have use for the core."""
 
 LONGEST_NAP_NS = 1_000_000
 
@@ -51,10 +55,12 @@ class _Pending:
         mpi: Any,
         post: Callable[[], MPI.Request],
         *buffers: Buffer | None,
+        spin_ns: int = CROWDED_SPIN_NS,
         receives: bool = False,
         then: Callable[[], None] = lambda: None,
     ) -> None:
         self._mpi = mpi
+        self._spin_ns = spin_ns
         self._status = mpi.Status() if receives else None
         self._buffers = buffers
         self._then = then
@@ -76,7 +82,7 @@ class _Pending:
         nap_ns = 0
         try:
             while not (self._is_over or self._request.Test(self._status)):
-                if watch.look(nap_ns) - started_ns < SPIN_NS:
+                if watch.look(nap_ns) - started_ns < self._spin_ns:
                     os.sched_yield()
                 else:
                     nap_ns = min(2 * nap_ns, LONGEST_NAP_NS) or 50_000
@@ -95,6 +101,14 @@ def _translated(mpi: Any, error: Any) -> Exception:
         # Open MPI sometimes says only this of a collective exchange whose other end has just gone.
         lost += [mpi.ERR_OTHER, mpi.ERR_INTERN]
     return RankLost(f"a rank was lost: {one_line(error)}") if error.Get_error_class() in lost else error
+
+
+class _Place(NamedTuple):
+    """Where a rank is: whose clock it reads, its host's name, and the cores on which it may run."""
+
+    clock: str
+    host: str
+    cores: frozenset[int]
 
 
 class MpiTransport:
@@ -118,7 +132,9 @@ class MpiTransport:
             "sum-fp16": mpi.Op.Create(_on_words(add_fp16), commute=True),
             "sum-bf16": mpi.Op.Create(_on_words(add_bf16), commute=True),
         }
-        self._clocks: list[str] = self._comm.allgather(machine.clock_name())
+        self._places: list[_Place] = self._comm.allgather(
+            _Place(machine.clock_name(), machine.host_name(), machine.cores_of(machine.allowed_cpus()))
+        )
         self._number = self._comm.Get_rank()
         self._live = self._members = list(range(self._comm.Get_size()))
         self._strength = len(self._members)
@@ -126,35 +142,43 @@ class MpiTransport:
 
     def _settle_in(self) -> None:
         """Take the place among `_members`, or none."""
-        clocks = [self._clocks[member] for member in self._members]
+        places = [self._places[member] for member in self._members]
+        clocks, hosts = [place.clock for place in places], [place.host for place in places]
         self.clock_of = [clocks.index(name) for name in clocks]
+        self.host_of = [hosts.index(name) for name in hosts]
+        here = [place.cores for place in places if place.clock == self._places[self._number].clock]
+        crowded = len(here) > machine.usable_cores(frozenset().union(*here), machine.cpu_quota())
+        self._spin_ns = CROWDED_SPIN_NS if crowded else SPIN_NS
         self.size = len(self._members)
         self.rank = self._members.index(self._number) if self._number in self._members else -1
 
     def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> Pending:
         arguments = self._mpi.IN_PLACE, buffer, self._ops[op]
         if background:
-            return _Pending(self._mpi, lambda: self._comm.Iallreduce(*arguments), buffer)
+            return self._pending(lambda: self._comm.Iallreduce(*arguments), buffer)
         return self._meet(lambda: self._comm.Allreduce(*arguments))
 
     def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> Pending:
-        return _Pending(self._mpi, lambda: self._comm.Igather(buffer, into, root=root), buffer, into)
+        return self._pending(lambda: self._comm.Igather(buffer, into, root=root), buffer, into)
 
     def broadcast(self, buffer: Buffer, root: int) -> Pending:
-        return _Pending(self._mpi, lambda: self._comm.Ibcast(buffer, root=root), buffer)
+        return self._pending(lambda: self._comm.Ibcast(buffer, root=root), buffer)
 
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
         return self._meet(lambda: self._comm.Allgather(buffer, into))
 
     def send(self, buffer: Buffer, dest: int, tag: int = 0) -> Pending:
-        return _Pending(self._mpi, lambda: self._comm.Isend(buffer, dest, tag), buffer)
+        return self._pending(lambda: self._comm.Isend(buffer, dest, tag), buffer)
 
     def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
         sender = self._mpi.ANY_SOURCE if source is None else source
-        return _Pending(self._mpi, lambda: self._comm.Irecv(buffer, sender, tag), buffer, receives=True)
+        return self._pending(lambda: self._comm.Irecv(buffer, sender, tag), buffer, receives=True)
 
     def _meet(self, then: Callable[[], None]) -> Pending:
-        return _Pending(self._mpi, self._comm.Ibarrier, then=then)
+        return self._pending(self._comm.Ibarrier, then=then)
+
+    def _pending(self, post: Callable[[], MPI.Request], *buffers: Buffer | None, **options: Any) -> Pending:
+        return _Pending(self._mpi, post, *buffers, spin_ns=self._spin_ns, **options)
 
     def set_aside(self, ranks: int) -> None:
         self._strength, self._members = ranks, self._members[:ranks]
@@ -192,7 +216,7 @@ class MpiTransport:
             left = group.Translate_ranks(range(group.Get_size()), before.Get_group())
             self._live = [self._live[rank] for rank in left]
             self._members = [member for member in worked if member in self._live]
-            some_stand_by = self._strength < len(self._clocks)
+            some_stand_by = self._strength < len(self._places)
             if some_stand_by and self._agree(self._all, fill):
                 waiting = [member for member in self._live if member not in worked]
                 self._members += waiting[: self._strength - len(self._members)]

@@ -6,27 +6,16 @@ import math
 import platform
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
-
-import numpy as np
 
 from rankwise.errors import RankLost
 from rankwise.ledger import Ledger
-from rankwise.world.halves import add_bf16, add_fp16
-from rankwise.world.transport import Buffer, Op, Pending
+from rankwise.world.transport import COMBINE, Buffer, Op, Pending
 from rankwise.world.watch import Watch
 from rankwise.world.world import World
 
 T = TypeVar("T")
-
-
-COMBINE: dict[Op, Callable[..., Any]] = {
-    "sum": np.add,
-    "max": np.maximum,
-    "sum-fp16": add_fp16,
-    "sum-bf16": add_bf16,
-}
 
 
 class Killed(BaseException):
@@ -35,10 +24,12 @@ class Killed(BaseException):
 
 class _Board:
     """Where the threads of one world meet: what each rank brought to each collective exchange, and
-    messages on their way. Of `size` ranks those in `working` take part, and the others stand by."""
+    messages on their way. Of `size` ranks those in `working` take part, and the others stand by. `hosts` are
+    the ranks' hosts."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, hosts: Sequence[int] | None = None) -> None:
         self.size = size
+        self.hosts = hosts or [0] * size
         self.strength = size
         self.changed = threading.Condition()
         self.brought: dict[int, dict[int, Any]] = defaultdict(dict)
@@ -209,13 +200,10 @@ class ThreadTransport:
 
     def __init__(self, rank: int, size: int, board: _Board, calls: float = math.inf) -> None:
         self._calls_left = calls
-        self.rank = rank
-        self.size = size
         self.in_threads = size > 1
-        self.clock_of = [0] * size
         self._board = board
         self._member = rank
-        self._number = 0
+        self._take_place(list(range(size)))
 
     def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> _Pending:
         combine = COMBINE[op]
@@ -282,6 +270,8 @@ class ThreadTransport:
 
     def _take_place(self, members: list[int]) -> None:
         self.clock_of = [0] * len(members)
+        hosts = [self._board.hosts[member] for member in members]
+        self.host_of = [hosts.index(host) for host in hosts]
         self.rank = members.index(self._member) if self._member in members else -1
         self.size = len(members)
         self._number = 0
@@ -325,17 +315,21 @@ def solo_world(ledger: Ledger | None = None) -> World:
 
 
 def run_in_threads(
-    size: int, program: Callable[[World], T], *, kill_at: Mapping[int, int] | None = None
+    size: int,
+    program: Callable[[World], T],
+    *,
+    kill_at: Mapping[int, int] | None = None,
+    hosts: Sequence[int] | None = None,
 ) -> list[T]:
     """Run `program` on `size` ranks, each a thread of this process; results in rank order.
 
     A rank that raises Killed has that as its result; `kill_at` says after how many calls of its transport
-    a rank does.
+    a rank does. `hosts` [ranks] makes believe that the ranks are on these hosts; otherwise all are on one.
 
     If a rank raises, the others are released from whatever they wait for, and the error of the
     first rank that failed is raised here. The threads share torch's global random state.
     """
-    board = _Board(size)
+    board = _Board(size, hosts)
     results: list[Any] = [None] * size
     failures: list[BaseException] = []
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.world.halves import add_bf16, add_fp16
 from rankwise.world.watch import Watch
 
 Buffer = NDArray[Any]
 Op = Literal["sum", "max", "sum-fp16", "sum-bf16"]
 """The last two add up floats of 16 bits in arrays of uint16 (`world.halves`)."""
+
+COMBINE: dict[Op, Callable[..., Any]] = {
+    "sum": np.add,
+    "max": np.maximum,
+    "sum-fp16": add_fp16,
+    "sum-bf16": add_bf16,
+}
+"""What adds two arrays up, into `out`."""
 
 
 class Pending(Protocol):
@@ -39,6 +49,9 @@ class Transport(Protocol):
 
     clock_of: list[int]
     """For each rank the lowest rank that reads the same monotonic clock, as all those of one host do."""
+
+    host_of: list[int]
+    """For each rank the lowest rank on a host of the same name."""
 
     def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> Pending:
         """Combine the buffers of all ranks element by element, in place on every rank.
@@ -77,8 +90,8 @@ class Transport(Protocol):
     def repair(self, *, fill: bool) -> list[int]:
         """Go on without ranks that are gone, and if all that are left want to `fill` up, with some that stood
         by in their place. All that are left call it after `call_off`, and it waits for them. Returns the
-        numbers with which the ranks began, in the order of their new ones; `rank`, `size` and `clock_of` are
-        new."""
+        numbers with which the ranks began, in the order of their new ones; `rank`, `size`, `clock_of` and
+        `host_of` are new."""
 
     def agree(self, mine: bool) -> bool:
         """Whether all ranks say yes; no if one was lost. All that are left get the same answer, whatever

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rankwise import machine
 from rankwise.errors import RankLost
 from rankwise.ledger import Ledger
 from rankwise.timeline import Timeline
@@ -296,6 +297,14 @@ class World:
         """Stop this rank's process until somebody wakes or ends it."""
         os.kill(os.getpid(), signal.SIGSTOP)
 
+    def drop_host(self) -> None:
+        """End all ranks of this host, with what started them, as a loss of power does."""
+        machine.drop_host()
+
+    def cut(self) -> None:
+        """Take the links of this host to others down."""
+        machine.cut_links()
+
     def describe(self) -> str:
         """The library behind this world, with its version."""
         return self._transport.describe()
@@ -307,6 +316,12 @@ class World:
     def close(self) -> None:
         """Leave in good order, all ranks together."""
         self._transport.close()
+
+    @property
+    def hosts(self) -> list[list[int]]:
+        """The ranks of each host, the host of rank 0 first."""
+        host_of = self._transport.host_of
+        return [[rank for rank, its in enumerate(host_of) if its == first] for first in sorted({*host_of})]
 
     def since_start(self, times_ns: Times) -> Times:
         """Times of this rank's clock in ns since the start of rank 0's process."""
