@@ -11,23 +11,17 @@ post-local-sgd, whose one epoch would be of its second half alone.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import shlex
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from rankwise.record import RunFolder
 from rankwise.studies import contest
 from rankwise.studies.folder import StudyFolder
-from rankwise.world.surroundings import find_mpiexec, mpi_environment
 
-HOSTS = {"rankwise-a": "10.98.7.1", "rankwise-b": "10.98.7.2"}
-NETWORK = "10.98.7.0/24"
-BRIDGE = "rankwise-br"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.hosts import Hosts
+
 LIMITS = {"paper-cnn": 12_500, "resnet9": 1500}
 """A part of the samples must do, as what counts is the time a sample; but not where rounds are long."""
 
@@ -35,79 +29,17 @@ LONGEST_ROUND = 64
 LEFT_OUT = ("ddp", "post-local-sgd")
 
 
-def call(*words: object) -> None:
-    subprocess.run([str(word) for word in words], check=True)
-
-
-@contextlib.contextmanager
-def hosts(rate: str) -> Iterator[None]:
-    """Two namespaces whose links carry so much in each direction."""
-    try:
-        call("ip", "link", "add", BRIDGE, "type", "bridge")
-        call("ip", "link", "set", BRIDGE, "up")
-        for number, (name, address) in enumerate(HOSTS.items()):
-            outside = f"rankwise-v{number}"
-            call("ip", "netns", "add", name)
-            call("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
-            call("ip", "link", "set", outside, "master", BRIDGE, "up")
-            call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-            call("ip", "-n", name, "link", "set", "eth0", "up")
-            call("ip", "-n", name, "link", "set", "lo", "up")
-            limit = ["tbf", "rate", rate, "burst", "32kbit", "latency", "50ms"]
-            call("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *limit)
-        yield
-    finally:
-        for name in HOSTS:
-            subprocess.run(["ip", "netns", "del", name], check=False)
-        subprocess.run(["ip", "link", "del", BRIDGE], check=False)
-
-
-def agent(folder: Path) -> Path:
-    """What Open MPI calls in place of ssh: drops options, takes the address, runs the rest there."""
-    cases = "\n".join(f"  {address}) name={name};;" for name, address in HOSTS.items())
-    script = folder / "agent"
-    script.write_text(
-        "#!/bin/bash\n"
-        'while [[ "$1" == -* ]]; do shift; done\n'
-        "case $1 in\n" + cases + "\nesac\nshift\n"
-        'exec ip netns exec "$name" unshare -u bash -c "hostname $name; $*"\n'
-    )
-    script.chmod(0o755)
-    return script
-
-
-def train(options: dict[str, object], out: Path, scratch: Path) -> None:
+def train(hosts: Hosts, options: dict[str, object], out: Path) -> None:
     """Train with the ranks shared out over both hosts."""
-    ranks = int(str(options.pop("ranks")))
+    ranks = int(str(options["ranks"]))
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     slots = [(ranks + 1) // 2, ranks // 2]
-    where = ",".join(f"{address}:{n}" for address, n in zip(HOSTS.values(), slots, strict=True))
-    settings = [
-        *("--prtemca", "plm_ssh_agent", agent(scratch), "--prtemca", "plm_ssh_no_tree_spawn", 1),
-        *("--prtemca", "prte_if_include", NETWORK, "--mca", "btl", "self,tcp"),
-        *("--mca", "btl_tcp_if_include", NETWORK, "--bind-to", "none", "--host", where),
-    ]
-    command = [
-        find_mpiexec().path,
-        *settings,
-        sys.executable,
-        "-m",
-        "rankwise",
-        "train",
-        *words,
-        "--out",
-        out,
-    ]
-    inside = " ".join(shlex.quote(str(word)) for word in command)
-    first = next(iter(HOSTS))
-    done = subprocess.run(
-        ["ip", "netns", "exec", first, "unshare", "-u", "bash", "-c", f"hostname {first}; exec {inside}"],
-        env=os.environ | mpi_environment(),
-        stdout=subprocess.DEVNULL,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"failed: {inside}")
+    where = ",".join(f"{address}:{n}" for address, n in zip(hosts.addresses, slots, strict=True))
+    program = [sys.executable, "-m", "rankwise", "train", *words, f"--hosts={where}", f"--out={out}"]
+    process = hosts.start(*program)
+    _, err = process.communicate()
+    if process.returncode:
+        sys.exit(f"failed: {' '.join(program)}\n{err}")
 
 
 def main() -> None:
@@ -117,7 +49,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     arguments = parser.parse_args()
     folder = StudyFolder(arguments.study)
-    with tempfile.TemporaryDirectory() as scratch, hosts(arguments.rate):
+    with tempfile.TemporaryDirectory() as scratch, Hosts(arguments.rate, arguments.rate) as hosts:
         for course in contest.COURSES:
             for entrant in course.entrants:
                 name = f"{course.model}-{entrant.slug}-link"
@@ -135,7 +67,7 @@ def main() -> None:
                 if arguments.data_dir:
                     options["data_dir"] = arguments.data_dir
                 out = Path(scratch) / name
-                train(options, out, Path(scratch))
+                train(hosts, options, out)
                 record = RunFolder(out).read()
                 folder.keep(name, record)
                 print(f"{name}: {record.epochs[0].train_s:.1f} s", flush=True)

@@ -68,13 +68,17 @@ def train_in_threads(tmp_path: Path) -> Callable[..., tuple[Record, RunFolder, d
         folder: str = "run",
         resume: bool = False,
         kill_at: dict[int, int] | None = None,
+        hosts: list[int] | None = None,
     ) -> tuple[Record, RunFolder, dict[str, Any]]:
         place = RunFolder(tmp_path / folder)
         if not resume:
             place.create()
         start = checkpoint.newest(place.checkpoints, on_damage=print) if resume else None
         records = run_in_threads(
-            config.processes, lambda world: run(config, world, place, say=print, start=start), kill_at=kill_at
+            config.processes,
+            lambda world: run(config, world, place, say=print, start=start),
+            kill_at=kill_at,
+            hosts=hosts,
         )
         record = next(record for record in records if record is not Killed)
         return record, place, read_weights(place)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
-from rankwise.faults import Faults, Plan, parse, parse_all, read_marks
+from rankwise.faults import Faults, Plan, parse, read_marks
+from rankwise.launch import preflight
 from rankwise.ledger import Ledger
 from rankwise.record import Record
 
@@ -84,7 +85,7 @@ def test_a_fault_is_what_its_words_say(text: str, plan: Plan) -> None:
 def test_what_is_no_fault_is_told_in_one_line(text: str, told: str) -> None:
     """Unknown kinds, keys and phases, values out of range, and ranks that the run does not have."""
     with pytest.raises(ConfigError) as error:
-        parse_all([text], ranks=3)
+        preflight.check(TrainConfig(ranks=3, fault=(text,)))
     assert told in str(error.value)
     assert str(error.value).startswith(f"--fault {text}: ")
     assert "\n" not in str(error.value)

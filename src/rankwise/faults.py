@@ -22,10 +22,13 @@ from rankwise.errors import ConfigError, StorageError, unknown_name
 from rankwise.ledger import Ledger
 from rankwise.storage import write_atomically
 
-Kind = Literal["sleep", "slow", "crash", "kill", "hang", "nan"]
+Kind = Literal["sleep", "slow", "crash", "kill", "hang", "nan", "drop-host", "cut"]
 Moment = Literal["compute", "exchange", "evaluation", "checkpoint", "recovery"]
 
-DEADLY = ("crash", "kill", "hang")
+OF_HOSTS = ("drop-host", "cut")
+"""Kinds that strike all ranks of a host."""
+
+DEADLY = ("crash", "kill", "hang", *OF_HOSTS)
 """Kinds after which a rank does not come back by itself."""
 
 _KEYS = {"rank": int, "epoch": int, "step": int, "phase": str, "p": float, "seconds": float, "factor": float}
@@ -106,15 +109,6 @@ def _check(text: str, plan: Plan, values: dict[str, object]) -> None:
         require(plan.phase == "compute", f"phase=compute for {plan.kind}")
 
 
-def parse_all(texts: Sequence[str], ranks: int) -> list[Plan]:
-    """All faults of a run. Raises ConfigError, also for a rank that the run does not have."""
-    plans = [parse(text) for text in texts]
-    for text, plan in zip(texts, plans, strict=True):
-        if plan.rank is not None and plan.rank >= ranks:
-            raise ConfigError(f"--fault {text}: the run has ranks 0 to {ranks - 1}")
-    return plans
-
-
 @dataclass(frozen=True)
 class Mark:
     """That a fault has struck: which `plan` of the run, whom and where, and when, in seconds of the Unix
@@ -146,6 +140,12 @@ class Victim(Protocol):
 
     def die(self) -> None:
         """End this rank at once, without a word."""
+
+    def drop_host(self) -> None:
+        """End all ranks of this one's host, with what started them."""
+
+    def cut(self) -> None:
+        """Take the links of this rank's host to others down."""
 
     def hang(self) -> None:
         """Stop this rank until somebody wakes or ends it."""
@@ -260,5 +260,9 @@ class Faults(NoFaults):
             self._victim.die()
         elif plan.kind == "hang":
             self._victim.hang()
+        elif plan.kind == "drop-host":
+            self._victim.drop_host()
+        elif plan.kind == "cut":
+            self._victim.cut()
         else:
             raise InjectedCrash(f"rank {self._rank} was asked to crash")

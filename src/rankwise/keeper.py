@@ -85,7 +85,7 @@ class Keeper:
         self._start = start
         self._environment = accounts.environment(world, hosts)
         self.books = books or self._open_books(spares)
-        self._saver = Saver(folder.checkpoints, config.checkpoint_keep)
+        self._saver = Saver(folder.checkpoints, config.checkpoint_keep, folder.require_part)
         self._say = say
         if world.rank == 0:
             folder.keep_metrics(self.books.epochs)
@@ -144,6 +144,7 @@ class Keeper:
     def after_recovery(self, lost: list[int], new: list[int], seconds: float) -> None:
         """Ranks were lost, and the others go on, with new ones in their place; who is rank 0 now keeps the
         folder."""
+        self._folder.require_part()
         self._saver.give_up()
         position = self._job.synchroniser.position
         now_s = self._world.ledger.close().wall_ns / 1e9
@@ -224,6 +225,8 @@ class Keeper:
                     "config": self._config.model_dump(mode="json"),
                 },
             )
+            if epoch == 0:
+                self._saver.finish(self._world)  # a run that has a record can be resumed
 
     def write(self, outcome: Outcome, message: str | None = None, *, ended: int | None = None) -> Record:
         """Gather all ranks' ledgers and write record and timelines; all ranks together.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import shutil
+import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -86,9 +90,12 @@ def start_ticks(pid: int) -> int | None:
 
 def session(leader: int) -> list[int]:
     """The live processes of the session that a process began, whether it still lives or not."""
-    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-    told = ((pid, _status_of(pid)) for pid in pids)
+    told = ((pid, _status_of(pid)) for pid in _processes())
     return [pid for pid, fields in told if fields and fields[0] != "Z" and int(fields[3]) == leader]
+
+
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
 
 
 def _status_of(pid: int) -> list[str]:
@@ -97,6 +104,39 @@ def _status_of(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def die_with_parent(how: signal.Signals) -> None:
+    """Ask Linux to send this process a signal when its parent is gone, even by kill -9."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, how)
+
+
+def drop_host() -> None:
+    """End this process, who started it, and all that was started with it, as if the host had lost power."""
+    parent = os.getppid()
+    for pid in _processes():
+        fields = _status_of(pid)
+        if fields and int(fields[1]) == parent and pid != os.getpid():
+            os.kill(pid, signal.SIGKILL)
+    os.kill(parent, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def can_cut_links() -> bool:
+    """Whether this process may take the host's network links down."""
+    cap_net_admin = 12
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> cap_net_admin & 1) and shutil.which("ip") is not None
+    return False
+
+
+def cut_links() -> None:
+    """Take all network links of this host down but the one to itself."""
+    for _, name in socket.if_nameindex():
+        if name != "lo":
+            subprocess.run(["ip", "link", "set", name, "down"], check=False, capture_output=True)
 
 
 def clock_name() -> str:

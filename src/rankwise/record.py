@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rankwise.config import TrainConfig
-from rankwise.errors import ResumeError, StorageError, UsageError, one_line
+from rankwise.errors import ResumeError, StorageError, SupersededError, UsageError, one_line
 from rankwise.ledger import PHASES
 from rankwise.storage import write_atomically
 
@@ -221,6 +222,8 @@ class RunFolder:
         self.faults = path / "faults"
         self.last_words = path / "last-words"
         self.beats = path / ".beats"
+        self._start = path / ".start"
+        self._mine: str | None = None
 
     def timeline_of(self, rank: int) -> Path:
         """The timeline of one rank."""
@@ -254,6 +257,29 @@ class RunFolder:
         self.failure.unlink(missing_ok=True)
         shutil.rmtree(self.last_words, ignore_errors=True)
 
+    def begin(self) -> None:
+        """The run is about to be started: ranks of an earlier start, wherever they are, may not write any
+        more."""
+        write_atomically(self._start, os.urandom(8).hex().encode())
+
+    def take_part(self) -> None:
+        """This process is a rank of the start that began last."""
+        self._mine = self._last_start()
+
+    def require_part(self) -> None:
+        """Raises SupersededError if the run was started again since this process took part.
+
+        After a link between hosts was cut, ranks on both sides may live, and see the folder.
+        """
+        if self._mine is not None and self._last_start() != self._mine:
+            raise SupersededError(f"{self.path} was started again without this rank")
+
+    def _last_start(self) -> str:
+        try:
+            return self._start.read_text()
+        except OSError:
+            return ""
+
     def _words_of(self, rank: int) -> Path:
         return self.last_words / f"rank-{rank:04d}.json"
 
@@ -282,6 +308,7 @@ class RunFolder:
 
         A run in which a rank has failed does not go on, so its record is not made `running` again.
         """
+        self.require_part()
         if record.outcome == "running" and self.failure.exists():
             return
         write_atomically(self.record, record.model_dump_json(indent=1).encode() + b"\n")
@@ -309,12 +336,8 @@ class RunFolder:
 
     def keep_metrics(self, epochs: list[Epoch]) -> None:
         """Make metrics.jsonl hold these epochs."""
+        self.require_part()
         write_atomically(self.metrics, "".join(e.model_dump_json() + "\n" for e in epochs).encode())
-
-    def note(self, fault: Fault) -> None:
-        """Add a fault that the ranks could not write down themselves."""
-        record = self.read()
-        self.write(record.model_copy(update={"faults": [*record.faults, fault]}))
 
     def close(self, outcome: Outcome, message: str) -> None:
         """Set the outcome of a run whose ranks are gone and could not do it themselves."""

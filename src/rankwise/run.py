@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import torch
 
-from rankwise import data, models, placement
+from rankwise import data, machine, models, placement
 from rankwise.accounts import standing_by
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Dataset
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError, Interrupted
-from rankwise.faults import Faults, NoFaults, parse_all
+from rankwise.faults import Faults, NoFaults, parse
 from rankwise.keeper import Keeper
 from rankwise.models.replica import Replica
 from rankwise.progress import Progress
@@ -220,7 +220,9 @@ def _watchdog(config: TrainConfig, folder: RunFolder, world: World) -> Watchdog:
 def _faults(config: TrainConfig, folder: RunFolder, world: World, replica: Replica) -> NoFaults:
     if not config.fault:
         return NoFaults()
-    plans = parse_all(config.fault, config.processes)
+    plans = [parse(text) for text in config.fault]
+    if any(plan.kind == "cut" for plan in plans) and not machine.can_cut_links():
+        raise ConfigError("--fault cut takes links down, which needs the program ip and CAP_NET_ADMIN")
     return Faults(
         plans, folder.faults, rank=world.number, seed=config.seed, victim=world, poison=replica.poison
     )

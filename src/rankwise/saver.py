@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ class Saver:
     """Writes the checkpoints of one run into `folder`, which all ranks see, and keeps the newest `keep`.
 
     `gave_up` says that the last one may have been lost. An error of the disk is raised, as StorageError,
-    when the next checkpoint begins or in `finish`; the checkpoints before stay.
+    when the next checkpoint begins or in `finish`; the checkpoints before stay. So is what `may_write`
+    raises, which is asked before anything of others is touched.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, may_write: Callable[[], None] = lambda: None) -> None:
         self._folder = folder
+        self._may_write = may_write
         self._keep = keep
         self._under_way: _Part | None = None
         self._given_up: list[_Part] = []
@@ -70,7 +73,7 @@ class Saver:
             files[memory_file(world.rank)] = _packed({k: torch.from_numpy(a) for k, a in memory.items()})
         self.gave_up = False
         manifest = {"epoch": epoch, "workers": writers, "notes": notes} if world.rank == 0 else None
-        self._under_way = _Part(draft, world.rank, world.size, files, manifest, self._keep)
+        self._under_way = _Part(draft, world.rank, world.size, files, manifest, self._keep, self._may_write)
 
     def finish(self, world: World) -> None:
         """Wait until the last checkpoint is on disk; all ranks together."""
@@ -87,6 +90,7 @@ class Saver:
             self.gave_up = True
 
     def _new_draft(self, epoch: int) -> Path:
+        self._may_write()
         while self._given_up:  # or its folder might be renamed while it is removed
             self._given_up.pop().thread.join()
         kept = self._under_way.draft if self._under_way else None
@@ -125,6 +129,7 @@ class _Part:
         files: dict[str, bytes],
         manifest: dict[str, Any] | None,
         keep: int,
+        may_write: Callable[[], None],
     ) -> None:
         self.draft = draft
         self.written = threading.Event()
@@ -134,6 +139,7 @@ class _Part:
         self._files = files
         self._manifest = manifest
         self._keep = keep
+        self._may_write = may_write
         self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self.thread.start()
 
@@ -169,6 +175,7 @@ class _Part:
             note.unlink()
         content = json.dumps({**manifest, "files": sums}, indent=1).encode()
         write_atomically(self.draft / MANIFEST, content)
+        self._may_write()
         final = self.draft.with_name(f"epoch-{manifest['epoch']:04d}")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(self.draft, final)

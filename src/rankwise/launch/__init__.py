@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from rankwise.launch import preflight
+from rankwise.launch.hosts import settle
 from rankwise.launch.mpiexec import train_by_mpiexec
 from rankwise.launch.order import Order, resumed, run_folder
 from rankwise.record import Record, RunFolder
@@ -47,13 +48,14 @@ def launch(order: Order) -> Result:
         return Result(record, folder.path, speaks=rank == 0 and not order.launched)
     for remark in order.remarks:
         order.say(remark)
-    config = preflight.check(order.config)
-    if config.ranks > 1:
+    config = preflight.check(settle(order.config), resumes=order.resume is not None)
+    by_mpiexec = config.ranks > 1 or config.hosts is not None
+    if by_mpiexec:
         find_mpiexec()  # before anything is decoded or written
     with showing_progress(order.console) as on_progress:
         flight = preflight.prepare(config, on_progress)
     with run_folder(order, config) as folder:
-        if config.ranks > 1:
+        if by_mpiexec:
             record = train_by_mpiexec(order, flight, folder)
         else:
             from rankwise.launch.rank import train_alone

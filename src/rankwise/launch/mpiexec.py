@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -12,18 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import IO, Literal
 
 from rankwise import losses, machine
 from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
-from rankwise.launch.order import Order, to_arguments
+from rankwise.faults import OF_HOSTS, Mark
+from rankwise.launch.hosts import Host, answering, check, fit, parse, passed_on
+from rankwise.launch.order import Order, to_arguments, without
 from rankwise.launch.preflight import Flight
 from rankwise.launch.signals import handling
-from rankwise.record import Fault, Record, RunFolder
+from rankwise.record import Record, RunFolder
 from rankwise.world.surroundings import Mpiexec, allocated_hosts, find_mpiexec, mpi_environment
 
 FIRST_PAUSE_S = 1.0
@@ -33,6 +35,10 @@ LONGEST_PAUSE_S = 60.0
 
 LEAVE_S = 3.0
 """How long ranks may take to leave after mpiexec has ended."""
+
+KEEPALIVE = {"time": 5, "intvl": 2, "probes": 3}
+"""When Open MPI's daemons ask whether another host is there: after so many silent seconds, then each so many,
+and so often until they believe that it is not."""
 
 GRACE_S = 30.0
 """How long interrupted ranks may take to agree, to save and to leave."""
@@ -46,43 +52,65 @@ def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
     """
     config = flight.config
     mpiexec = find_mpiexec()
+    hosts = parse(config.hosts) if config.hosts else []
+    names = check(hosts, folder.path)
     survives = config.on_failure == "continue"
     live = order.console.is_terminal
     resume = order.resume is not None
     with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
         for restarts in range(config.max_restarts + 1):
             program = [sys.executable, "-m", "rankwise", "train", *_arguments(order, config, folder, resume)]
-            ending = supervise(
-                command_line(mpiexec, config.processes, program, survives=survives), display.say
-            )
+            command = command_line(mpiexec, config.processes, program, survives=survives, hosts=hosts)
+            ending = supervise(command, display.say)
             try:
                 return _judge(ending, folder)
             except RestartableError as error:
                 over = config.on_failure == "stop" or restarts == config.max_restarts
                 if over or not folder.record.exists():
                     raise
-                folder.note(_why(folder, ending))
+                left = answering(hosts, folder.path, display.say)
+                lost = [names[host.name] for host in hosts if host not in left]
+                _note_losses(folder, ending, lost)
+                if lost:
+                    config, hosts = fit(config, left), left
                 pause_s = min(FIRST_PAUSE_S * 2**restarts, LONGEST_PAUSE_S)
                 display.say(
                     f"{error}; starting again in {pause_s:g} s ({restarts + 1} of {config.max_restarts})"
                 )
                 time.sleep(pause_s)
                 folder.forget_failures()
+                folder.begin()
                 resume = True
     raise AssertionError("the last restart returns or raises")
 
 
-def _why(folder: RunFolder, ending: Ending) -> Fault:
-    """The fault after which a run is started again, by what was left in the folder and what mpiexec said."""
+def _note_losses(folder: RunFolder, ending: Ending, lost_hosts: Sequence[str]) -> None:
+    """Write down why the run is started again, by what was left in the folder, what mpiexec said, and which
+    hosts do not answer: every rank of theirs was lost."""
     record = folder.read()
-    named = re.search(r"process rank (\d+)", ending.last_words)
-    if strikes := losses.new_strikes(folder, record.faults):
-        rank = strikes[-1].rank
-    elif named:
-        rank = int(named[1])
-    else:
-        rank = json.loads(folder.failure.read_bytes())["rank"] if folder.failure.exists() else -1
-    return losses.explain(folder, rank, record.faults, epoch=len(record.epochs) + 1, action="restart")
+    epoch = len(record.epochs) + 1
+    strikes = losses.new_strikes(folder, record.faults)
+    struck = {mark.rank for mark in strikes if mark.kind in OF_HOSTS}
+    hosts = {*lost_hosts, *(row.host for row in record.ranks if row.rank in struck)}
+    ranks = [row.rank for row in record.ranks if row.host in hosts and row.died_at_s is None]
+    # Others may have gone on for a moment; what came of that is gone.
+    known = [
+        fault.model_copy(update={"action": "restart"}) if fault.epoch >= epoch else fault
+        for fault in record.faults
+    ]
+    if not ranks and known == record.faults:
+        ranks = [_first_lost(folder, ending, strikes)]
+    new = [losses.explain(folder, rank, record.faults, epoch=epoch, action="restart") for rank in ranks]
+    folder.write(record.model_copy(update={"faults": [*known, *new]}))
+
+
+def _first_lost(folder: RunFolder, ending: Ending, strikes: Sequence[Mark]) -> int:
+    """The rank that ended a run, -1 if nobody knows."""
+    if strikes:
+        return strikes[-1].rank
+    if named := re.search(r"process rank (\d+)", ending.last_words):
+        return int(named[1])
+    return int(json.loads(folder.failure.read_bytes())["rank"]) if folder.failure.exists() else -1
 
 
 def _arguments(order: Order, config: TrainConfig, folder: RunFolder, resume: bool) -> list[str]:
@@ -96,8 +124,12 @@ def _arguments(order: Order, config: TrainConfig, folder: RunFolder, resume: boo
         arguments += ["--out", str(folder.path)]
     if resume and not given("--resume"):
         arguments += ["--resume", str(folder.path)]
-    if not given("--on-failure"):
-        arguments += ["--on-failure", str(config.on_failure)]
+    settled: dict[str, object] = {"--on-failure": config.on_failure}
+    if config.hosts:
+        settled |= {"--hosts": config.hosts, "--ranks": config.ranks, "--spares": config.spares}
+        arguments = without(arguments, "--hostfile")
+    for option, value in settled.items():
+        arguments = [*without(arguments, option), option, str(value)]
     return [*arguments, "--launched"]
 
 
@@ -127,6 +159,9 @@ def _judge(ending: Ending, folder: RunFolder) -> Record:
             _close(folder, "failed", message)
             raise TrainingError(message)
         known = [f"rank {rank}: {its['message']}" for rank, its in words.items() if its]
+        gone = re.search(r"lost communication.* Remote daemon: .*? on node (\S+)", last_words)
+        if gone:
+            known = [f"host {gone[1]} was lost"]
         last_words = "; ".join(known) or last_words
         message = f"the ranks ended in the middle of the run, mpiexec with code {ending.code}: {last_words}"
         _close(folder, "failed", message)
@@ -140,7 +175,14 @@ def _close(folder: RunFolder, outcome: Literal["interrupted", "failed"], message
         folder.close(outcome, message)
 
 
-def command_line(mpiexec: Mpiexec, ranks: int, program: list[str], *, survives: bool = False) -> list[str]:
+def command_line(
+    mpiexec: Mpiexec,
+    ranks: int,
+    program: list[str],
+    *,
+    survives: bool = False,
+    hosts: Sequence[Host] = (),
+) -> list[str]:
     """The command that starts `program` on `ranks` ranks, which with `survives` go on if one dies.
 
     Ranks of this machine are bound to a NUMA domain, where their memory is near, but not to a core:
@@ -148,11 +190,26 @@ def command_line(mpiexec: Mpiexec, ranks: int, program: list[str], *, survives: 
     cores the scheduler decides, and ranks yield while they wait. A container's share of the CPUs does
     not say which ones they are, so there nobody is bound. In a batch job of several hosts mpiexec
     knows best.
+
+    On `hosts` ranks fill one after the other. Of Open MPI's collective modules those are left out that do not
+    survive failures and would be chosen there (its issues 13915 and 11794), and its daemons find out about a
+    link that was cut within some ten seconds instead of never.
     """
     command = [str(mpiexec.path), "-n", str(ranks)]
     if survives:
         command += ["--with-ft", "ulfm"]
-    if mpiexec.is_open_mpi and allocated_hosts() == 1:
+    if hosts:
+        crowded = ranks > sum(host.slots for host in hosts)
+        command += ["--host", ",".join(map(str, hosts))]
+        command += ["--map-by", "slot:OVERSUBSCRIBE" if crowded else "slot", "--bind-to", "none"]
+        command += ["--mca", "mpi_yield_when_idle", str(int(crowded))]
+        command += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm,tcp"]
+        command += ["--mca", "coll", "^han,cuda,hcoll,portals4"]
+        for name, value in KEEPALIVE.items():
+            command += ["--prtemca", f"oob_tcp_keepalive_{name}", str(value)]
+        for variable in passed_on():
+            command += ["-x", variable]
+    elif mpiexec.is_open_mpi and allocated_hosts() == 1:
         # Shared memory alone spares a second of looking at networks.
         command += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm"]
         if ranks > machine.usable_cores():
@@ -193,7 +250,7 @@ def supervise(command: list[str], show: Callable[[str], None]) -> Ending:
             stderr=subprocess.PIPE,
             env=mpi_environment(),
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(machine.die_with_parent, signal.SIGTERM),
         )
     except OSError as error:
         raise LaunchError(f"cannot start {command[0]}: {error.strerror}") from None
@@ -263,11 +320,5 @@ def _pass_on(stream: IO[bytes], show: Callable[[str], None], banners: list[str])
             in_banner = not in_banner
         elif in_banner or line.startswith(("prterun", "mpirun", "mpiexec", "Abort(", "NBC_Progress:")):
             banners.append(line)
-        elif line:
+        elif line and "plm:ssh: Warning" not in line:
             show(line)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this process with SIGTERM when its parent is gone, even by kill -9."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -61,10 +61,10 @@ class Order:
 def open_folder(order: Order, config: TrainConfig) -> tuple[RunFolder, list[Path]]:
     """The run's folder, made now or resumed, and the folders that are new (the innermost first)."""
     folder = RunFolder(order.resume or config.out or new_run_path(config.model))
-    if order.resume:
-        folder.forget_failures()
-        return folder, []
-    return folder, folder.create()
+    new = [] if order.resume else folder.create()
+    folder.forget_failures()
+    folder.begin()
+    return folder, new
 
 
 def discard(new: list[Path]) -> None:
@@ -117,6 +117,16 @@ def resumed(order: Order, folder: Path, stored: Record) -> Order:
     except ConfigError as error:
         raise ResumeError(f"the options stored in {folder} do not fit: {error}") from None
     return replace(order, config=config, remarks=tuple(remarks))
+
+
+def without(arguments: Sequence[str], option: str) -> list[str]:
+    """A command line without an option that takes a value."""
+    kept, skip = [], False
+    for word in arguments:
+        if not (skip or word == option or word.startswith(f"{option}=")):
+            kept.append(word)
+        skip = word == option
+    return kept
 
 
 def to_arguments(order: Order) -> list[str]:

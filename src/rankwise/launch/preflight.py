@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rankwise import data, models, strategies, tracking
+from rankwise import data, faults, models, strategies, tracking
 from rankwise.config import TrainConfig
 from rankwise.data.partition import parse_shards
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError
-from rankwise.faults import parse_all
 from rankwise.world.surroundings import survives_failures
 
 
@@ -22,14 +21,22 @@ class Flight:
     samples_per_epoch: int
 
 
-def check(config: TrainConfig) -> TrainConfig:
-    """The configuration with its dependent defaults filled in. Raises UsageError, one line."""
+def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
+    """The configuration with its dependent defaults filled in. Raises UsageError, one line.
+
+    A run that `resumes` may have fewer ranks than it began with, to which faults were meant to happen.
+    """
     config = strategies.resolve(config)
     models.check(config.model)
     parse_shards(config.shards)
     data.check(config.dataset, config.data_dir)
     tracking.check(config.track)
-    parse_all(config.fault, config.processes)
+    for text in config.fault:
+        plan = faults.parse(text)
+        if plan.kind in faults.OF_HOSTS and config.hosts is None:
+            raise ConfigError(f"--fault {text}: expected a run on several --hosts")
+        if not resumes and plan.rank is not None and plan.rank >= config.processes:
+            raise ConfigError(f"--fault {text}: the run has ranks 0 to {config.processes - 1}")
     return _settle_failures(config)
 
 
@@ -56,6 +63,11 @@ def _settle_failures(config: TrainConfig) -> TrainConfig:
     if config.spares and (wants != "continue" or alone):
         raise ConfigError(
             f"--spares {config.spares} was given, but they are for --on-failure continue with 2 ranks or more"
+        )
+    if config.spares and strategies.entry_of(config.strategy).strategy.in_lockstep:
+        raise ConfigError(
+            f"--spares {config.spares} was given, but nobody can come in with --strategy {config.strategy}, "
+            "where the ranks of a host are alike: leave it out"
         )
     return config.model_copy(update={"on_failure": wants})
 

@@ -19,6 +19,7 @@ from rankwise.errors import (
     LaunchError,
     RankLost,
     RankwiseError,
+    SupersededError,
     UsageError,
     one_line,
 )
@@ -63,6 +64,7 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
     A rank that fails leaves word in the folder (and to the user, unless a launcher of ours will), and
     ends all ranks, unless they can go on without it.
     """
+    machine.die_with_parent(signal.SIGKILL)  # or it might stay behind when a host's daemon is lost
     folder = RunFolder(order.resume or order.config.out or Path()) if order.launched else None
     new: list[Path] = []
     try:
@@ -75,12 +77,15 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
         if folder:
             record = _as_launched(order, world, folder)
         else:
-            config = preflight.check(_among(order.config, world.size))
+            config = preflight.check(_among(order.config, world.size), resumes=order.resume is not None)
             mine = open_folder(order, config) if world.rank == 0 else None
             folder, new = world.allgather_object(mine)[0]
             record = _as_given(order, config, world, folder)
     except Interrupted:
         world.close()
+        raise
+    except SupersededError as error:
+        world.abort(error.exit_code)  # without a word in a folder that is others' now
         raise
     except BaseException as error:
         if folder and world.survives and not isinstance(error, RankwiseError | KeyboardInterrupt):
@@ -92,7 +97,7 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
 
 
 def _as_launched(order: Order, world: World, folder: RunFolder) -> Record:
-    config = preflight.check(order.config)
+    config = preflight.check(order.config, resumes=order.resume is not None)
     if world.size != config.processes:
         raise LaunchError(
             f"{config.processes} ranks were started, but this one sees {world.size}: mpiexec and the MPI "
@@ -137,6 +142,7 @@ def _train_as_understudy(order: Order, config: TrainConfig, world: World, folder
 
 def _train(order: Order, config: TrainConfig, world: World, folder: RunFolder, say: Say) -> Record:
     start = None
+    folder.take_part()
     with _stop_on_signal(world):
         if order.resume:
             tell = say if world.rank == 0 else _silent

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +18,6 @@ from rich.console import Console
 from rankwise import machine
 from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, UsageError
-from rankwise.launch.mpiexec import die_with_parent
 from rankwise.launch.order import Order, to_arguments
 from rankwise.launch.signals import handling
 from rankwise.record import Record
@@ -99,7 +99,7 @@ def _supervise(command: list[str], log: Path, look: Callable[[], None]) -> int:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(machine.die_with_parent, signal.SIGTERM),
             )
     except OSError as error:
         raise UsageError(f"cannot write {log}: {error.strerror}; choose another --output") from None

@@ -1,0 +1,254 @@
+"""Runs on several hosts: what may be asked for, what is checked before, and hosts that are lost."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankwise.config import TrainConfig
+from rankwise.errors import ConfigError, LaunchError, SupersededError, TrainingError
+from rankwise.launch import hosts as launching
+from rankwise.launch.hosts import Host, fit, parse, read, settle
+from rankwise.launch.mpiexec import command_line
+from rankwise.launch.order import without
+from rankwise.record import Record, RunFolder
+from rankwise.world.surroundings import Mpiexec
+
+from .conftest import Command
+from .hosts import Hosts, why_not
+from .test_mpi import closes
+
+NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}(\.[a-z0-9]{1,5})?", fullmatch=True)
+HOSTS = st.dictionaries(NAMES, st.integers(1, 128), min_size=1, max_size=5)
+
+
+@given(HOSTS)
+def test_hosts_are_read_as_they_were_written(asked: dict[str, int]) -> None:
+    """On the command line and in a file, the same hosts in the same order."""
+    expected = [Host(name, slots) for name, slots in asked.items()]
+    assert parse(",".join(f"{name}:{slots}" for name, slots in asked.items())) == expected
+    assert parse(",".join(map(str, expected))) == expected
+
+
+def test_a_hostfile_is_that_of_mpiexec(tmp_path: Path) -> None:
+    """Names, slots, comments and what else mpiexec allows on a line; a host without slots has one."""
+    path = tmp_path / "hosts"
+    path.write_text("# all of them\nnode1 slots=4 max_slots=8\n\n10.0.0.2\tslots=2 # the old one\nnode3\n")
+    assert read(path) == [Host("node1", 4), Host("10.0.0.2", 2), Host("node3", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a:2,a:3", "host a was given with 2 slots and with 3"),
+        ("a:0", "host a has '0' slots, expected a number of 1 or more"),
+        ("a:two", "'two' slots"),
+        ("a:2,,b:2", "'' is no name of a host"),
+        ("-oProxyCommand=x:1", "is no name of a host"),
+    ],
+)
+def test_what_are_no_hosts_is_told_in_one_line(text: str, told: str) -> None:
+    """A host twice with different slots, no slots, no name, and a name that ssh would take for an option."""
+    with pytest.raises(ConfigError) as error:
+        settle(TrainConfig(hosts=text))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "# nobody\n", "node1 slots=many\n"])
+def test_what_is_no_hostfile_is_told_in_one_line(tmp_path: Path, content: str | None) -> None:
+    """One that is missing or empty, or has a line that says nothing."""
+    path = tmp_path / "hosts"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        settle(TrainConfig(hostfile=path))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ranks_fill_the_slots() -> None:
+    """As many ranks as there are slots, less the spares, unless their number was given."""
+    assert settle(TrainConfig(hosts="a:4,b:3")).ranks == 7
+    assert settle(TrainConfig(hosts="a:4,b:3", spares=2)).ranks == 5
+    assert settle(TrainConfig(hosts="a:4,b:3", ranks=2)).ranks == 2
+    with pytest.raises(ConfigError, match="leaves none to train"):
+        settle(TrainConfig(hosts="a:1", spares=1))
+
+
+def test_what_is_left_takes_fewer_ranks() -> None:
+    """On fewer hosts a run goes on with the ranks that fit, then with spares; with too few it does not."""
+    config = settle(TrainConfig(hosts="a:2,b:2,c:2", spares=1, min_ranks=3))
+    assert config.ranks == 5
+    left = fit(config, [Host("a", 2), Host("c", 2)])
+    assert (left.ranks, left.spares, left.hosts) == (4, 0, "a:2,c:2")
+    with pytest.raises(TrainingError, match="room for 2 ranks"):
+        fit(config, [Host("c", 2)])
+    with pytest.raises(TrainingError, match="room for 0 ranks"):
+        fit(config, [])
+
+
+@given(st.lists(st.sampled_from(["--ranks", "--ranks=3", "--lr", "0.1", "2", "--hosts"]), max_size=8))
+def test_an_option_is_taken_out_with_its_value(words: list[str]) -> None:
+    """In both spellings; all other words stay in their order."""
+    left = without([*words, "--ranks", "9"], "--ranks")
+    assert not any(word.startswith("--ranks=") for word in left)
+    assert left == without(left, "--ranks")
+
+
+def test_flags_for_several_hosts() -> None:
+    """What Open MPI needs to survive on several hosts, and to see a link that was cut."""
+    mpiexec = Mpiexec(Path("/bin/mpiexec"), "mpiexec (Open MPI) 5.0.11")
+    words = command_line(mpiexec, 5, ["program"], survives=True, hosts=[Host("a", 2), Host("b", 2)])
+    line = " ".join(words)
+    assert line.startswith("/bin/mpiexec -n 5 --with-ft ulfm --host a:2,b:2 --map-by slot:OVERSUBSCRIBE ")
+    assert "--mca coll ^han,cuda,hcoll,portals4" in line
+    assert "--mca btl self,sm,tcp" in line
+    assert "oob_tcp_keepalive_time" in line
+    assert words[-1] == "program"
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    """Every host answers as this one does, but for the changes."""
+    mine = launching.Answer("me", tuple(launching._versions()), sees_folder=True)
+    other = launching.Answer(**{**vars(mine), **changes})  # type: ignore[arg-type]
+    monkeypatch.setattr(launching, "_ask", lambda host, folder: mine if host.name == "a" else other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"trouble": "no answer within 10 s"}, "host b cannot be used: no answer within 10 s"),
+        ({"sees_folder": False}, "host b does not see the run folder"),
+        (
+            {"versions": (("python", "2.7"), ("rankwise", "0"), ("mpi4py", "0"), ("torch", "0"))},
+            "host b has python 2.7",
+        ),
+    ],
+)
+def test_hosts_that_do_not_fit_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, object], told: str
+) -> None:
+    """A host that does not answer, has other versions, or does not see the run folder ends it before a rank
+    is started."""
+    answers(monkeypatch, **changes)
+    with pytest.raises(LaunchError) as error:
+        launching.check([Host("a", 1), Host("b", 1)], tmp_path)
+    assert told in str(error.value)
+
+
+def test_a_host_that_cannot_be_reached(command: Command, tmp_path: Path) -> None:
+    """It is named in one line within ten seconds, with code 2, and nothing is left."""
+    started_s = time.monotonic()
+    agent = tmp_path / "agent"
+    agent.write_text("#!/bin/sh\nexec sleep 60\n")
+    agent.chmod(0o755)
+    words = ["--dataset", "digits", "--hosts", "localhost:1,nowhere.invalid:1", "--out", "run"]
+    process = command.start(
+        sys.executable, "-m", "rankwise", "train", *words, PRTE_MCA_plm_ssh_agent=str(agent)
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert "host nowhere.invalid cannot be used: no answer within 10 s" in err
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - started_s < 60
+
+
+def test_only_the_last_start_writes(tmp_path: Path) -> None:
+    """Ranks that a new start has left behind may not write the record, metrics or checkpoints any more, so
+    that of two halves of a run one goes on."""
+    folder, behind = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    folder.create()
+    folder.begin()
+    behind.take_part()
+    behind.keep_metrics([])
+    folder.begin()
+    folder.take_part()
+    folder.keep_metrics([])
+    folder.require_part()
+    for write in (lambda: behind.keep_metrics([]), behind.require_part):
+        with pytest.raises(SupersededError):
+            write()
+
+
+@pytest.fixture
+def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    """Hosts on this machine, with these rates."""
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with Hosts(*request.param) as made:
+        yield made
+
+
+def train(hosts: Hosts, slots: int, tmp_path: Path, *words: str) -> tuple[Record, str]:
+    """Train on all hosts; returns the record, and what the user was told. No process is left behind."""
+    where = ",".join(f"{address}:{slots}" for address in hosts.addresses)
+    small = ["--dataset", "digits", "--model", "mlp", "--lr", "0.01"]
+    program = [sys.executable, "-m", "rankwise", "train", *small, "--hosts", where, "--out", "run", *words]
+    process = hosts.start(*program, cwd=tmp_path)
+    try:
+        _, err = process.communicate(timeout=110)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    folder = RunFolder(tmp_path / "run")
+    record = folder.read()
+    assert record.outcome == "completed", record.message
+    assert record.samples.trained == record.samples.expected > 0
+    assert (record.samples.lost, record.samples.duplicated) == (0, 0)
+    assert closes(record)
+    assert [row["epoch"] for row in folder.read_metrics()] == list(range(1, record.config["epochs"] + 1))
+    assert [hosts.processes(host) for host in range(len(hosts.names))] == [[]] * len(hosts.names)
+    return record, err
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("hosts", [(None, None, "100mbit")], indirect=True, ids=["three"])
+def test_three_hosts_lose_ranks(hosts: Hosts, tmp_path: Path) -> None:
+    """On three hosts, one of them behind a link of 100 Mbit/s, in two levels: a leader that is killed and a
+    rank that is stopped cost nothing, and the others go on in place."""
+    faults = ["--fault", "kill:rank=2,epoch=2,step=2", "--fault", "hang:rank=5,epoch=3,step=2"]
+    record, err = train(
+        hosts, 2, tmp_path, "--sync-across-hosts", "4", "--epochs", "4", "--hang-timeout", "3", *faults
+    )
+    assert [host.name for host in record.environment.hosts] == hosts.names
+    assert [host.ranks for host in record.environment.hosts] == [2, 2, 2]
+    found = [(fault.rank, fault.kind, fault.action) for fault in record.faults]
+    assert found == [(2, "kill", "continue"), (5, "hang", "continue")]
+    assert "no sign of life" in err
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("hosts", [(None, None)], indirect=True, ids=["two"])
+def test_a_host_is_dropped(hosts: Hosts, tmp_path: Path) -> None:
+    """A host that loses all its processes, the one that started them included, ends the ranks; as it answers,
+    all are started again on both, from the newest checkpoint."""
+    words = ["--strategy", "local-sgd", "--epochs", "4", "--fault", "drop-host:rank=1,epoch=3,step=2"]
+    record, err = train(hosts, 1, tmp_path, *words)
+    assert (1, "drop-host", "restart") in [(fault.rank, fault.kind, fault.action) for fault in record.faults]
+    assert {fault.action for fault in record.faults} == {"restart"}
+    assert len(record.ranks) == 2
+    assert f"host {hosts.names[1]} was lost; starting again" in err
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("hosts", [(None, None, None)], indirect=True, ids=["three"])
+def test_a_link_is_cut(hosts: Hosts, tmp_path: Path) -> None:
+    """Both sides live and see the folder: the one without the launcher ends, and the run goes on once, on the
+    hosts that are left."""
+    words = ["--strategy", "allreduce", "--epochs", "4", "--fault", "cut:rank=2,epoch=3,step=2"]
+    record, err = train(hosts, 1, tmp_path, *words)
+    assert [(fault.rank, fault.kind, fault.action) for fault in record.faults] == [(2, "cut", "restart")]
+    assert record.config["hosts"] == ",".join(f"{address}:1" for address in hosts.addresses[:2])
+    assert len(record.ranks) == 2
+    assert f"host {hosts.addresses[2]} does not answer" in err
+    manifests = [json.loads(path.read_bytes()) for path in (tmp_path / "run").glob("checkpoints/*/*.json")]
+    assert {manifest["epoch"] for manifest in manifests if "epoch" in manifest} <= {3, 4}
