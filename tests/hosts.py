@@ -57,7 +57,8 @@ class Hosts:
                 _call("ip", "-n", name, "link", "set", "lo", "up")
                 if rate:
                     limit = ("tbf", "rate", rate, "burst", "32kbit", "latency", "50ms")
-                    _call("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *limit)
+                    _call("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *limit)  # what it sends
+                    _call("tc", "qdisc", "add", "dev", outside, "root", *limit)  # what it gets
             self._write_agent()
         except BaseException:
             self._remove()

@@ -117,7 +117,7 @@ def test_flags_for_several_hosts() -> None:
 
 def answers(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     """Every host answers as this one does, but for the changes."""
-    mine = launching.Answer("me", tuple(launching._versions()), sees_folder=True)
+    mine = launching.Answer("me", tuple(launching.versions_here()), sees_folder=True)
     other = launching.Answer(**{**vars(mine), **changes})  # type: ignore[arg-type]
     monkeypatch.setattr(launching, "_ask", lambda host, folder: mine if host.name == "a" else other)
 

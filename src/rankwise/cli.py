@@ -216,15 +216,37 @@ def trace(
 
 
 @app.command
-def doctor(*, cache_dir: CacheDir = None, format: Format = "text", debug: Debug = False) -> None:
-    """Tell in one page what MPI there is and whether it can survive failures, cores, threads, datasets."""
+def doctor(
+    *,
+    hosts: Annotated[
+        str | None,
+        Parameter(help="Look at these hosts instead, as in train's --hosts, and at what lies between them."),
+    ] = None,
+    hostfile: Annotated[Path | None, Parameter(help="The same, as in train's --hostfile.")] = None,
+    cache_dir: CacheDir = None,
+    format: Format = "text",
+    debug: Debug = False,
+) -> None:
+    """Tell in one page what MPI there is and whether it can survive failures, cores, threads, datasets.
+
+    With --hosts: whether they answer and have the same versions, and for each pair latency, bandwidth and how
+    far the clocks are apart.
+    """
     from rankwise import doctor as physician
 
-    facts = physician.examine(cache_dir)
+    if hosts is not None or hostfile is not None:
+        from rankwise.launch.hosts import asked_for
+        from rankwise.launch.links import survey
+
+        with Console(stderr=True).status("asking the hosts") as status:
+            facts = survey(asked_for(hosts, hostfile), status.update)
+        show = physician.hosts_page
+    else:
+        facts, show = physician.examine(cache_dir), physician.page
     if format == "json":
         print(json.dumps(facts, indent=1))
     else:
-        _console().print(physician.page(facts))
+        _console().print(show(facts))
 
 
 def _prepare(dataset: str, data_dir: Path | None, cache_dir: Path | None, refresh: bool = False) -> Dataset:

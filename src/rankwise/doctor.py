@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from rankwise import data, machine
@@ -72,7 +73,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def page(facts: dict[str, Any]) -> Table:
+def page(facts: dict[str, Any]) -> RenderableType:
     """The facts of `examine` for a person."""
     mpi = facts["mpi"]
     survival = "yes (ULFM)" if mpi["survives"] else "no: a failure ends the job"
@@ -99,3 +100,24 @@ def page(facts: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def hosts_page(facts: dict[str, Any]) -> RenderableType:
+    """The facts of `launch.links.survey` for a person."""
+    hosts = Table("host", "calls itself", "versions", title="hosts")
+    for host in facts["hosts"]:
+        versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
+        hosts.add_row(host["name"], host["calls_itself"], versions)
+    links = Table("between", title="what lies between them")
+    for head in ("latency, us", "bandwidth, Mbit/s", "second clock ahead, ms", ""):
+        links.add_column(head, justify="right")
+    for link in facts["links"]:
+        links.add_row(
+            " - ".join(link["hosts"]),
+            f"{link['latency_s'] * 1e6:,.0f}",
+            f"{link['bytes_per_s'] * 8 / 1e6:,.0f}",
+            f"{link['ahead_s'] * 1e3:,.2f} +- {link['ahead_error_s'] * 1e3:.2f}",
+            "slowest" if link["hosts"] == facts["slowest"] else "",
+        )
+    mend = "\n".join(f"to mend: {problem}" for problem in facts["problems"]) or "to mend: nothing"
+    return Group(*([hosts, links] if facts["links"] else [hosts]), mend)

@@ -68,9 +68,7 @@ class Answer:
 def settle(config: TrainConfig) -> TrainConfig:
     """The configuration with hosts from a file filled in, and as many ranks as they have slots unless it says
     how many. Raises ConfigError, one line."""
-    if config.hostfile is not None and config.hosts is not None:
-        raise ConfigError("--hosts and --hostfile were given: choose one")
-    found = parse(config.hosts) if config.hosts else read(config.hostfile) if config.hostfile else []
+    found = asked_for(config.hosts, config.hostfile)
     if not found:
         return config
     changes: dict[str, object] = {"hosts": ",".join(map(str, found)), "hostfile": None}
@@ -80,6 +78,13 @@ def settle(config: TrainConfig) -> TrainConfig:
             raise ConfigError(f"--spares {config.spares} on {slots} slots leaves none to train")
         changes["ranks"] = slots - config.spares
     return TrainConfig(**{**config.given(), **changes})
+
+
+def asked_for(hosts: str | None, hostfile: Path | None) -> list[Host]:
+    """The hosts of `--hosts` or of `--hostfile`, none if neither was given. Raises ConfigError, one line."""
+    if hostfile is not None and hosts is not None:
+        raise ConfigError("--hosts and --hostfile were given: choose one")
+    return parse(hosts) if hosts else read(hostfile) if hostfile else []
 
 
 def parse(text: str) -> list[Host]:
@@ -134,7 +139,7 @@ def check(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
     Raises LaunchError, one line, unless all answer, have the same versions, and see the folder.
     """
     answers = ask(hosts, folder)
-    here = _versions()
+    here = versions_here()
     for host, answer in zip(hosts, answers, strict=True):
         if answer.trouble:
             raise LaunchError(f"host {host.name} cannot be used: {answer.trouble}")
@@ -232,5 +237,6 @@ def _is_here(name: str) -> bool:
     return True
 
 
-def _versions() -> list[tuple[str, str]]:
+def versions_here() -> list[tuple[str, str]]:
+    """What must be the same on all hosts, as it is on this one."""
     return [("python", platform.python_version()), *((name, version(name)) for name in PACKAGES)]

@@ -49,7 +49,7 @@ class CommonClock:
         bounds = np.zeros((len(self._leaders), 2), np.int64)
         for place, leader in enumerate(self._leaders):
             if mine in (0, leader):
-                bounds[place] = self._ping_pong(leader)
+                bounds[place] = clock_bounds(self._transport, self._clock, 0, leader)
         self._transport.broadcast(bounds, 0).wait(Watch())
         middles = dict(zip(self._leaders, bounds.sum(axis=1) // 2, strict=True))
         self._readings.append((self._clock(), int(middles.get(self._transport.clock_of[mine], 0))))
@@ -65,22 +65,22 @@ class CommonClock:
         ahead = np.interp(times_ns - at[0], at - at[0], offset - offset[0])
         return np.asarray(times_ns - offset[0] - np.rint(ahead).astype(np.int64))
 
-    def _ping_pong(self, leader: int) -> tuple[int, int]:
-        """Bounds on how far the leader's clock is ahead; on the leader itself they mean nothing."""
-        here = self._transport.rank == 0
-        low, high = -(2**62), 2**62
-        reading = np.zeros(1, np.int64)
-        for _ in range(ROUNDS):
-            if here:
-                sent_ns = self._clock()
-                self._transport.send(reading, leader, CLOCK_TAG).wait(Watch())
-                self._transport.receive(reading, leader, CLOCK_TAG).wait(Watch())
-                low, high = (
-                    max(low, int(reading[0]) - self._clock()),
-                    min(high, int(reading[0]) - sent_ns),
-                )
-            else:
-                self._transport.receive(reading, 0, CLOCK_TAG).wait(Watch())
-                reading[0] = self._clock()
-                self._transport.send(reading, 0, CLOCK_TAG).wait(Watch())
-        return low, high
+
+def clock_bounds(
+    transport: Transport, clock_ns: Callable[[], int], reference: int, other: int
+) -> tuple[int, int]:
+    """Bounds in ns on how far the other rank's clock is ahead of the reference rank's; both call it, and what
+    the other one gets means nothing."""
+    low, high = -(2**62), 2**62
+    reading = np.zeros(1, np.int64)
+    for _ in range(ROUNDS):
+        if transport.rank == reference:
+            sent_ns = clock_ns()
+            transport.send(reading, other, CLOCK_TAG).wait(Watch())
+            transport.receive(reading, other, CLOCK_TAG).wait(Watch())
+            low, high = max(low, int(reading[0]) - clock_ns()), min(high, int(reading[0]) - sent_ns)
+        else:
+            transport.receive(reading, reference, CLOCK_TAG).wait(Watch())
+            reading[0] = clock_ns()
+            transport.send(reading, reference, CLOCK_TAG).wait(Watch())
+    return low, high

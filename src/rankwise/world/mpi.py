@@ -312,9 +312,14 @@ def library_version(mpi: Any) -> str:
     return " ".join(first_line.split(",")[0].split())
 
 
-def mpi_world(ledger: Ledger | None = None) -> World:
+def mpi_transport() -> MpiTransport:
     """Join MPI_COMM_WORLD: initialises MPI in this process. Raises LaunchError where there is none."""
     mpi = load_mpi()
     if not mpi.Is_initialized():
         mpi.Init_thread(mpi.THREAD_SERIALIZED)
-    return World(MpiTransport(mpi), ledger)
+    return MpiTransport(mpi)
+
+
+def mpi_world(ledger: Ledger | None = None) -> World:
+    """The world of all ranks of MPI_COMM_WORLD. Raises LaunchError where there is none."""
+    return World(mpi_transport(), ledger)

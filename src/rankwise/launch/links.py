@@ -1,0 +1,99 @@
+"""What `rankwise doctor --hosts` finds: whether hosts answer and fit together, and what lies between them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import LaunchError
+from rankwise.launch.hosts import Host, ask, versions_here
+from rankwise.launch.mpiexec import command_line, supervise
+from rankwise.world.surroundings import find_mpiexec
+
+MARK = "rankwise-link "
+"""What begins a line of rank 0 that is for `survey`."""
+
+WORTH_TELLING_S = 1.0
+"""Wall clocks that are further apart confuse who reads logs; the ledger measures its own offsets."""
+
+
+def survey(hosts: Sequence[Host], say: Callable[[str], None]) -> dict[str, Any]:
+    """What each host says of itself, and latency, bandwidth and clocks of each pair, as JSON can hold them.
+
+    `say` is told of each pair that was measured. Raises LaunchError, one line, that names all hosts that do
+    not answer, or if no message passes between some.
+    """
+    mpiexec = find_mpiexec()
+    answers = ask(hosts, Path.cwd())
+    silent = [
+        f"{host.name}: {answer.trouble}"
+        for host, answer in zip(hosts, answers, strict=True)
+        if answer.trouble
+    ]
+    if silent:
+        raise LaunchError(f"{len(silent)} of {len(hosts)} hosts cannot be used: {'; '.join(silent)}")
+    pairs = len(hosts) * (len(hosts) - 1) // 2
+    links: list[dict[str, Any]] = []
+
+    def hear(line: str) -> None:
+        if not line.startswith(MARK):
+            say(line)
+            return
+        link = json.loads(line.removeprefix(MARK))
+        links.append({"hosts": [hosts[rank].name for rank in link.pop("ranks")]} | link)
+        say(f"measured {' - '.join(links[-1]['hosts'])}, {len(links)} of {pairs}")
+
+    program = [sys.executable, "-m", "rankwise.launch.links"]
+    if pairs:
+        single = [Host(host.name, 1) for host in hosts]
+        ending = supervise(command_line(mpiexec, len(hosts), program, hosts=single), hear)
+        if len(links) < pairs:
+            words = " ".join(ending.last_words.split())[:300] or f"mpiexec ended with code {ending.code}"
+            raise LaunchError(f"{pairs - len(links)} of {pairs} links could not be measured: {words}")
+    slowest = min(links, key=lambda link: float(link["bytes_per_s"]), default=None)
+    return {
+        "hosts": [
+            {"name": host.name, "calls_itself": answer.name, "versions": dict(answer.versions)}
+            for host, answer in zip(hosts, answers, strict=True)
+        ],
+        "links": links,
+        "slowest": slowest["hosts"] if slowest else None,
+        "problems": [*_differences(hosts, [dict(answer.versions) for answer in answers]), *_clocks(links)],
+    }
+
+
+def _differences(hosts: Sequence[Host], versions: Sequence[dict[str, str]]) -> list[str]:
+    return [
+        f"host {host.name} has {name} {theirs[name]}, and this one {ours}: install the same everywhere"
+        for host, theirs in zip(hosts, versions, strict=True)
+        for name, ours in versions_here()
+        if theirs[name] != ours
+    ]
+
+
+def _clocks(links: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        f"the clocks of {' and '.join(link['hosts'])} are {abs(link['ahead_s']):.1f} s apart: set them by NTP"
+        for link in links
+        if abs(link["ahead_s"]) > WORTH_TELLING_S
+    ]
+
+
+def main() -> None:
+    """One rank, on one of the hosts; rank 0 prints a line a link."""
+    from rankwise.world.links import measure_links
+    from rankwise.world.mpi import mpi_transport
+
+    transport = mpi_transport()
+    for link in measure_links(transport):
+        if transport.rank == 0:
+            print(MARK + json.dumps(asdict(link)), flush=True)
+    transport.close()
+
+
+if __name__ == "__main__":
+    main()
