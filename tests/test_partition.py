@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data.partition import deal, parse_shards, replicate
+from rankwise.data.partition import apportion, deal, parse_shards, replicate
 from rankwise.data.sampler import Sampler
 from rankwise.errors import ConfigError
 
@@ -27,7 +29,7 @@ def labels_and_workers(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 def test_every_sample_once(case: tuple[np.ndarray, int], mode: str, seed: int, epoch: int) -> None:
     """In every epoch each sample stands in exactly one shard, once, and every worker has one."""
     labels, workers = case
-    shards = deal(mode, labels=labels, workers=workers, epoch=epoch, seed=seed)
+    shards = deal(mode, labels=labels, shares=[1] * workers, epoch=epoch, seed=seed)
     assert len(shards) == workers
     assert sorted(np.concatenate(shards).tolist()) == list(range(len(labels)))
     assert all(len(shard) for shard in shards)
@@ -40,9 +42,9 @@ def test_every_sample_once(case: tuple[np.ndarray, int], mode: str, seed: int, e
 def test_shards_over_epochs(case: tuple[np.ndarray, int], mode: str, seed: int) -> None:
     """Fixed and uneven shards hold the same samples in every epoch, and a call twice gives the same."""
     labels, workers = case
-    first = deal(mode, labels=labels, workers=workers, epoch=1, seed=seed)
-    again = deal(mode, labels=labels, workers=workers, epoch=1, seed=seed)
-    later = deal(mode, labels=labels, workers=workers, epoch=2, seed=seed)
+    first = deal(mode, labels=labels, shares=[1] * workers, epoch=1, seed=seed)
+    again = deal(mode, labels=labels, shares=[1] * workers, epoch=1, seed=seed)
+    later = deal(mode, labels=labels, shares=[1] * workers, epoch=2, seed=seed)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     if mode != "redealt":
         assert all(set(a) == set(b) for a, b in zip(first, later, strict=True))
@@ -52,7 +54,7 @@ def test_redealt_shards_change_and_fixed_ones_are_reshuffled() -> None:
     """Redealt shards hold other samples in the next epoch; fixed ones the same in another order."""
     labels = np.arange(100) % 10
     for mode, same in (("redealt", False), ("fixed", True)):
-        one, two = (deal(mode, labels=labels, workers=4, epoch=e, seed=0)[0] for e in (1, 2))
+        one, two = (deal(mode, labels=labels, shares=[1] * 4, epoch=e, seed=0)[0] for e in (1, 2))
         assert (set(one) == set(two)) is same
         assert not np.array_equal(one, two)
 
@@ -60,7 +62,7 @@ def test_redealt_shards_change_and_fixed_ones_are_reshuffled() -> None:
 def test_fixed_shards_are_never_one_class() -> None:
     """Also where the samples lie sorted by class, a fixed shard is a random share of all classes."""
     labels = np.repeat(np.arange(10), 100)
-    for shard in deal("fixed", labels=labels, workers=10, epoch=1, seed=3):
+    for shard in deal("fixed", labels=labels, shares=[1] * 10, epoch=1, seed=3):
         assert len(np.unique(labels[shard])) >= 8
 
 
@@ -69,7 +71,7 @@ def test_dirichlet_is_more_uneven_the_smaller_alpha() -> None:
     labels = np.repeat(np.arange(10), 500)
 
     def largest_share(alpha: float) -> float:
-        shards = deal(f"dirichlet:{alpha}", labels=labels, workers=5, epoch=1, seed=0)
+        shards = deal(f"dirichlet:{alpha}", labels=labels, shares=[1] * 5, epoch=1, seed=0)
         counts = [np.bincount(labels[shard], minlength=10) for shard in shards]
         return float(np.mean([count.max() / count.sum() for count in counts]))
 
@@ -95,28 +97,34 @@ def test_unknown_shards_are_refused(mode: str) -> None:
 
 @given(
     labels_and_workers(),
-    st.integers(1, 70),
+    st.lists(st.integers(1, 70), min_size=9, max_size=9),
+    st.booleans(),
     st.one_of(st.none(), st.integers(1, 9)),
     st.booleans(),
     modes,
 )
 def test_rounds_agree_over_ranks(
-    case: tuple[np.ndarray, int], batch_size: int, sync_every: int | None, master: bool, mode: str
+    case: tuple[np.ndarray, int],
+    sizes: list[int],
+    alike: bool,
+    sync_every: int | None,
+    master: bool,
+    mode: str,
 ) -> None:
-    """All ranks have the same number of rounds with the same weights; batches cover the shard in order;
-    a master, or a worker with nothing left, joins with an empty batch."""
+    """All ranks have the same number of rounds with the same weights, whatever their batches; batches cover
+    the shard in order; a master, or a worker with nothing left, joins with an empty batch."""
     labels, workers = case
+    batch_sizes = [sizes[0]] * workers if alike else sizes[:workers]
 
-    def shards_of(epoch: int, workers: int) -> list[np.ndarray]:
-        return deal(mode, labels=labels, workers=workers, epoch=epoch, seed=1)
+    def shards_of(epoch: int, shares: Sequence[int]) -> list[np.ndarray]:
+        return deal(mode, labels=labels, shares=shares, epoch=epoch, seed=1)
 
     samplers = [
         Sampler(
             shards_of,
             rank=rank,
-            size=workers + master,
             first_worker=int(master),
-            batch_size=batch_size,
+            batch_sizes=batch_sizes,
             sync_every=lambda epoch: sync_every,
         )
         for rank in range(workers + master)
@@ -139,12 +147,30 @@ def test_rounds_agree_over_ranks(
         assert batches[-1].ends_round
         mine = np.concatenate([batch.indices for batch in batches])
         assert np.array_equal(mine, samplers[rank].shard(1))
-        assert all(len(batch) <= batch_size for batch in batches)
+        assert all(len(batch) <= batch_sizes[max(rank - master, 0)] for batch in batches)
         assert all(len(batch) for batch in batches if not batch.ends_round)
         if sync_every:
             runs = np.diff([-1, *np.flatnonzero([batch.ends_round for batch in batches])])
             assert max(runs) <= sync_every
     if master:
         assert not any(len(batch) for batch in epochs[0])
-    largest = max(len(sampler.shard(1)) for sampler in samplers)
-    assert samplers[0].steps(1) == -(-largest // batch_size)
+    shards = [len(sampler.shard(1)) for sampler in samplers[int(master) :]]
+    turns = [-(-shard // size) for shard, size in zip(shards, batch_sizes, strict=True)]
+    assert samplers[0].steps(1) == max(turns)
+    if not mode.startswith("dirichlet") and len(labels) > workers * max(batch_sizes):
+        assert max(turns) - min(turns) <= 1
+
+
+@given(st.integers(0, 500), st.lists(st.integers(1, 100), min_size=1, max_size=9))
+def test_a_number_is_split_by_shares(total: int, shares: list[int]) -> None:
+    """Everybody gets the exact share, but for less than one; where asked for one at least, nobody gets
+    nothing; equal shares are as numpy splits an array."""
+    parts = apportion(total, shares)
+    assert parts.sum() == total
+    assert np.abs(parts - total * np.array(shares) / sum(shares)).max() < 1
+    if total >= len(shares):
+        some = apportion(total, shares, least=1)
+        assert some.sum() == total
+        assert some.min() >= 1
+    equal = [len(part) for part in np.array_split(np.arange(total), len(shares))]
+    assert apportion(total, [7] * len(shares)).tolist() == equal

@@ -24,10 +24,10 @@ Make = Callable[..., TrainConfig]
 Train = Callable[..., tuple[Record, Any, Any]]
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 100))
-def test_shares_are_even(sizes: list[int], extra: int) -> None:
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 100), st.integers(1, 40))
+def test_shares_are_even(sizes: list[int], extra: int, batch_size: int) -> None:
     """What is dealt out is all dealt out, and nobody gets any who then has two more than somebody else."""
-    shares = _shares(np.array(sizes), extra)
+    shares = _shares(np.array(sizes), extra, np.full(len(sizes), float(batch_size)))
     assert shares.sum() == extra
     assert (shares >= 0).all()
     sums = np.array(sizes) + shares

@@ -67,6 +67,12 @@ class TrainConfig(BaseModel):
         "or dirichlet:ALPHA for uneven classes.",
     )
     batch_size: int = Field(16, ge=1, description="Samples per worker and step.")
+    balance: str = Field(
+        "none",
+        description="Batches, and with them shards, of workers that are not equally fast: measured (in "
+        "proportion to their speed, found out before training), or so many samples each, N,N,...; the sum "
+        "stays that of equal ones.",
+    )
     epochs: int = Field(25, ge=1, description="Passes over the training set.")
     lr: float = Field(0.001, gt=0, description="Learning rate.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")

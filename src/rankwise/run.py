@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from rankwise import data, machine, models, placement
+from rankwise import balance, data, machine, models, placement
 from rankwise.accounts import standing_by
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
@@ -54,6 +54,7 @@ def run(
     threads, hosts = _take_seats(config, world, say)
     spares = standing_by(config, world, threads)
     replica = _make_replica(config, dataset)  # also of a spare, which then is there at once when it is needed
+    config = balance.settle(config, replica, dataset.train, world, say)
     world.set_aside(config.ranks)
     with _watchdog(config, folder, world) as dog:
         arrival = None

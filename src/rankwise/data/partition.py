@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,21 +12,23 @@ from rankwise.errors import ConfigError, unknown_name
 Indices = NDArray[np.int64]
 
 
-def deal(mode: str, *, labels: NDArray[np.int64], workers: int, epoch: int, seed: int) -> list[Indices]:
+def deal(
+    mode: str, *, labels: NDArray[np.int64], shares: Sequence[int], epoch: int, seed: int
+) -> list[Indices]:
     """The samples of each worker in one epoch, in the order of training.
 
-    Every index of `labels` [n] stands in exactly one of the `workers` shards, once. `mode` is
-    ``redealt`` (new shards each epoch), ``fixed`` (the same shards all along, new order each epoch)
-    or ``dirichlet:ALPHA`` (fixed shards with uneven classes; Hsu et al. 2019, arXiv:1909.06335).
-    Raises ConfigError for another mode.
+    Every index of `labels` [n] stands in exactly one shard, once. `shares` [workers] say how large the
+    shards are to each other. `mode` is ``redealt`` (new shards each epoch), ``fixed`` (the same shards all
+    along, new order each epoch) or ``dirichlet:ALPHA`` (fixed shards with uneven classes, whose sizes are by
+    chance; Hsu et al. 2019, arXiv:1909.06335). Raises ConfigError for another mode.
     """
     alpha = parse_shards(mode)
     if alpha is not None:
-        shards = _deal_unevenly(labels, workers, alpha, np.random.default_rng([seed, 1]))
+        shards = _deal_unevenly(labels, len(shares), alpha, np.random.default_rng([seed, 1]))
     elif mode == "fixed":
-        shards = _deal_evenly(len(labels), workers, np.random.default_rng([seed, 2]))
+        shards = _deal_by(shares, len(labels), np.random.default_rng([seed, 2]))
     else:
-        return _deal_evenly(len(labels), workers, np.random.default_rng([seed, 3, epoch]))
+        return _deal_by(shares, len(labels), np.random.default_rng([seed, 3, epoch]))
     return [
         np.random.default_rng([seed, 4, epoch, worker]).permutation(shard)
         for worker, shard in enumerate(shards)
@@ -52,8 +56,22 @@ def parse_shards(mode: str) -> float | None:
     return alpha
 
 
-def _deal_evenly(samples: int, workers: int, rng: np.random.Generator) -> list[Indices]:
-    return np.array_split(rng.permutation(samples), workers)
+def apportion(
+    total: int, shares: Sequence[float] | NDArray[np.float64], *, least: int = 0
+) -> NDArray[np.int64]:
+    """Split a number by shares [k], by the method of the largest remainder, of equal ones the first;
+    everybody gets `least` at least. Returns [k] that sum to `total`."""
+    exact = np.asarray(shares, np.float64) / np.sum(shares) * total
+    parts = np.maximum(np.floor(exact + 1e-9).astype(np.int64), least)
+    while (rest := total - int(parts.sum())) < 0:
+        parts[np.argmax(np.where(parts > least, parts - exact, -np.inf))] -= 1
+    parts[np.argsort(parts - exact, kind="stable")[:rest]] += 1
+    return parts
+
+
+def _deal_by(shares: Sequence[int], samples: int, rng: np.random.Generator) -> list[Indices]:
+    sizes = apportion(samples, shares, least=int(samples >= len(shares)))
+    return np.split(rng.permutation(samples), np.cumsum(sizes)[:-1])
 
 
 def _deal_unevenly(

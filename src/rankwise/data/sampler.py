@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.data.partition import Indices
+from rankwise.data.partition import Indices, apportion
 
 NOTHING: Indices = np.empty(0, np.int64)
 
@@ -70,9 +70,8 @@ class Round:
 class Plan:
     """What a sampler knows that another, which was not there, cannot know by itself."""
 
-    size: int
     first_worker: int
-    batch_size: int
+    batch_sizes: tuple[int, ...]
     epoch: int
     rounds: list[Round]
     credited: Indices
@@ -81,52 +80,60 @@ class Plan:
 class Sampler:
     """Cuts each epoch's shards into rounds and batches, alike on all ranks.
 
-    `deal(epoch, workers)` gives one shard a worker. `first_worker` is the rank of worker 0: 1 with a
-    master, else 0. A round of an epoch ends after `sync_every(epoch)` steps of every worker, None for the
-    whole epoch. Every rank sees the same number of rounds, so nobody waits for a round that another never
-    joins. When ranks are lost, `regroup` deals what they had not brought in to the others, whose batches
-    stay as they are, or with `keeps_global_batch` grow so that those of all together do. With `in_lockstep`
-    all ranks make the same number of steps in a round, the last ones perhaps with empty batches.
+    `batch_sizes` [workers] are those of the workers, and `deal(epoch, batch_sizes)` gives one shard a worker,
+    as large to each other as these. `first_worker` is the rank of worker 0: 1 with a master, else 0. A round
+    of an epoch ends after `sync_every(epoch)` steps of every worker, None for the whole epoch. Every rank
+    sees the same number of rounds, so nobody waits for a round that another never joins. When ranks are lost,
+    `regroup` deals what they had not brought in to the others, whose batches stay as they are, or with
+    `keeps_global_batch` grow so that those of all together do. With `in_lockstep` all ranks make the same
+    number of steps in a round, the last ones perhaps with empty batches.
     """
 
     def __init__(
         self,
-        deal: Callable[[int, int], list[Indices]],
+        deal: Callable[[int, Sequence[int]], list[Indices]],
         *,
         rank: int,
-        size: int,
         first_worker: int,
-        batch_size: int,
+        batch_sizes: Sequence[int],
         sync_every: Callable[[int], int | None],
         keeps_global_batch: bool = False,
         in_lockstep: bool = False,
     ) -> None:
         self._deal = deal
         self._rank = rank
-        self._size = size
         self._first_worker = first_worker
-        self._batch_size = batch_size
+        self._batch_sizes = tuple(batch_sizes)
         self._sync_every = sync_every
         self._in_lockstep = in_lockstep
-        self._global_batch = batch_size * self.workers if keeps_global_batch else None
+        self._usual_batch = round(sum(batch_sizes) / len(batch_sizes))
+        self._global_batch = sum(batch_sizes) if keeps_global_batch else None
         self._planned: tuple[int, list[Round]] = (-1, [])
         self._credited: tuple[int, Indices] = (-1, NOTHING)
 
     @property
     def workers(self) -> int:
         """Ranks that train."""
-        return self._size - self._first_worker
+        return len(self._batch_sizes)
+
+    @property
+    def _size(self) -> int:
+        return self._first_worker + self.workers
+
+    def _batch_size(self, rank: int) -> int:
+        """Samples in a step of a rank; a master's, which has none, does not matter."""
+        return self._batch_sizes[max(rank - self._first_worker, 0)]
 
     def rounds(self, epoch: int) -> list[Round]:
         """All rounds of an epoch."""
         if self._planned[0] != epoch:
-            shards = self._deal(epoch, self.workers)
+            shards = self._deal(epoch, self._batch_sizes)
             self._planned = (epoch, self._cut([NOTHING] * self._first_worker + shards, epoch))
         return self._planned[1]
 
     def steps(self, epoch: int) -> int:
         """Steps in an epoch of the worker that has the most."""
-        return -(-int(max(self._totals(epoch))) // self._batch_size)
+        return int(max(np.ceil(self._in_batches(self._totals(epoch)))))
 
     def samples(self, epoch: int) -> int:
         """Samples that all ranks train in an epoch, those that were lost included."""
@@ -147,20 +154,21 @@ class Sampler:
         """This rank's batches of one epoch, from a round on; the last of each round says so, and may be
         empty."""
         rounds = self.rounds(epoch)
-        longest = np.array([round.sizes.max() for round in rounds], np.int64)
+        batch_size = self._batch_size(self._rank)
+        longest = np.array([self._in_batches(round.sizes).max() for round in rounds])
         over = np.concatenate([[0], np.cumsum(longest)])
-        steps = np.concatenate([[0], np.cumsum(-(-longest // self._batch_size))])
+        steps = np.concatenate([[0], np.cumsum(np.ceil(longest))])
         for number, round in enumerate(rounds[first_round:], start=first_round):
             sizes = round.sizes
             weights = sizes / sizes.sum()
             mine, done = round.left(self._rank), round.done[self._rank]
-            most = max(map(len, map(round.left, range(self._size)))) if self._in_lockstep else len(mine)
-            cuts = range(0, max(most, 1), self._batch_size)
-            for cut in cuts:
-                ends = cut == cuts[-1]
-                indices = mine[cut : cut + self._batch_size]
-                start = over[number] + done + cut
-                until = over[number + 1] if ends else start + self._batch_size
+            left = self._in_batches([len(round.left(rank)) for rank in range(self._size)])
+            turns = max(1, int(np.ceil(left.max() if self._in_lockstep else left[self._rank])))
+            for turn in range(turns):
+                ends = turn == turns - 1
+                indices = mine[turn * batch_size : (turn + 1) * batch_size]
+                start = over[number] + done / batch_size + turn
+                until = over[number + 1] if ends else start + 1
                 yield Batch(
                     epoch=epoch,
                     indices=indices,
@@ -169,7 +177,7 @@ class Sampler:
                     share=len(indices) / sizes.sum(),
                     position=epoch - 1 + (start + until) / (2 * over[-1]),
                     rounds_left=len(rounds) - 1 - number,
-                    step=int(steps[number + 1] if ends else steps[number] + cut // self._batch_size + 1),
+                    step=int(steps[number + 1] if ends else steps[number] + turn + 1),
                 )
 
     def regroup(
@@ -199,6 +207,7 @@ class Sampler:
         lost = [rank for rank in range(self._size) if rank not in before]
         credited = _join([self.credited(epoch), *(had(rank, 0, number) for rank in lost)])
         workers = range(min(self._first_worker, len(before) - 1), len(before))
+        sizes = self._batches_of([before[rank] for rank in workers])
         reached = [number + rounds_more for rounds_more in ahead or [0] * len(before)]
         plan = [its.only(before) for its in rounds[:number]]
         if number < len(rounds):
@@ -210,35 +219,26 @@ class Sampler:
                 kept.append(_join([over, under_way[:cut]]))
                 spare.append(under_way[cut:])
                 all_done.append(len(over) + done[rank])
-            plan.append(Round(_dealt(spare, kept, workers), tuple(all_done)))
+            plan.append(Round(_dealt(spare, kept, workers, sizes), tuple(all_done)))
         tails = [had(old, at + 1) for old, at in zip(before, reached, strict=True)]
         spare = [had(rank, number + 1) for rank in lost]
         spare += [tail for rank, tail in enumerate(tails) if rank not in workers]
         tails = [tail if rank in workers else NOTHING for rank, tail in enumerate(tails)]
-        tails = list(_dealt(spare, tails, workers))
+        tails = list(_dealt(spare, tails, workers, sizes))
         if self._rank in before:
             self._rank = before.index(self._rank)
-        self._size, self._first_worker = len(before), workers.start
-        if self._global_batch is not None:
-            self._batch_size = max(1, round(self._global_batch / self.workers))
+        self._first_worker, self._batch_sizes = workers.start, sizes
         self._planned = (epoch, [*plan, *(self._cut(tails, epoch) if any(map(len, tails)) else [])])
         self._credited = (epoch, credited)
 
     def plan(self, epoch: int) -> Plan:
         """What a newcomer needs."""
-        return Plan(
-            self._size,
-            self._first_worker,
-            self._batch_size,
-            epoch,
-            self.rounds(epoch),
-            self.credited(epoch),
-        )
+        return Plan(self._first_worker, self._batch_sizes, epoch, self.rounds(epoch), self.credited(epoch))
 
     def follow(self, plan: Plan, rank: int) -> None:
         """Go on, as this rank, where the sampler was that made the plan."""
-        self._rank, self._size, self._first_worker = rank, plan.size, plan.first_worker
-        self._batch_size = plan.batch_size
+        self._rank, self._first_worker = rank, plan.first_worker
+        self._batch_sizes = plan.batch_sizes
         self._planned = (plan.epoch, plan.rounds)
         self._credited = (plan.epoch, plan.credited)
 
@@ -246,39 +246,65 @@ class Sampler:
         """What ranks that were lost had committed in an epoch."""
         return self._credited[1] if self._credited[0] == epoch else NOTHING
 
+    def _batches_of(self, ranks: Sequence[int | None]) -> tuple[int, ...]:
+        """The batch sizes of these ranks, by their numbers so far, as workers that go on without others."""
+        sizes = [self._usual_batch if rank is None else self._batch_size(rank) for rank in ranks]
+        if self._global_batch is not None:
+            # Rounded for each alike, so that equal ones stay equal.
+            sizes = [max(1, round(self._global_batch * size / sum(sizes))) for size in sizes]
+        return tuple(sizes)
+
+    def _in_batches(self, samples: Sequence[int] | NDArray[np.float64]) -> NDArray[np.float64]:
+        """How many batches of its rank each of these numbers of samples [ranks] is."""
+        sizes = [self._batch_size(rank) for rank in range(self._size)]
+        return np.asarray(samples, np.float64) / np.array(sizes, np.float64)
+
     def _cut(self, shards: Sequence[Indices], epoch: int) -> list[Round]:
         every = self._sync_every(epoch)
-        longest = max(map(len, shards))
-        span = longest if every is None else every * self._batch_size
+        steps = max(1, int(np.ceil(self._in_batches(list(map(len, shards))).max())))
+        a_round = steps if every is None else every
+        spans = [a_round * self._batch_size(rank) for rank in range(self._size)]
         nothing_done = (0,) * len(shards)
         return [
-            Round(tuple(shard[start : start + span] for shard in shards), nothing_done)
-            for start in range(0, longest, span)
+            Round(
+                tuple(
+                    shard[number * span : (number + 1) * span]
+                    for shard, span in zip(shards, spans, strict=True)
+                ),
+                nothing_done,
+            )
+            for number in range(-(-steps // a_round))
         ]
 
     def _totals(self, epoch: int) -> NDArray[np.float64]:
         return np.asarray(np.sum([round.sizes for round in self.rounds(epoch)], axis=0))
 
 
-def _dealt(spare: Sequence[Indices], parts: Sequence[Indices], workers: range) -> tuple[Indices, ...]:
-    """The parts [ranks], with what is to spare behind those of the workers, as even as can be."""
+def _dealt(
+    spare: Sequence[Indices], parts: Sequence[Indices], workers: range, batch_sizes: Sequence[int]
+) -> tuple[Indices, ...]:
+    """The parts [ranks], with what is to spare behind those of the workers, so that all have as equal numbers
+    of batches as can be."""
     extra = _join(spare)
     sizes = np.array([len(parts[rank]) for rank in workers])
-    cuts = np.cumsum(_shares(sizes, len(extra)))[:-1]
+    cuts = np.cumsum(_shares(sizes, len(extra), np.array(batch_sizes, np.float64)))[:-1]
     shares = dict(zip(workers, np.split(extra, cuts), strict=True))
     return tuple(_join([part, shares.get(rank, NOTHING)]) for rank, part in enumerate(parts))
 
 
-def _shares(sizes: NDArray[np.int64], extra: int) -> NDArray[np.int64]:
-    """How much of `extra` everybody gets who has `sizes` already, so that the largest sum is as small as can
-    be."""
-    smallest = np.sort(sizes)
+def _shares(sizes: NDArray[np.int64], extra: int, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How much of `extra` everybody gets who has `sizes` already, so that the largest sum, in units of its
+    weight, is as small as can be."""
+    levels = sizes / weights
+    order = np.argsort(levels, kind="stable")
     for count in range(len(sizes), 0, -1):  # so many come to one level
-        level, rest = divmod(int(smallest[:count].sum()) + extra, count)
-        if smallest[count - 1] <= level:
+        low = np.sort(order[:count])
+        level = (sizes[low].sum() + extra) / weights[low].sum()
+        if levels[order[count - 1]] <= level:
             break
-    shares = np.clip(level - sizes, 0, None)
-    shares[np.flatnonzero(sizes <= level)[:rest]] += 1
+    shares = np.zeros_like(sizes)
+    if extra:
+        shares[low] = apportion(extra, np.clip(level * weights[low] - sizes[low], 0, None))
     return shares
 
 

@@ -175,8 +175,10 @@ def fit(config: TrainConfig, hosts: Sequence[Host]) -> TrainConfig:
     if ranks < max(config.min_ranks, 1 + config.has_master):
         raise TrainingError(f"on the hosts that are left there is room for {slots} ranks, which are too few")
     where = ",".join(map(str, hosts))
-    spares = min(config.spares, slots - ranks)
-    return config.model_copy(update={"hosts": where, "ranks": ranks, "spares": spares})
+    changes: dict[str, object] = {"hosts": where, "ranks": ranks, "spares": min(config.spares, slots - ranks)}
+    if config.balance != "none":
+        changes["balance"] = "measured"
+    return config.model_copy(update=changes)
 
 
 def ask(hosts: Sequence[Host], folder: Path) -> list[Answer]:

@@ -127,6 +127,7 @@ def _arguments(order: Order, config: TrainConfig, folder: RunFolder, resume: boo
     settled: dict[str, object] = {"--on-failure": config.on_failure}
     if config.hosts:
         settled |= {"--hosts": config.hosts, "--ranks": config.ranks, "--spares": config.spares}
+        settled |= {"--balance": config.balance}
         arguments = without(arguments, "--hostfile")
     for option, value in settled.items():
         arguments = [*without(arguments, option), option, str(value)]

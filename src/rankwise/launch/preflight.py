@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rankwise import data, faults, models, strategies, tracking
+from rankwise import balance, data, faults, models, strategies, tracking
 from rankwise.config import TrainConfig
 from rankwise.data.partition import parse_shards
 from rankwise.data.selection import select
@@ -29,6 +29,7 @@ def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
     config = strategies.resolve(config)
     models.check(config.model)
     parse_shards(config.shards)
+    balance.check(config)
     data.check(config.dataset, config.data_dir)
     tracking.check(config.track)
     for text in config.fault:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankwise import balance
 from rankwise.config import TrainConfig
 from rankwise.data import partition
 from rankwise.data.partition import Indices
@@ -26,18 +27,22 @@ if TYPE_CHECKING:
     from rankwise.models.replica import Replica
 
 
-def dealing_of(config: TrainConfig, pool: Indices, labels: Indices) -> Callable[[int, int], list[Indices]]:
-    """The function (epoch, workers) -> shards, one a worker, over the samples `pool`, whose classes are
+def dealing_of(
+    config: TrainConfig, pool: Indices, labels: Indices
+) -> Callable[[int, Sequence[int]], list[Indices]]:
+    """The function (epoch, shares) -> shards, one a worker, over the samples `pool`, whose classes are
     `labels`."""
     assert config.strategy is not None
     replicates = entry_of(config.strategy).replicates
 
-    def deal(epoch: int, workers: int) -> list[Indices]:
+    def deal(epoch: int, shares: Sequence[int]) -> list[Indices]:
         if replicates:
-            shards = partition.replicate(samples=len(pool), workers=workers, epoch=epoch, seed=config.seed)
+            shards = partition.replicate(
+                samples=len(pool), workers=len(shares), epoch=epoch, seed=config.seed
+            )
         else:
             shards = partition.deal(
-                config.shards, labels=labels, workers=workers, epoch=epoch, seed=config.seed
+                config.shards, labels=labels, shares=shares, epoch=epoch, seed=config.seed
             )
         return [pool[shard] for shard in shards]
 
@@ -50,9 +55,8 @@ def make_sampler(config: TrainConfig, pool: Indices, labels: Indices, rank: int)
     return Sampler(
         dealing_of(config, pool, labels),
         rank=rank,
-        size=config.ranks,
         first_worker=1 if config.has_master else 0,
-        batch_size=config.batch_size,
+        batch_sizes=balance.batch_sizes(config),
         sync_every=lambda epoch: _steps_a_round(config, epoch),
         keeps_global_batch=config.on_shrink == "keep-global-batch",
         in_lockstep=entry_of(config.strategy).strategy.in_lockstep,
@@ -122,6 +126,9 @@ def synchronise(
     Raises ConfigError, one line, for an option that does not exist or does not fit.
     """
     config = resolve(TrainConfig(ranks=world.size, **options))
+    balance.check(config)
+    if config.balance == "measured":
+        raise ConfigError("--balance measured is for rankwise train: give your loop the batches, N,N,...")
     if config.shards.startswith("dirichlet"):
         raise ConfigError("--shards dirichlet needs labels, which a loop of your own deals with itself")
     if samples < config.workers:
