@@ -47,6 +47,7 @@ def test_noise_does_not_unbalance() -> None:
         ({"balance": "24,0"}, "expected none, measured"),
         ({"balance": "24,8,8"}, "there are 2 workers, and it names 3 batches"),
         ({"balance": "measured", "strategy": "replication"}, "every worker trains on all samples"),
+        ({"balance": "24,8", "strategy": "ddp"}, "counts every rank alike"),
         ({"balance": "measured", "shards": "dirichlet:1"}, "are uneven by themselves"),
     ],
 )

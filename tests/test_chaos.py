@@ -8,11 +8,14 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rankwise.config import TrainConfig
 from rankwise.record import Record, RunFolder
 
 from .conftest import Command, mpiexec_words
@@ -141,6 +144,29 @@ def test_killed_ranks_cost_nothing(
     assert ranks_of(tmp_path / "run") == []
     assert done.err.count("go on, after") >= 1
     assert "NBC_Progress" not in done.err
+
+
+@pytest.mark.parametrize(("strategy", "topology"), WAYS if CHAOS else WAYS[::4])
+def test_killed_ranks_cost_no_accuracy(
+    command: Command,
+    config: Callable[..., TrainConfig],
+    train_in_threads: Callable[..., tuple[Record, Any, Any]],
+    tmp_path: Path,
+    strategy: str,
+    topology: str,
+) -> None:
+    """A run that really loses rank 0 and another ends within a point of the same run, in threads, that loses
+    none."""
+    options = {"ranks": 5, "epochs": 15, "strategy": strategy, "topology": topology, "schedule": "cosine"}
+    options |= {"dataset": "digits", "model": "mlp", "lr": 0.02, "batch_size": 16, "threads": 1}
+    whole, _, _ = train_in_threads(config(**options), folder="whole")
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--fault", "kill:rank=0,epoch=5,step=2", "--fault", "kill:rank=3,epoch=9,phase=exchange"]
+    done = command.rankwise("train", *words, "--out", "struck", timeout=110)
+    assert done.code == 0, done
+    struck = RunFolder(tmp_path / "struck").read()
+    survives(struck, {0, 3})
+    assert struck.epochs[-1].val_accuracy > whole.epochs[-1].val_accuracy - 0.01
 
 
 @pytest.mark.parametrize(

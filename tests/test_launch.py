@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rankwise import machine
-from rankwise.launch.mpiexec import command_line, supervise
+from rankwise.launch.mpiexec import command_line
+from rankwise.launch.supervision import supervise
 from rankwise.world.surroundings import Mpiexec, allocated_hosts
 
 OPEN_MPI = Mpiexec(Path("mpiexec"), "mpiexec (Open MPI) 5.0.11")

@@ -35,6 +35,8 @@ def check(config: TrainConfig) -> None:
     what = f"--balance {config.balance} was given, but"
     if config.strategy == "replication":
         raise ConfigError(f"{what} with --strategy replication every worker trains on all samples")
+    if config.strategy == "ddp":
+        raise ConfigError(f"{what} the mean of --strategy ddp counts every rank alike")
     if config.shards.startswith("dirichlet"):
         raise ConfigError(f"{what} the shards of --shards {config.shards} are uneven by themselves")
     if config.balance == "measured":

@@ -11,7 +11,8 @@ from typing import Any
 
 from rankwise.errors import LaunchError
 from rankwise.launch.hosts import Host, ask, versions_here
-from rankwise.launch.mpiexec import command_line, supervise
+from rankwise.launch.mpiexec import command_line
+from rankwise.launch.supervision import supervise
 from rankwise.world.surroundings import find_mpiexec
 
 MARK = "rankwise-link "
