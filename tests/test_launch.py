@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rankwise import machine
-from rankwise.launch.mpiexec import command_line
+from rankwise.launch.mpiexec import SURVIVING_BETWEEN_HOSTS, command_line
 from rankwise.launch.supervision import supervise
 from rankwise.world.surroundings import Mpiexec, allocated_hosts
 
@@ -53,6 +53,8 @@ def test_a_batch_job_of_several_hosts_is_left_to_mpiexec(
     assert allocated_hosts() == 1
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     assert command_line(OPEN_MPI, 8, ["program"]) == plain
+    tolerant = command_line(OPEN_MPI, 8, ["program"], survives=True)
+    assert tolerant == [*plain[:3], "--with-ft", "ulfm", *SURVIVING_BETWEEN_HOSTS, "program"]
     monkeypatch.delenv("SLURM_JOB_NUM_NODES")
     (tmp_path / "nodes").write_text("a\na\nb\n")
     monkeypatch.setenv("PBS_NODEFILE", str(tmp_path / "nodes"))

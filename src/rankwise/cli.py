@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rankwise.config import TrainConfig, explain, preset_names, read_preset, read_toml
 from rankwise.errors import Interrupted, RankwiseError, UsageError, one_line
+from rankwise.submit import Kubernetes, Slurm, hand_over, work_of
 
 if TYPE_CHECKING:
     from rankwise.data import Dataset
@@ -27,6 +28,8 @@ app = App(
 )
 data_app = App(name="data", help="List, prepare and look at datasets.")
 app.command(data_app)
+submit_app = App(name="submit", help="Hand a training to a batch system, which may put it off and on again.")
+app.command(submit_app)
 
 Format = Annotated[
     Literal["text", "json"], Parameter(help="text for people; json puts JSON, and only that, on stdout.")
@@ -35,18 +38,21 @@ Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an er
 DatasetName = Annotated[str, Parameter(help="Its name, as in train's --dataset.")]
 DataDir = Annotated[Path | None, Parameter(help="Archive or folder that holds the dataset.")]
 CacheDir = Annotated[Path | None, Parameter(help="Where decoded images are kept.")]
+Options = Annotated[TrainConfig, Parameter(name="*", negative_iterable="")]
+ConfigFile = Annotated[
+    Path | None, Parameter(name="--config", help="TOML file with options under the same names.")
+]
+Preset = Annotated[str | None, Parameter(help="Recipe of the package: " + ", ".join(preset_names()))]
+To = Annotated[Path | None, Parameter(help="File to write; otherwise it is printed.")]
+Run = Annotated[bool, Parameter(negative="", help="Submit it, too.")]
 
 
 @app.command
 def train(
     *,
-    config: Annotated[TrainConfig, Parameter(name="*", negative_iterable="")] = TrainConfig(),  # noqa: B008
-    config_file: Annotated[
-        Path | None, Parameter(name="--config", help="TOML file with options under the same names.")
-    ] = None,
-    preset: Annotated[
-        str | None, Parameter(help="Recipe of the package: " + ", ".join(preset_names()))
-    ] = None,
+    config: Options = TrainConfig(),  # noqa: B008
+    config_file: ConfigFile = None,
+    preset: Preset = None,
     resume: Annotated[
         Path | None, Parameter(help="Go on in this run folder, with its options and from its checkpoint.")
     ] = None,
@@ -62,9 +68,8 @@ def train(
     from rankwise.launch import Order, launch
     from rankwise.report.summary import summary
 
-    layers = [read_toml(config_file)] if config_file else []
-    layers += [read_preset(preset)] if preset else []
-    result = launch(Order(config.over(*layers), resume=resume, arguments=arguments, launched=launched))
+    layered = _layered(config, config_file, preset)
+    result = launch(Order(layered, resume=resume, arguments=arguments, launched=launched))
     if not result.speaks:
         return
     if format == "json":
@@ -247,6 +252,54 @@ def doctor(
         print(json.dumps(facts, indent=1))
     else:
         _console().print(show(facts))
+
+
+@submit_app.command
+def slurm(
+    *,
+    cluster: Annotated[Slurm, Parameter(name="*")] = Slurm(),  # noqa: B008
+    config: Options = TrainConfig(),  # noqa: B008
+    config_file: ConfigFile = None,
+    preset: Preset = None,
+    to: To = None,
+    run: Run = False,
+    debug: Debug = False,
+    arguments: Annotated[list[str], Parameter(parse=False)],
+) -> None:
+    """Write a batch script for Slurm, with every option of train.
+
+    The job saves itself before its time is up or others go first, is put back into the queue, and goes on.
+    """
+    work = work_of(_layered(config, config_file, preset), cluster.nodes)
+    print(hand_over(cluster.script(work, ["submit", *arguments]), to, ["sbatch"] if run else None))
+
+
+@submit_app.command
+def kubernetes(
+    *,
+    cluster: Annotated[Kubernetes, Parameter(name="*")] = Kubernetes(),  # noqa: B008
+    config: Options = TrainConfig(),  # noqa: B008
+    config_file: ConfigFile = None,
+    preset: Preset = None,
+    to: To = None,
+    run: Run = False,
+    debug: Debug = False,
+    arguments: Annotated[list[str], Parameter(parse=False)],
+) -> None:
+    """Write an MPIJob for Kubernetes with Kubeflow's MPI Operator, with every option of train.
+
+    A launcher that is evicted has the ranks save, and one that is started again goes on.
+    """
+    work = work_of(_layered(config, config_file, preset), cluster.workers)
+    program = ["kubectl", "create", "-f", "-"] if run else None
+    print(hand_over(cluster.manifest(work, ["submit", *arguments]), to, program))
+
+
+def _layered(config: TrainConfig, config_file: Path | None, preset: str | None) -> TrainConfig:
+    """The options of the command line over those of a file, and these over a preset's."""
+    layers = [read_toml(config_file)] if config_file else []
+    layers += [read_preset(preset)] if preset else []
+    return config.over(*layers)
 
 
 def _prepare(dataset: str, data_dir: Path | None, cache_dir: Path | None, refresh: bool = False) -> Dataset:

@@ -26,9 +26,17 @@ FIRST_PAUSE_S = 1.0
 
 LONGEST_PAUSE_S = 60.0
 
-KEEPALIVE = {"time": 5, "intvl": 2, "probes": 3}
+_KEEPALIVE = {"time": 5, "intvl": 2, "probes": 3}
 """When Open MPI's daemons ask whether another host is there: after so many silent seconds, then each so many,
 and so often until they believe that it is not."""
+
+SURVIVING_BETWEEN_HOSTS = [
+    *("--mca", "pml", "ob1", "--mca", "coll", "^han,cuda,hcoll,portals4"),
+    *(word for name, s in _KEEPALIVE.items() for word in ("--prtemca", f"oob_tcp_keepalive_{name}", str(s))),
+]
+"""What survives failures of Open MPI's point-to-point and collective modules, of which others would be chosen
+on several hosts (its issues 13915 and 11794); and its daemons find out about a link that was cut within some
+ten seconds instead of never."""
 
 
 def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
@@ -179,9 +187,7 @@ def command_line(
     not say which ones they are, so there nobody is bound. In a batch job of several hosts mpiexec
     knows best.
 
-    On `hosts` ranks fill one after the other. Of Open MPI's collective modules those are left out that do not
-    survive failures and would be chosen there (its issues 13915 and 11794), and its daemons find out about a
-    link that was cut within some ten seconds instead of never.
+    On `hosts` ranks fill one after the other.
     """
     command = [str(mpiexec.path), "-n", str(ranks)]
     if survives:
@@ -191,13 +197,12 @@ def command_line(
         command += ["--host", ",".join(map(str, hosts))]
         command += ["--map-by", "slot:OVERSUBSCRIBE" if crowded else "slot", "--bind-to", "none"]
         command += ["--mca", "mpi_yield_when_idle", str(int(crowded))]
-        command += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm,tcp"]
-        command += ["--mca", "coll", "^han,cuda,hcoll,portals4"]
-        for name, value in KEEPALIVE.items():
-            command += ["--prtemca", f"oob_tcp_keepalive_{name}", str(value)]
+        command += ["--mca", "btl", "self,sm,tcp", *SURVIVING_BETWEEN_HOSTS]
         for variable in passed_on():
             command += ["-x", variable]
-    elif mpiexec.is_open_mpi and allocated_hosts() == 1:
+    elif mpiexec.is_open_mpi and allocated_hosts() > 1:
+        command += SURVIVING_BETWEEN_HOSTS if survives else []
+    elif mpiexec.is_open_mpi:
         # Shared memory alone spares a second of looking at networks.
         command += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm"]
         if ranks > machine.usable_cores():

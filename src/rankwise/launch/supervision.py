@@ -38,7 +38,7 @@ class Ending:
 def supervise(command: list[str], show: Callable[[str], None]) -> Ending:
     """Run mpiexec to its end, in a session of its own so that a terminal's Ctrl-C does not reach it.
 
-    SIGINT and SIGTERM here become SIGUSR1 to mpiexec, which passes it on to the ranks untouched
+    SIGINT, SIGTERM and SIGUSR1 here become SIGUSR1 to mpiexec, which passes it on to the ranks untouched
     (SIGTERM it would follow with SIGKILL a quarter of a second later). A second one ends the ranks
     at once. `show` gets what ranks print, line by line; mpiexec's own banners are held back.
     """
@@ -77,7 +77,8 @@ def supervise(command: list[str], show: Callable[[str], None]) -> Ending:
 
 @contextlib.contextmanager
 def _stop_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float]]:
-    """While inside, SIGINT and SIGTERM ask the ranks to stop; gives the moments at which they came."""
+    """While inside, SIGINT, SIGTERM and SIGUSR1 (a batch system's notice) ask the ranks to stop; gives the
+    moments at which they came."""
     asked_at: list[float] = []
 
     def ask(_signal: int, _frame: FrameType | None) -> None:
@@ -85,7 +86,7 @@ def _stop_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float]]:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGUSR1)
 
-    with handling((signal.SIGINT, signal.SIGTERM), ask):
+    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), ask):
         yield asked_at
 
 

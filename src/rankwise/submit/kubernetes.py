@@ -1,0 +1,157 @@
+"""An MPIJob for Kubernetes, as Kubeflow's MPI Operator (v2beta1) takes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import yaml
+from cyclopts import Parameter
+
+from rankwise.errors import ConfigError
+from rankwise.submit.work import Work, comment
+
+HOME = "/home/rankwise"
+"""Of the user in the image (Containerfile)."""
+
+_SCRIPT = """\
+words=(
+{words}
+)
+if [ -e '{run}/record.json' ]; then
+  words+=(--resume '{run}')
+fi
+exec rankwise train "${{words[@]}}" --hostfile /etc/mpi/hostfile --out '{run}'
+"""
+
+
+@dataclass(frozen=True)
+class Kubernetes:
+    """What Kubernetes is asked for."""
+
+    image: Annotated[str, Parameter(help="Image with rankwise and sshd, built from the Containerfile.")] = (
+        "rankwise:latest"
+    )
+    workers: Annotated[int, Parameter(help="Pods, over which ranks are spread evenly.")] = 1
+    cpus_per_rank: Annotated[int, Parameter(help="Cores for each rank.")] = 1
+    memory_per_rank: Annotated[str, Parameter(help="Memory for each rank, e.g. 1Gi.")] = "1Gi"
+    job_name: Annotated[str, Parameter(help="Name of the job.")] = "rankwise"
+    namespace: Annotated[str | None, Parameter(help="Namespace; otherwise kubectl's.")] = None
+    claim: Annotated[
+        str, Parameter(help="Volume claim that all pods can write (ReadWriteMany), for run folders and data.")
+    ] = "rankwise"
+    mount: Annotated[str, Parameter(help="Where the claim is mounted; --out must be below it.")] = "/shared"
+    notice: Annotated[int, Parameter(help="Seconds that ranks have to save and leave on eviction.")] = 120
+
+    def manifest(self, work: Work, command: Sequence[str] = ()) -> str:
+        """The MPIJob as YAML, written by this command. Raises ConfigError, one line."""
+        self._check()
+        out = str(work.out) if work.out else f"{self.mount}/runs/{self.job_name}"
+        if not out.startswith(f"{self.mount}/") or "'" in out:
+            raise ConfigError(
+                f"--out {out} was given, expected a folder below {self.mount}, which all pods see"
+            )
+        script = _SCRIPT.format(words=work.lines("  "), run=out)
+        per_worker = {
+            "cpu": str(self.cpus_per_rank * work.ranks_per_host),
+            "memory": _times(self.memory_per_rank, work.ranks_per_host),
+        }
+        job = {
+            "apiVersion": "kubeflow.org/v2beta1",
+            "kind": "MPIJob",
+            "metadata": {"name": self.job_name} | ({"namespace": self.namespace} if self.namespace else {}),
+            "spec": {
+                "slotsPerWorker": work.ranks_per_host,
+                "mpiImplementation": "OpenMPI",
+                "launcherCreationPolicy": "WaitForWorkersReady",
+                "sshAuthMountPath": f"{HOME}/.ssh",
+                "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": 6},
+                "mpiReplicaSpecs": {
+                    "Launcher": self._replicas(
+                        1,
+                        {"command": ["/bin/bash", "-c", script]},
+                        {"cpu": "1", "memory": "1Gi"},
+                        restart="OnFailure",
+                    ),
+                    "Worker": self._replicas(
+                        work.hosts,
+                        {"command": ["/usr/sbin/sshd", "-De", "-f", f"{HOME}/.sshd_config"]},
+                        per_worker,
+                        restart="Never",
+                    ),
+                },
+            },
+        }
+        text = yaml.dump(job, Dumper=_Readable, sort_keys=False, width=110)
+        return f"# {comment(command)}\n{text}"
+
+    def _replicas(
+        self, count: int, container: dict[str, Any], needs: dict[str, str], *, restart: str
+    ) -> dict[str, Any]:
+        return {
+            "replicas": count,
+            "restartPolicy": restart,
+            "template": {
+                "spec": {
+                    "terminationGracePeriodSeconds": self.notice,
+                    "containers": [
+                        {
+                            "name": "rankwise",
+                            "image": self.image,
+                            **container,
+                            "securityContext": {"runAsUser": 1000},
+                            "resources": {"requests": needs, "limits": needs},
+                            "volumeMounts": [
+                                {"name": "shared", "mountPath": self.mount},
+                                {"name": "memory", "mountPath": "/dev/shm"},
+                            ],
+                        }
+                    ],
+                    "volumes": [
+                        {"name": "shared", "persistentVolumeClaim": {"claimName": self.claim}},
+                        # Ranks of a pod exchange through shared memory, of which a pod has 64 MB otherwise.
+                        {"name": "memory", "emptyDir": {"medium": "Memory"}},
+                    ],
+                }
+            },
+        }
+
+    def _check(self) -> None:
+        for option, value in (
+            ("job-name", self.job_name),
+            ("namespace", self.namespace),
+            ("claim", self.claim),
+        ):
+            if value is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
+                raise ConfigError(
+                    f"--{option} {value} was given, expected lower-case letters, digits and -, 63 at most"
+                )
+        if not re.fullmatch(r"/[\w./-]*[\w-]", self.mount):
+            raise ConfigError(f"--mount {self.mount} was given, expected an absolute path, e.g. /shared")
+        if self.cpus_per_rank < 1:
+            raise ConfigError(f"--cpus-per-rank {self.cpus_per_rank} was given, expected 1 or more")
+
+
+class _Readable(yaml.SafeDumper):
+    """Writes text of several lines as such, and what stands twice twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Readable.add_representer(str, _text)
+
+
+def _times(amount: str, count: int) -> str:
+    """A quantity of Kubernetes, so many times."""
+    found = re.fullmatch(r"(\d+)([KMGT]i?|)", amount)
+    if not found:
+        raise ConfigError(f"--memory-per-rank {amount} was given, expected an amount like 1Gi or 500M")
+    return f"{int(found[1]) * count}{found[2]}"
