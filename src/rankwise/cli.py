@@ -59,12 +59,20 @@ def train(
 
     The command line wins over --config, and that over --preset.
     """
+    from rankwise import machine
     from rankwise.launch import Order, launch
     from rankwise.report.summary import summary
 
     layers = [read_toml(config_file)] if config_file else []
     layers += [read_preset(preset)] if preset else []
-    result = launch(Order(config.over(*layers), resume=resume, arguments=arguments, launched=launched))
+    order = Order(
+        config.over(*layers),
+        resume=resume,
+        arguments=arguments,
+        launched=launched,
+        asked_ns=machine.process_start_ns(),
+    )
+    result = launch(order)
     if not result.speaks:
         return
     if format == "json":

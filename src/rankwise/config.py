@@ -147,6 +147,11 @@ class TrainConfig(BaseModel):
         description="Arithmetic threads a rank: auto shares the allowed cores among the ranks of a host; "
         "all gives every rank every core.",
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Arithmetic of forward and backward pass: float32, or bfloat16 where that is safe "
+        "(autocast). Weights, gradients that are exchanged, and averages are float32 with both.",
+    )
     train_limit: int | None = Field(None, ge=1, description="Use this many training samples at most.")
     val_limit: int | None = Field(None, ge=1, description="Use this many validation samples at most.")
     validation_split: float | None = Field(
@@ -157,7 +162,11 @@ class TrainConfig(BaseModel):
         "not on the test set.",
     )
     target_accuracy: float | None = Field(
-        None, gt=0, le=1, description="Stop after the epoch that reaches this validation accuracy (fraction)."
+        None,
+        gt=0,
+        le=1,
+        description="Stop after the epoch that reaches this accuracy (fraction) on the test set, or on the "
+        "held-out images of --validation-split. The record has the time to it.",
     )
     on_failure: Literal["continue", "restart", "stop"] | None = Field(
         None,

@@ -75,6 +75,17 @@ def cpu_model() -> str:
     return os.uname().machine
 
 
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for bfloat16 (AVX-512 BF16, AMX, Arm's), or does it by way of
+    float32."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def process_start_ns() -> int:
     """When this process started, on `time.monotonic_ns`'s clock (to 10 ms, the kernel's tick)."""
     # Not from its wall-clock time: that counts from the second of the boot, rounded down.

@@ -101,8 +101,10 @@ def _train(
         world.settle()  # so that no waiting from before is found out in the first epoch
         world.timeline.begin(ledger.close())
     world.survives = synchroniser.survives
+    keeper.before_first_step()
     try:
-        train(job, first, keeper.after_epoch)
+        if keeper.target is None or not keeper.target.reached:
+            train(job, first, keeper.after_epoch)
     except Interrupted as stop:
         message = f"{stop}; go on with: rankwise train --resume {folder.path}"
         keeper.write("interrupted", message)
@@ -153,6 +155,12 @@ def _take_seats(config: TrainConfig, world: World, say: Say) -> tuple[int, list[
     threads = placement.share_threads(seats, config.threads)
     for warning in placement.oversubscribed(seats, threads):
         say(warning)
+    slow = sorted({seat.host for seat in seats if not seat.multiplies_bf16})
+    if config.precision == "bf16" and slow:
+        say(
+            f"--precision bf16 is slow here: {', '.join(slow)} has no instructions for bfloat16 and goes "
+            "by way of float32, which --precision fp32 does at once"
+        )
     if not works:  # it will take the place of one that trains, most likely
         threads[world.rank] = min(n for n, seat in zip(threads, seats, strict=True) if seat.trains)
     torch.set_num_threads(threads[world.rank])
