@@ -54,8 +54,8 @@ def test_ranks_are_one_rank_with_the_large_batch(
 
 @pytest.mark.parametrize("name", SYNCHRONISING)
 def test_every_strategy_trains_in_bfloat16(config: Make, train_in_threads: Train, name: str) -> None:
-    """With any strategy a run in bfloat16 trains each sample once, keeps float32 weights, learns, and goes on,
-    where ranks meet, to the bit."""
+    """With any strategy a run in bfloat16 trains each sample once, keeps float32 weights, learns, and goes
+    on, where ranks meet, to the bit."""
     options: dict[str, Any] = {
         "ranks": 3, "strategy": name, "train_limit": 200, "val_limit": 100, "batch_size": 16,
         "precision": "bf16",

@@ -224,15 +224,41 @@ def trace(
 
 
 @app.command
-def doctor(*, cache_dir: CacheDir = None, format: Format = "text", debug: Debug = False) -> None:
+def doctor(
+    *,
+    cache_dir: CacheDir = None,
+    speed: Annotated[
+        bool,
+        Parameter(
+            negative="", help="Measure instead how far a training step is from what the machine can do."
+        ),
+    ] = False,
+    model: Annotated[
+        str, Parameter(help="With --speed: the network, on 3x32x32 and 10 classes.")
+    ] = "paper-cnn",
+    batch_size: Annotated[int, Parameter(help="With --speed: samples of the step.")] = 16,
+    threads: Annotated[
+        int | None, Parameter(help="With --speed: arithmetic threads of the step; otherwise all cores.")
+    ] = None,
+    format: Format = "text",
+    debug: Debug = False,
+) -> None:
     """Tell in one page what MPI there is and whether it can survive failures, cores, threads, datasets."""
     from rankwise import doctor as physician
 
-    facts = physician.examine(cache_dir)
+    facts: dict[str, object]
+    if speed:
+        from rankwise import speed as stopwatch
+
+        facts = stopwatch.measure(model, batch_size, threads)
+        shown = stopwatch.page(facts)
+    else:
+        facts = physician.examine(cache_dir)
+        shown = physician.page(facts)
     if format == "json":
         print(json.dumps(facts, indent=1))
     else:
-        _console().print(physician.page(facts))
+        _console().print(shown)
 
 
 def _prepare(dataset: str, data_dir: Path | None, cache_dir: Path | None, refresh: bool = False) -> Dataset:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from rankwise import data, machine, models, placement
+from rankwise import compiling, data, machine, models, placement
 from rankwise.accounts import standing_by
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
@@ -53,7 +53,19 @@ def run(
     ledger.enter("startup")
     threads, hosts = _take_seats(config, world, say)
     spares = standing_by(config, world, threads)
+    torch.backends.mkldnn.set_flags(config.onednn)  # type: ignore[no-untyped-call]
+    machine.keep_freed_memory()
     replica = _make_replica(config, dataset)  # also of a spare, which then is there at once when it is needed
+    compiled = compiling.settle(
+        config,
+        replica,
+        world,
+        image_shape=dataset.image_shape,
+        classes=len(dataset.classes),
+        samples=len(select(config, dataset).train_pool),
+        say=say,
+    )
+    config = config.model_copy(update={"compile": "on" if compiled else "off"})
     world.set_aside(config.ranks)
     with _watchdog(config, folder, world) as dog:
         arrival = None
@@ -178,7 +190,10 @@ def _make_replica(config: TrainConfig, dataset: Dataset) -> Replica:
     with _SEEDING:
         torch.manual_seed(config.seed)
         model = models.build(config.model, dataset.image_shape, len(dataset.classes))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    if config.memory_format == "contiguous":
+        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    else:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
     return make_replica(config, model, make_optimizer(config, model))
 
 
