@@ -119,7 +119,9 @@ def test_measuring_leaves_the_replica_as_it_is() -> None:
         model = models.build("resnet9", dataset.image_shape, len(dataset.classes))
         replica = Replica(model, make_optimizer(config, model))
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        settled = settle(config, replica, dataset.train, world, lambda line: None)
+        settled = settle(
+            config, replica, world, image_shape=dataset.image_shape, classes=10, say=lambda line: None
+        )
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
         return settled

@@ -68,6 +68,9 @@ BAD_INPUT = [
     (["data", "prepare", "digit"], ["digits"]),
     (["data", "show", "synthetic:none"], ["synthetic"]),
     (["doctor", "--format", "yaml"], ["yaml"]),
+    (["doctor", "--speed", "--model", "resnet10"], ["resnet"]),
+    (["doctor", "--speed", "--batch-size", "0"], ["--batch-size 0", "1"]),
+    (["doctor", "--speed", "--threads", "-1"], ["--threads -1", "1"]),
 ]
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rankwise.record import Efficiency, Record
+from rankwise.record import Efficiency, Record, Target
 from rankwise.report.comparison import Comparison, compare
 from rankwise.report.comparison_formats import terminal
 
@@ -51,6 +51,7 @@ def test_the_numbers_of_a_run() -> None:
     epochs = records.epochs(4)
     for number, (accuracy, wall_s) in enumerate([(0.3, 3.0), (0.7, 2.0), (0.8, 2.0), (0.75, 9.0)]):
         epochs[number].val_accuracy, epochs[number].wall_s = accuracy, wall_s
+        epochs[number].since_launch_s = 5.0 + 2 * number
     epochs[3].train_s = 4.0  # samples/s: 3 times 10,000 / 1.5, once 10,000 / 4
     ranks = [
         records.rank(0, phases_s={"forward": 6.0, "transfer": 2.0}),
@@ -60,13 +61,14 @@ def test_the_numbers_of_a_run() -> None:
         ranks,
         epochs=epochs,
         config={"target_accuracy": 0.65},
+        target=Target.of(0.65, epochs, None),
         cpu_percent=87.5,
         efficiency=Efficiency(parallel=0.9, load_balance=0.95),
     )
     row = compared(run=record).rows[0]
     assert (row["best_accuracy"], row["best_epoch"]) == (0.8, 3)
     assert row["final_val_loss"] == epochs[3].val_loss
-    assert row["time_to_target_s"] == 5.0
+    assert row["time_to_target_s"] == 7.0
     assert row["epoch_s"] == 2.5
     assert row["samples_per_s"] == pytest.approx(10_000 / 1.5)
     assert row["wait_share"] == pytest.approx(3 / 20)

@@ -21,6 +21,20 @@ def test_a_process_knows_when_it_started() -> None:
     assert started_ns - asked_ns < answered_ns - started_ns
 
 
+def test_freed_memory_is_kept() -> None:
+    """Once asked for, memory that is freed serves the next allocation: the kernel gives no new pages."""
+    code = (
+        "import resource, torch; from rankwise import machine; machine.keep_freed_memory()\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for turn in range(20):\n"
+        "    before = faults(); [torch.ones(1 << 20) for _ in range(8)]\n"
+        "print(faults() - before)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    pages_of_one = (4 << 20) // 4096
+    assert int(answer.stdout) < pages_of_one / 2
+
+
 def test_processes_of_one_machine_read_one_clock() -> None:
     """Two processes on one machine name the same clock."""
     code = "from rankwise import machine; print(machine.clock_name())"

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from rankwise.config import TrainConfig
-from rankwise.data.dataset import Split
-from rankwise.data.feed import feed
 from rankwise.data.partition import apportion
 from rankwise.errors import ConfigError
 from rankwise.world import World
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
-
-MEASURE_S = 0.5
-"""How long each worker computes to find out how fast it is."""
-
-FEWEST_STEPS = 3
 
 ALIKE = 1.1
 """Workers none of which is so many times faster than another get equal batches: what differs is noise."""
@@ -56,19 +46,25 @@ def batch_sizes(config: TrainConfig) -> list[int]:
 
 
 def settle(
-    config: TrainConfig, replica: Replica, split: Split, world: World, say: Callable[[str], None]
+    config: TrainConfig,
+    replica: Replica,
+    world: World,
+    *,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    say: Callable[[str], None],
 ) -> TrainConfig:
     """The configuration with the batches of `--balance measured` filled in; all ranks call it.
 
     All workers compute at the same time, so that those that share a memory or a processor are as slow as they
-    will be. The replica stays as it is.
+    will be, on made images. The replica stays as it is.
     """
     if config.balance != "measured":
         return config
     first = int(config.has_master)
     works = first <= world.rank < config.ranks
     world.barrier()
-    mine_s = _step_s(replica, split, config.batch_size) if works else 0.0
+    mine_s = _step_s(config, replica, image_shape, classes) if works else 0.0
     times_s: list[float] = world.allgather_object(mine_s)[first : config.ranks]
     sizes = sizes_by_speed(config.batch_size, times_s)
     fastest_ms, slowest_ms = 1000 * min(times_s), 1000 * max(times_s)
@@ -88,21 +84,13 @@ def sizes_by_speed(batch_size: int, step_s: Sequence[float]) -> list[int]:
     return [int(size) for size in apportion(batch_size * len(step_s), speeds, least=1)]
 
 
-def _step_s(replica: Replica, split: Split, batch_size: int) -> float:
+def _step_s(config: TrainConfig, replica: Replica, image_shape: tuple[int, int, int], classes: int) -> float:
     """The median time of forward and backward pass, in seconds."""
-    import torch
-    from torch.nn import functional as F
+    from rankwise.models.blank import blank_batch, make_gradients, seconds_of
 
     before = replica.snapshot()
-    replica.model.train()
-    times: list[float] = []
-    order = np.arange(min(batch_size, len(split.labels)))
-    started = time.perf_counter()
-    while len(times) < FEWEST_STEPS or time.perf_counter() - started < MEASURE_S:
-        step_started = time.perf_counter()
-        for images, labels in feed(split, order, batch_size):
-            torch.autograd.backward(F.cross_entropy(replica.model(images), labels))
-        replica.optimizer.zero_grad()
-        times.append(time.perf_counter() - step_started)
+    batch = blank_batch(image_shape, classes, config.batch_size)
+    times = seconds_of(lambda: make_gradients(replica.module, replica.optimizer, batch, config.precision))
     before.restore()
+    replica.optimizer.zero_grad()
     return statistics.median(times)

@@ -65,11 +65,18 @@ def train(
 
     The command line wins over --config, and that over --preset.
     """
+    from rankwise import machine
     from rankwise.launch import Order, launch
     from rankwise.report.summary import summary
 
-    layered = _layered(config, config_file, preset)
-    result = launch(Order(layered, resume=resume, arguments=arguments, launched=launched))
+    order = Order(
+        _layered(config, config_file, preset),
+        resume=resume,
+        arguments=arguments,
+        launched=launched,
+        asked_ns=machine.process_start_ns(),
+    )
+    result = launch(order)
     if not result.speaks:
         return
     if format == "json":
@@ -229,29 +236,49 @@ def doctor(
     ] = None,
     hostfile: Annotated[Path | None, Parameter(help="The same, as in train's --hostfile.")] = None,
     cache_dir: CacheDir = None,
+    speed: Annotated[
+        bool,
+        Parameter(
+            negative="", help="Measure instead how far a training step is from what the machine can do."
+        ),
+    ] = False,
+    model: Annotated[
+        str, Parameter(help="With --speed: the network, on 3x32x32 and 10 classes.")
+    ] = "paper-cnn",
+    batch_size: Annotated[int, Parameter(help="With --speed: samples of the step.")] = 16,
+    threads: Annotated[
+        int | None, Parameter(help="With --speed: arithmetic threads of the step; otherwise all cores.")
+    ] = None,
     format: Format = "text",
     debug: Debug = False,
 ) -> None:
     """Tell in one page what MPI there is and whether it can survive failures, cores, threads, datasets.
 
     With --hosts: whether they answer and have the same versions, and for each pair latency, bandwidth and how
-    far the clocks are apart.
+    far the clocks are apart. With --speed: how far a step is from the machine's limits.
     """
     from rankwise import doctor as physician
 
+    facts: dict[str, object]
     if hosts is not None or hostfile is not None:
         from rankwise.launch.hosts import asked_for
         from rankwise.launch.links import survey
 
         with Console(stderr=True).status("asking the hosts") as status:
             facts = survey(asked_for(hosts, hostfile), status.update)
-        show = physician.hosts_page
+        shown = physician.hosts_page(facts)
+    elif speed:
+        from rankwise import speed as stopwatch
+
+        facts = stopwatch.measure(model, batch_size, threads)
+        shown = stopwatch.page(facts)
     else:
-        facts, show = physician.examine(cache_dir), physician.page
+        facts = physician.examine(cache_dir)
+        shown = physician.page(facts)
     if format == "json":
         print(json.dumps(facts, indent=1))
     else:
-        _console().print(show(facts))
+        _console().print(shown)
 
 
 @submit_app.command

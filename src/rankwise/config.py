@@ -153,6 +153,22 @@ class TrainConfig(BaseModel):
         description="Arithmetic threads a rank: auto shares the allowed cores among the ranks of a host; "
         "all gives every rank every core.",
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Arithmetic of forward and backward pass: float32, or bfloat16 where that is safe "
+        "(autocast). Weights, gradients that are exchanged, and averages are float32 with both.",
+    )
+    compile: Literal["off", "on", "auto"] = Field(
+        "off",
+        description="torch.compile for the model in training: auto where training takes minutes and a "
+        "compiled step turns out to be faster. Needs a C++ compiler; without one the model trains as it is.",
+    )
+    memory_format: Literal["channels-last", "contiguous"] = Field(
+        "channels-last", description="How images and weights of convolutions lie in memory."
+    )
+    onednn: bool = Field(
+        True, description="Convolutions by oneDNN; PyTorch's own can be faster for batches of a few images."
+    )
     train_limit: int | None = Field(None, ge=1, description="Use this many training samples at most.")
     val_limit: int | None = Field(None, ge=1, description="Use this many validation samples at most.")
     validation_split: float | None = Field(
@@ -163,7 +179,11 @@ class TrainConfig(BaseModel):
         "not on the test set.",
     )
     target_accuracy: float | None = Field(
-        None, gt=0, le=1, description="Stop after the epoch that reaches this validation accuracy (fraction)."
+        None,
+        gt=0,
+        le=1,
+        description="Stop after the epoch that reaches this accuracy (fraction) on the test set, or on the "
+        "held-out images of --validation-split. The record has the time to it.",
     )
     on_failure: Literal["continue", "restart", "stop"] | None = Field(
         None,

@@ -25,6 +25,7 @@ from rankwise.record import (
     Role,
     RunFolder,
     Samples,
+    Target,
     seconds_since,
     utc_before,
 )
@@ -48,14 +49,17 @@ class _Tally:
 class Books:
     """What all keepers of a run know alike: the epochs so far and their tallies by number; the rows of ranks
     that stand by, of all when they were told last, and of those that were lost; the losses, of which the
-    first `told` are known to be over; and when the run began."""
+    first `told` are known to be over; and when the run was asked
+    for and began."""
 
     epochs: list[Epoch]
     tallies: dict[int, _Tally]
     spares: dict[int, Rank]
     losses: list[Fault]
     started_at: str
+    launched_at: str
     elapsed_before_s: float
+    first_step_s: float | None
     rows: dict[int, Rank] = field(default_factory=dict)
     dead: dict[int, Rank] = field(default_factory=dict)
     told: int = 0
@@ -108,12 +112,28 @@ class Keeper:
                 losses=survived,
                 told=len(survived),
                 started_at=started_at,
+                launched_at=(
+                    (before.launched_at or before.started_at)
+                    if before
+                    else self._folder.launched_at or started_at
+                ),
+                first_step_s=before.first_step_s if before else None,
                 elapsed_before_s=before.elapsed_before_s(started_at) if before else 0.0,
             )
         except (KeyError, TypeError, ValidationError) as error:
             raise ResumeError(
                 f"the notes of the checkpoint do not fit this rankwise: {one_line(error)[:200]}"
             ) from None
+
+    @property
+    def target(self) -> Target | None:
+        """Whether the epochs so far reach the accuracy that the run is to stop at, None if there is none."""
+        return Target.of(self._config.target_accuracy, self.books.epochs, self.books.first_step_s)
+
+    def before_first_step(self) -> None:
+        """Training begins, or goes on."""
+        if self.books.first_step_s is None:
+            self.books.first_step_s = seconds_since(self.books.launched_at)
 
     def after_epoch(self, result: EpochResult, start_s: float) -> None:
         """Count the epoch in, save it, and write it down; all ranks together.
@@ -122,6 +142,7 @@ class Keeper:
         first.
         """
         number = result.epoch.epoch
+        epoch = result.epoch.model_copy(update={"since_launch_s": seconds_since(self.books.launched_at)})
         if self.books.epochs and self.books.epochs[-1].epoch == number:
             self.books.epochs.pop()
         self.books.tallies[number] = _Tally(
@@ -130,11 +151,11 @@ class Keeper:
             result.duplicated,
             result.lost,
         )
-        self.books.epochs.append(result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s}))
+        self.books.epochs.append(epoch.model_copy(update={"wall_s": time.monotonic() - start_s}))
         if number % self._config.checkpoint_every == 0 or result.last:
             self.save_checkpoint(number)
             # The checkpoint itself takes part of the epoch: what it holds is without that part.
-            self.books.epochs[-1] = result.epoch.model_copy(update={"wall_s": time.monotonic() - start_s})
+            self.books.epochs[-1] = epoch.model_copy(update={"wall_s": time.monotonic() - start_s})
         if self._world.rank == 0:
             self._folder.keep_metrics(self.books.epochs)
             with self._world.ledger.phase("instrument"):
@@ -249,6 +270,8 @@ class Keeper:
             schema_version=SCHEMA_VERSION,
             rankwise_version=metadata.version("rankwise"),
             started_at=self.books.started_at,
+            launched_at=self.books.launched_at,
+            first_step_s=self.books.first_step_s,
             wall_s=live[0].wall_ns / 1e9,
             elapsed_s=self.books.elapsed_before_s + live[0].wall_ns / 1e9,
             outcome=outcome,
@@ -257,6 +280,7 @@ class Keeper:
             config=self._config.model_dump(mode="json"),
             environment=self._environment,
             epochs=self.books.epochs,
+            target=self.target,
             ranks=rows,
             clock=Clock(error_bound_ns=self._world.clock_error_ns, violations=self._world.logbook.violations),
             cpu_percent=accounts.cpu_percent(rows, self._environment.hosts),

@@ -75,6 +75,30 @@ def cpu_model() -> str:
     return os.uname().machine
 
 
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for bfloat16 (AVX-512 BF16, AMX, Arm's), or does it by way of
+    float32."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc's allocator to keep what this process frees for what it allocates next.
+
+    By default large blocks go back to the kernel at once, and a training step that frees its activations pays
+    for clearing the same pages again in the next one.
+    """
+    m_trim_threshold, m_mmap_threshold, most = -1, -3, 1 << 30
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and others have none
+    if mallopt is not None:
+        mallopt(m_trim_threshold, most)
+        mallopt(m_mmap_threshold, most)
+
+
 def process_start_ns() -> int:
     """When this process started, on `time.monotonic_ns`'s clock (to 10 ms, the kernel's tick)."""
     # Not from its wall-clock time: that counts from the second of the boot, rounded down.

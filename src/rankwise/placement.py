@@ -12,13 +12,14 @@ from rankwise import machine
 @dataclass(frozen=True)
 class Seat:
     """Where a rank sits: its host, the cores on which it may run, its container's share of CPUs if
-    that is limited, and whether it trains (a master works while the others rest)."""
+    that is limited, whether it trains (a master works while the others rest), and its processor."""
 
     host: str
     cores: frozenset[int]
     quota: float | None
     trains: bool
     cpu_model: str = ""
+    multiplies_bf16: bool = True
 
     @property
     def usable(self) -> int:
@@ -34,6 +35,7 @@ def here(*, trains: bool) -> Seat:
         machine.cpu_quota(),
         trains,
         machine.cpu_model(),
+        machine.multiplies_bf16(),
     )
 
 

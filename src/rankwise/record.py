@@ -62,6 +62,10 @@ class Epoch(_Row):
     learning_rate: float
     wall_s: float = Field(description="evaluation and checkpoint included")
     train_s: float = Field(gt=0, description="training and synchronisation alone")
+    evaluation_s: float | None = Field(default=None, description="of the rank that took longest")
+    since_launch_s: float | None = Field(
+        default=None, description="from the launch of the first sitting until this epoch was evaluated"
+    )
 
     @property
     def samples_per_s(self) -> float:
@@ -147,6 +151,42 @@ class Fault(_Row):
     action: str = Field(description="what was done about it: continue, restart, dropped, none")
 
 
+class Target(_Row):
+    """Whether and when the accuracy was reached that a run was to stop at. Times are None where it was not,
+    and include evaluation and, after a resume, the time between sittings."""
+
+    accuracy: float
+    reached: bool
+    epoch: int | None = Field(default=None, description="the first that reached it")
+    from_launch_s: float | None = Field(
+        default=None, description="from the launch of the first sitting until that epoch was evaluated"
+    )
+    from_first_step_s: float | None = None
+    evaluation_s: float | None = Field(default=None, description="part of both that went to evaluations")
+
+    @classmethod
+    def of(cls, accuracy: float | None, epochs: list[Epoch], first_step_s: float | None) -> Target | None:
+        """What the epochs so far say about an accuracy, None if none was asked for; `first_step_s` is from
+        launch to first step."""
+        if accuracy is None:
+            return None
+        for place, row in enumerate(epochs, start=1):
+            if row.val_accuracy >= accuracy:
+                told = [one.evaluation_s for one in epochs[:place]]
+                launch_s = row.since_launch_s
+                return cls(
+                    accuracy=accuracy,
+                    reached=True,
+                    epoch=row.epoch,
+                    from_launch_s=launch_s,
+                    from_first_step_s=None
+                    if launch_s is None or first_step_s is None
+                    else launch_s - first_step_s,
+                    evaluation_s=None if None in told else sum(s for s in told if s is not None),
+                )
+        return cls(accuracy=accuracy, reached=False)
+
+
 def _options(config: dict[str, Any]) -> dict[str, Any]:
     """The options of a run, checked, with those that its version did not know yet at their defaults."""
     checked = TrainConfig.model_validate({k: v for k, v in config.items() if k in TrainConfig.model_fields})
@@ -159,6 +199,13 @@ class Record(_Row):
     schema_version: int
     rankwise_version: str
     started_at: str = Field(description="UTC, ISO 8601")
+    launched_at: str | None = Field(
+        default=None,
+        description="UTC: when the command of the first sitting was given, before any rank began",
+    )
+    first_step_s: float | None = Field(
+        default=None, description="from then to the first step of the first sitting"
+    )
     wall_s: float = Field(description="of the last sitting, from the start of rank 0's process")
     elapsed_s: float = Field(
         default=0.0, description="from the start of the first sitting, with the time between sittings"
@@ -169,6 +216,7 @@ class Record(_Row):
     config: Annotated[dict[str, Any], AfterValidator(_options)]
     environment: Environment
     epochs: list[Epoch]
+    target: Target | None = Field(default=None, description="None without --target-accuracy")
     ranks: list[Rank]
     clock: Clock
     cpu_percent: float = Field(default=0.0, description="CPU time of all ranks, of all cores of their hosts")
@@ -209,7 +257,8 @@ def seconds_since(moment: str) -> float:
 
 
 class RunFolder:
-    """The files of one run, by name."""
+    """The files of one run, by name. `launched_at` is when the start was asked for in which this process
+    takes part, None if nobody said."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -224,6 +273,7 @@ class RunFolder:
         self.beats = path / ".beats"
         self._start = path / ".start"
         self._mine: str | None = None
+        self.launched_at: str | None = None
 
     def timeline_of(self, rank: int) -> Path:
         """The timeline of one rank."""
@@ -257,14 +307,15 @@ class RunFolder:
         self.failure.unlink(missing_ok=True)
         shutil.rmtree(self.last_words, ignore_errors=True)
 
-    def begin(self) -> None:
-        """The run is about to be started: ranks of an earlier start, wherever they are, may not write any
-        more."""
-        write_atomically(self._start, os.urandom(8).hex().encode())
+    def begin(self, launched_at: str = "") -> None:
+        """The run is about to be started, by a command that was given at `launched_at` (UTC): ranks of an
+        earlier start, wherever they are, may not write any more."""
+        write_atomically(self._start, f"{os.urandom(8).hex()} {launched_at}".encode())
 
     def take_part(self) -> None:
         """This process is a rank of the start that began last."""
         self._mine = self._last_start()
+        self.launched_at = self._mine.partition(" ")[2] or None
 
     def require_part(self) -> None:
         """Raises SupersededError if the run was started again since this process took part.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from rankwise import balance, data, machine, models, placement
+from rankwise import balance, compiling, data, machine, models, placement
 from rankwise.accounts import standing_by
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
@@ -53,8 +53,27 @@ def run(
     ledger.enter("startup")
     threads, hosts = _take_seats(config, world, say)
     spares = standing_by(config, world, threads)
+    torch.backends.mkldnn.set_flags(config.onednn)  # type: ignore[no-untyped-call]
+    machine.keep_freed_memory()
     replica = _make_replica(config, dataset)  # also of a spare, which then is there at once when it is needed
-    config = balance.settle(config, replica, dataset.train, world, say)
+    compiled = compiling.settle(
+        config,
+        replica,
+        world,
+        image_shape=dataset.image_shape,
+        classes=len(dataset.classes),
+        samples=len(select(config, dataset).train_pool),
+        say=say,
+    )
+    config = config.model_copy(update={"compile": "on" if compiled else "off"})
+    config = balance.settle(
+        config,
+        replica,
+        world,
+        image_shape=dataset.image_shape,
+        classes=len(dataset.classes),
+        say=say,
+    )
     world.set_aside(config.ranks)
     with _watchdog(config, folder, world) as dog:
         arrival = None
@@ -102,8 +121,10 @@ def _train(
         world.settle()  # so that no waiting from before is found out in the first epoch
         world.timeline.begin(ledger.close())
     world.survives = synchroniser.survives
+    keeper.before_first_step()
     try:
-        train(job, first, keeper.after_epoch)
+        if keeper.target is None or not keeper.target.reached:
+            train(job, first, keeper.after_epoch)
     except Interrupted as stop:
         message = f"{stop}; go on with: rankwise train --resume {folder.path}"
         keeper.write("interrupted", message)
@@ -154,6 +175,12 @@ def _take_seats(config: TrainConfig, world: World, say: Say) -> tuple[int, list[
     threads = placement.share_threads(seats, config.threads)
     for warning in placement.oversubscribed(seats, threads):
         say(warning)
+    slow = sorted({seat.host for seat in seats if not seat.multiplies_bf16})
+    if config.precision == "bf16" and slow:
+        say(
+            f"--precision bf16 is slow here: {', '.join(slow)} has no instructions for bfloat16 and goes "
+            "by way of float32, which --precision fp32 does at once"
+        )
     if not works:  # it will take the place of one that trains, most likely
         threads[world.rank] = min(n for n, seat in zip(threads, seats, strict=True) if seat.trains)
     torch.set_num_threads(threads[world.rank])
@@ -171,7 +198,10 @@ def _make_replica(config: TrainConfig, dataset: Dataset) -> Replica:
     with _SEEDING:
         torch.manual_seed(config.seed)
         model = models.build(config.model, dataset.image_shape, len(dataset.classes))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    if config.memory_format == "contiguous":
+        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    else:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
     return make_replica(config, model, make_optimizer(config, model))
 
 

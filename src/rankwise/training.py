@@ -16,6 +16,7 @@ from rankwise.data.dataset import Split
 from rankwise.data.feed import Feed, feed
 from rankwise.data.partition import Indices
 from rankwise.errors import DivergedError
+from rankwise.models.precision import autocast
 from rankwise.progress import Progress
 from rankwise.record import Epoch
 from rankwise.strategies.synchroniser import Synchroniser
@@ -84,7 +85,9 @@ def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float]
         def whole_epoch(number: int = number, losses: Losses = losses, start_s: float = start_s) -> bool:
             train_epoch(job, number, losses)
             train_s = time.monotonic() - start_s
-            result = summarise(job, number, losses, evaluate(job), train_s)
+            evaluation = evaluate(job)
+            evaluation_s = time.monotonic() - start_s - train_s
+            result = summarise(job, number, losses, evaluation, train_s, evaluation_s)
             after_epoch(result, start_s)
             return result.last
 
@@ -117,6 +120,7 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
         crop_padding=config.crop_padding,
         generator=torch.Generator().manual_seed(int(seed[1])),
     )
+    arithmetic = autocast(config.precision)
     job.progress.start(epoch)
     model.train()
 
@@ -126,7 +130,8 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
         images, labels = batches.take(batch.indices)
 
         ledger.enter("forward")
-        loss = F.cross_entropy(model(images), labels)
+        with arithmetic:
+            loss = F.cross_entropy(model(images), labels)
 
         ledger.enter("backward")
         optimizer.zero_grad()
@@ -158,6 +163,7 @@ def evaluate(job: Job) -> tuple[float, int]:
         world.ledger.phase("evaluation"),
         job.synchroniser.faults.during("evaluation"),
         torch.inference_mode(),
+        autocast(job.config.precision),
     ):
         model.eval()
         for images, labels in feed(job.validation, mine, EVALUATION_BATCH):
@@ -169,7 +175,12 @@ def evaluate(job: Job) -> tuple[float, int]:
 
 
 def summarise(
-    job: Job, epoch: int, losses: Losses, evaluation: tuple[float, int], train_s: float
+    job: Job,
+    epoch: int,
+    losses: Losses,
+    evaluation: tuple[float, int],
+    train_s: float,
+    evaluation_s: float,
 ) -> EpochResult:
     """Add up what all ranks did in the epoch."""
     world = job.synchroniser.world
@@ -179,7 +190,7 @@ def summarise(
     expected = job.expected(epoch)
     counts = np.bincount(job.synchroniser.trained(), minlength=len(expected))
     trained, duplicated, lost = count_samples(world, counts, expected, job.config.seed)
-    slowest = np.array([train_s])
+    slowest = np.array([train_s, evaluation_s])
     world.allreduce(slowest, op="max")
     if not math.isfinite(sums[2]):
         raise DivergedError(f"the validation loss is {sums[2]} after epoch {epoch}: try a smaller --lr")
@@ -193,6 +204,7 @@ def summarise(
         learning_rate=job.synchroniser.replica.optimizer.param_groups[0]["lr"],
         wall_s=0.0,
         train_s=float(slowest[0]),
+        evaluation_s=float(slowest[1]),
     )
     target = job.config.target_accuracy
     last = epoch == job.config.epochs or (target is not None and row.val_accuracy >= target)

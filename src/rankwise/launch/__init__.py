@@ -14,7 +14,7 @@ from rankwise.launch import preflight
 from rankwise.launch.hosts import settle
 from rankwise.launch.mpiexec import train_by_mpiexec
 from rankwise.launch.order import Order, resumed, run_folder
-from rankwise.record import Record, RunFolder
+from rankwise.record import Record, RunFolder, Target
 from rankwise.world.surroundings import find_mpiexec, started_as_rank
 
 
@@ -38,7 +38,9 @@ def launch(order: Order) -> Result:
         stored_in = RunFolder(order.resume)
         stored = stored_in.read()
         order = resumed(order, order.resume, stored)
-        if stored.outcome == "completed" and len(stored.epochs) >= order.config.epochs:
+        target = Target.of(order.config.target_accuracy, stored.epochs, None)
+        over = len(stored.epochs) >= order.config.epochs or (target is not None and target.reached)
+        if stored.outcome == "completed" and over:
             order.say(f"{order.resume} is completed already: nothing to do")
             return Result(stored, stored_in.path, speaks=not started_as_rank())
     if started_as_rank():

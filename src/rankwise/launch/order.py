@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, RankwiseError, ResumeError, UsageError
-from rankwise.record import Record, RunFolder, new_run_path
+from rankwise.record import Record, RunFolder, new_run_path, utc_before
 from rankwise.report.live import Display
 
 
@@ -22,7 +23,8 @@ class Order:
 
     `resume` goes on in that folder. `arguments` is the command line that says the same, if there was
     one. `launched` marks a rank that rankwise's own launcher started: it leaves talking to the user
-    and the care of the folder to the launcher. `remarks` are for whoever talks to the user.
+    and the care of the folder to the launcher. `remarks` are for whoever talks to the user. `asked_ns` is
+    when it was given, on `time.monotonic_ns`'s clock.
     """
 
     config: TrainConfig
@@ -30,6 +32,7 @@ class Order:
     arguments: list[str] | None = None
     launched: bool = False
     remarks: tuple[str, ...] = ()
+    asked_ns: int = field(default_factory=time.monotonic_ns)
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def say(self, line: str) -> None:
@@ -63,7 +66,8 @@ def open_folder(order: Order, config: TrainConfig) -> tuple[RunFolder, list[Path
     folder = RunFolder(order.resume or config.out or new_run_path(config.model))
     new = [] if order.resume else folder.create()
     folder.forget_failures()
-    folder.begin()
+    asked_s = (time.monotonic_ns() - order.asked_ns) / 1e9
+    folder.begin(utc_before(asked_s, "milliseconds"))
     return folder, new
 
 

@@ -24,7 +24,7 @@ class Replica:
     them. Raises ModelError for complex numbers.
 
     `clip_norm` limits the norm of all gradients together in each `step`, None for no limit. What the
-    loop calls is `module`, the model itself unless a strategy wraps it.
+    loop calls is `module`, the model itself unless it is compiled, or a strategy wraps it.
     """
 
     def __init__(

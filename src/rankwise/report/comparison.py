@@ -149,14 +149,8 @@ def _speedup(first: Record) -> Column:
 
 
 def _time_to_target_s(record: Record) -> Value:
-    """Wall time of the epochs up to the one that reached the target accuracy, without start-up."""
-    target = record.config.get("target_accuracy")
-    spent_s = 0.0
-    for row in record.epochs:
-        spent_s += row.wall_s
-        if target is not None and row.val_accuracy >= target:
-            return spent_s
-    return None
+    """From launch until the target accuracy was reached."""
+    return record.target.from_launch_s if record.target else None
 
 
 def _share(phase: str) -> Callable[[Record], Value]:

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rankwise.record import Fault, Record
+from rankwise.record import Fault, Record, Target
+from rankwise.report import words
 from rankwise.report.charts.scaling import strategy
 from rankwise.report.page import Cell, Number, Numbers, Table
 from rankwise.report.runs import Run
-from rankwise.report.words import percent
+from rankwise.report.words import duration, percent
 
 EFFICIENCIES = {
     "parallel": "Useful time of all ranks, training and evaluation, over all their time since start-up, a "
@@ -34,6 +35,8 @@ def numbers(record: Record) -> Numbers:
         found.append(
             Number("samples a second", f"{record.median_samples_per_s:,.0f}", "median of the epochs")
         )
+    if record.target:
+        found.append(_time_to(record.target))
     if record.efficiency.parallel is not None:
         efficiency = percent(record.efficiency.parallel)
         found.append(Number("parallel efficiency", efficiency, "useful time of all ranks"))
@@ -41,6 +44,13 @@ def numbers(record: Record) -> Numbers:
         found.append(Number("CPU use", f"{record.cpu_percent:.0f}%", "of all cores of the hosts"))
     found.append(_samples(record))
     return Numbers(tuple(found))
+
+
+def _time_to(target: Target) -> Number:
+    label = f"time to {target.accuracy:.2%}"
+    if not target.reached or target.from_launch_s is None:
+        return Number(label, "unknown" if target.reached else "not reached", "--target-accuracy")
+    return Number(label, duration(target.from_launch_s), words.target(target))
 
 
 def overview(runs: Sequence[Run]) -> Table:

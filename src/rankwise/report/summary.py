@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.ledger import TRAINING
-from rankwise.record import Rank, Record
+from rankwise.record import Rank, Record, Target
 from rankwise.report import words
 
 GROUPS = {
@@ -51,8 +51,16 @@ def _headline(record: Record) -> str:
     if record.epochs:
         best = record.best
         text += f"; best accuracy {best.val_accuracy:.2%} in epoch {best.epoch}"
+        if record.target:
+            text += f"; {_target(record.target)}"
         text += f"; samples lost {record.samples.lost}, trained twice {record.samples.duplicated}"
     return text
+
+
+def _target(target: Target) -> str:
+    if not target.reached:
+        return f"{target.accuracy:.2%} was not reached"
+    return f"reached {target.accuracy:.2%} in epoch {target.epoch}, {words.target(target)}"
 
 
 def _epochs(record: Record, most: int = 8) -> Table:

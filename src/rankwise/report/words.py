@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rankwise.record import Target
+
 
 def count(number: int, noun: str) -> str:
     """A number of things: 1 rank, 2 ranks."""
@@ -16,6 +18,20 @@ def percent(share: float) -> str:
 def loss(value: float | None) -> str:
     """A loss, or that nobody knows it: 1.2345, unknown."""
     return "unknown" if value is None else f"{value:.4f}"
+
+
+def target(found: Target) -> str:
+    """When an accuracy was reached: 12 s after launch, 9 s after the first step, 1 s of it evaluation."""
+    parts = [
+        f"{duration(seconds)} {what}"
+        for seconds, what in (
+            (found.from_launch_s, "after launch"),
+            (found.from_first_step_s, "after the first step"),
+            (found.evaluation_s, "of it evaluation"),
+        )
+        if seconds is not None
+    ]
+    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:

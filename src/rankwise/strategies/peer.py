@@ -49,7 +49,7 @@ class Peer(Strategy):
             raise ConfigError("--strategy ddp needs ranks that are processes: start them by mpiexec")
         try:
             _start_gloo(world)
-            replica.module = DistributedDataParallel(replica.model)
+            replica.module = DistributedDataParallel(replica.module)
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"--strategy ddp cannot start gloo: {one_line(error)}") from error
         state = PeerState()

@@ -1,0 +1,18 @@
+"""The arithmetic of forward and backward pass."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+
+def autocast(precision: Literal["fp32", "bf16"]) -> AbstractContextManager[object]:
+    """Inside, a forward pass computes in this precision, and the backward pass of it as well.
+
+    With bf16 matrix products and convolutions take bfloat16 copies of the weights, which stay float32, and
+    what needs more digits, a loss for one, is done in float32: torch's own lists say what is what. Its
+    gradients are float32. It can be entered again and again, not inside itself.
+    """
+    return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
