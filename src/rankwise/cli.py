@@ -243,7 +243,8 @@ def predict(
     format: Format = "text",
     debug: Debug = False,
 ) -> None:
-    """Predict an epoch's time on other numbers of ranks, batches, strategies and networks, from short runs."""
+    """Predict an epoch's time on other numbers of ranks, batches, strategies and networks, from short
+    runs."""
     from rankwise.prediction import page
     from rankwise.prediction.predict import predict as predict_epochs
     from rankwise.prediction.source import read_source

@@ -15,8 +15,8 @@ TRIALS = 5
 
 
 def seconds(compress: str, network: Network, traffic: Traffic) -> float:
-    """What a rank takes to compress its values and to unpack what comes: of every rank where all payloads go to
-    all. PowerSGD's products are taken as one pass over its payload."""
+    """What a rank takes to compress its values and to unpack what comes: of every rank where all payloads go
+    to all. PowerSGD's products are taken as one pass over its payload."""
     if compress == "none" or not traffic.payload_bytes:
         return 0.0
     encode_s, decode_s = _try(compress, network.parameters)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from rankwise.config import TrainConfig
 from rankwise.ledger import PHASES
@@ -22,9 +22,9 @@ from rankwise.world.waits import Pattern
 
 @dataclass(frozen=True)
 class Messages:
-    """Costs inside a host: of a message, of adding up a byte on the way, of packing and unpacking a byte of what
-    is exchanged, and of a byte that a master takes in hand. `low` and `high` are the quartiles of an exchange
-    over its median; `measured` is whether a run said so."""
+    """Costs inside a host: of a message, of adding up a byte on the way, of packing and unpacking a byte of
+    what is exchanged, and of a byte that a master takes in hand. `low` and `high` are the quartiles of an
+    exchange over its median; `measured` is whether a run said so."""
 
     local: Link
     reduce_s_per_byte: float
@@ -76,8 +76,8 @@ def fit_messages(
 
 
 def _transfers(lines: list[RankTimeline]) -> dict[tuple[int, int], list[float]]:
-    """Seconds in transfer of the exchanges in all timelines, by pattern and bytes; of those of all ranks rank 0
-    knows as much as any other."""
+    """Seconds in transfer of the exchanges in all timelines, by pattern and bytes; of those of all ranks rank
+    0 knows as much as any other."""
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for line in lines:
         for row in line.exchanges:

@@ -32,7 +32,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """A network between hosts. `reduce_s_per_byte` is what adding up takes there, None for as in the source."""
+    """A network between hosts. `reduce_s_per_byte` is what adding up takes there, None for as in the
+    source."""
 
     name: str
     link: Link

@@ -13,7 +13,7 @@ from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 from rankwise.prediction import codec
-from rankwise.prediction.network import Cluster, Network
+from rankwise.prediction.network import Cluster, Link, Network
 from rankwise.prediction.simulation import Outcome, gossip, serve_all
 from rankwise.prediction.slowest import Seconds, expected_maximum, sums
 from rankwise.prediction.source import Compute, Source
@@ -96,13 +96,17 @@ class Place:
                 "--network what is between them"
             )
         own = self.network.reduce_s_per_byte if self.network else None
-        local = source.messages.local
+        local = between = source.messages.local
+        if self.network:  # what a message takes in this host's software it takes there too
+            link = self.network.link
+            latency_s = local.latency_s + link.latency_s
+            between = Link(latency_s, max(local.s_per_byte, link.s_per_byte))
         return Cluster(
             ranks,
             here,
             self.cores_per_host,
             local,
-            self.network.link if self.network else local,
+            between,
             source.messages.reduce_s_per_byte if own is None else own,
         )
 
@@ -118,8 +122,8 @@ class Place:
 def predict_point(
     source: Source, config: TrainConfig, place: Place, alone_images_per_s: float | None
 ) -> Point:
-    """The prediction for a resolved configuration. `alone_images_per_s` is what one rank alone trains, to which
-    the efficiency compares."""
+    """The prediction for a resolved configuration. `alone_images_per_s` is what one rank alone trains, to
+    which the efficiency compares."""
     cluster = place.cluster(source, config.ranks)
     parts, wait_s, its, threads = _epoch(source, config, cluster, place)
     low, high = (_scaled(source, config, threads, parts, side) for side in (-1, 1))
@@ -161,7 +165,8 @@ def _rounds(config: TrainConfig, steps: float) -> int:
 def _epoch(
     source: Source, config: TrainConfig, cluster: Cluster, place: Place
 ) -> tuple[Parts, float, Traffic, int]:
-    """The parts of an epoch, seconds of all ranks together in which they wait, what they send, and threads."""
+    """The parts of an epoch, seconds of all ranks together in which they wait, what they send, and
+    threads."""
     synchronous = config.local_after
     if config.strategy == "post-local-sgd" and synchronous and synchronous > 0:
         return _two_halves(source, config, cluster, place, synchronous)
@@ -237,8 +242,8 @@ def _two_halves(
 def compute_at(source: Source, threads: int, batch: int) -> tuple[Compute, Seconds]:
     """What is known that is nearest to so many threads and this batch, and times [n] of steps there.
 
-    Between two batch sizes the mean goes along a line; with one alone forward and backward grow with the batch,
-    and the rest of a step does not.
+    Between two batch sizes the mean goes along a line; with one alone forward and backward grow with the
+    batch, and the rest of a step does not.
     """
     nearest = min(abs(math.log(its.threads / threads)) for its in source.compute)
     these = [its for its in source.compute if abs(math.log(its.threads / threads)) == nearest]
@@ -269,7 +274,8 @@ def _rounds_s(
     alone = sums(step_s, terms, SEED)
     if crowd <= 1:
         return alone, alone, config.workers
-    # The cores of a host are shared out: all its work, a time slice more or less, or one rank after the other.
+    # The cores of a host are shared out: all its work, a time slice more or less, or one rank after the
+    # other.
     work = sums(step_s, terms * here, SEED + 1) * crowd / here
     return alone, np.maximum(alone, np.minimum(alone * math.ceil(crowd), work + SLICE_S)), len(cluster.hosts)
 

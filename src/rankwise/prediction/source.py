@@ -99,7 +99,8 @@ def read_source(folders: Sequence[Path]) -> Source:
     for other in others:
         if (other.network, other.samples) != (first.network, first.samples):
             raise UsageError(
-                f"{other.name} trained another network or dataset than {first.name}: predict from one at a time"
+                f"{other.name} trained another network or dataset than {first.name}: "
+                "predict from one at a time"
             )
         first = first.with_compute_of(other)
     return first
@@ -125,7 +126,7 @@ def _read(path: Path) -> Source:
     hosts = record.environment.hosts
     workers = [row for row in record.ranks if row.role == "worker"]
     copies = len(workers) if strategies.entry_of(config.strategy).replicates else 1
-    remarks = () if messages.measured else (NO_MESSAGES,)
+    remarks: tuple[str, ...] = () if messages.measured else (NO_MESSAGES,)
     cores = max(host.cores for host in hosts)
     if sum(row.threads for row in workers) > sum(host.cores for host in hosts):
         off = sum(sum(row.off_cpu_ns.get(p, 0) for p in ("forward", "backward")) for row in workers)
@@ -213,12 +214,12 @@ def _of_epochs(lines: list[RankTimeline], phase: str, over_ranks: Any) -> float:
     """Seconds of a phase in an epoch: the median over the epochs after the first, where there are any."""
     table = np.array([line.epochs[phase] for line in lines if len(line.epochs) == len(lines[0].epochs)])
     later = table[:, 1:] if table.shape[1] > 1 else table
-    return median(over_ranks(column) for column in later.T.tolist()) / 1e9
+    return float(median(over_ranks(column) for column in later.T.tolist())) / 1e9
 
 
 def _outside_steps(lines: list[RankTimeline], step_s: float) -> float:
-    """Seconds of an epoch of a worker that are neither steps nor exchanges, evaluation or checkpoint: what comes
-    after its last step, and what its first step has more than others."""
+    """Seconds of an epoch of a worker that are neither steps nor exchanges, evaluation or checkpoint: what
+    comes after its last step, and what its first step has more than others."""
     away = [PHASES.index(phase) for phase in ("transfer", "wait", "evaluation", "checkpoint")]
     tails, heads = [], []
     for line in lines:
@@ -228,4 +229,4 @@ def _outside_steps(lines: list[RankTimeline], step_s: float) -> float:
         tails += own[line.steps["step"] == 0].tolist()
         heads += own[(line.steps["step"] == 1) & (line.steps["epoch"] > 1)].tolist()
     head_s = median(heads) / 1e9 - step_s if heads else 0.0
-    return median(tails or [0]) / 1e9 + max(head_s, 0.0)
+    return float(median(tails or [0])) / 1e9 + max(float(head_s), 0.0)

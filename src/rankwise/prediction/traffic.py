@@ -49,8 +49,8 @@ NOTHING = Exchange(0, ())
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a run sends. `each_step` is exchanged in every step, `each_round` at a round's end, and `each_epoch`
-    when an epoch ends.
+    """What a run sends. `each_step` is exchanged in every step, `each_round` at a round's end, and
+    `each_epoch` when an epoch ends.
 
     `payload_bytes` is what a rank hands over in a round. A master takes `served_bytes` in hand before it
     answers, and ranks unpack `unpacked_bytes`. `buckets` of the round go out while the backward pass runs.

@@ -25,7 +25,8 @@ EPOCHS = 3
 def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -> Source:
     """Run shortly what `wishes` need to know, beside the finished runs in `folders`.
 
-    One rank alone, on one core and on all, and two ranks that meet in every step. All train with the batch that is wished for. Raises UsageError.
+    One rank alone, on one core and on all, and two ranks that meet in every step. All train with the batch
+    that is wished for. Raises UsageError.
     """
     options = config.given()
     batch = wishes.batch_size or config.batch_size
