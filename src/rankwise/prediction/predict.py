@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ class Prediction:
 def predict(source: Source, wishes: Wishes) -> Prediction:
     """Predict an epoch of each number of ranks. Raises ConfigError, one line, for wishes that do not fit."""
     network = read_network(wishes.network) if wishes.network else None
+    source = replace(source, samples=wishes.samples or source.samples)
     counts = read_ranks(wishes.ranks, source.samples)
     cores = wishes.cores_per_host or source.cores
     here = wishes.ranks_per_host or (cores if network else None)

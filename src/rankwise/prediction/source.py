@@ -97,7 +97,7 @@ def read_source(folders: Sequence[Path]) -> Source:
         raise UsageError("nothing to predict from: give a finished run with --from, or --measure")
     first, *others = [_read(folder) for folder in folders]
     for other in others:
-        if (other.network, other.samples) != (first.network, first.samples):
+        if (other.network, other.config.dataset) != (first.network, first.config.dataset):
             raise UsageError(
                 f"{other.name} trained another network or dataset than {first.name}: "
                 "predict from one at a time"
@@ -133,6 +133,8 @@ def _read(path: Path) -> Source:
         on = sum(sum(row.phases_ns[p] for p in ("forward", "backward")) for row in workers)
         steps = steps * (1 - off / max(on, 1))
         remarks += (f"{path} had more threads than cores: its steps are taken without the time off them",)
+    if len(hosts) > 1:
+        remarks += (f"{path} ran on {len(hosts)} hosts: its messages stand for those inside a host too",)
     later = record.epochs[1:] or record.epochs
     train_s = np.array([row.train_s for row in later])
     compute = Compute(
@@ -191,8 +193,7 @@ def _numbers(shapes: Any) -> int:
 def _steps(record: Record, lines: list[RankTimeline], batch: int) -> tuple[Seconds, dict[str, float]]:
     """The times of full steps without exchanges and packing, of all workers, and the mean of each phase.
 
-    The first step of an epoch deals shards too, and the first epoch warms up where there are others. Kept
-    steps are a sample: their mean is brought to that of all steps of the epochs.
+    The first step of an epoch deals shards too, and the first epoch warms up where there are others.
     """
     first = 2 if len(record.epochs) > 1 else 1
     times, parts = [], dict.fromkeys(PHASES, 0.0)

@@ -16,6 +16,9 @@ class Wishes(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ranks: str = Field("1-8", description="Numbers of ranks, a master included: 1,2,4 or 1-8, up to 10000.")
+    samples: int | None = Field(
+        None, ge=1, description="Samples of an epoch. By default as many as the source trained in one."
+    )
     batch_size: int | None = Field(
         None, ge=1, description="Samples per worker and step. By default the source's."
     )

@@ -8,12 +8,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rankwise import machine
+from rankwise import machine, strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import UsageError
-from rankwise.launch import Order, launch
+from rankwise.launch import Order, launch, preflight
+from rankwise.prediction.points import Place
+from rankwise.prediction.predict import read_ranks
 from rankwise.prediction.source import Source, read_source
 from rankwise.prediction.wishes import Wishes
+
+NOT_OF_SHORT_RUNS = {
+    *(
+        "ranks",
+        "strategy",
+        "topology",
+        "sync_every",
+        "hosts",
+        "hostfile",
+        "spares",
+        "fault",
+        "min_ranks",
+        "out",
+    ),
+    *strategies.OPTIONS,
+}
+"""Options that short runs do not take over."""
 
 STEPS = 240
 """Of a rank in each epoch of a short run: enough for a distribution, and over in seconds."""
@@ -25,39 +44,36 @@ EPOCHS = 3
 def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -> Source:
     """Run shortly what `wishes` need to know, beside the finished runs in `folders`.
 
-    One rank alone, on one core and on all, and two ranks that meet in every step. All train with the batch
-    that is wished for. Raises UsageError.
+    Two ranks meet in every step, on one thread each, and one rank alone trains on each number of threads that
+    the ranks will have. All train with the batch that is wished for. Raises UsageError.
     """
-    options = config.given()
     batch = wishes.batch_size or config.batch_size
-    for name in ("ranks", "strategy", "topology", "hosts", "hostfile", "spares", "fault", "out", "compress"):
-        options.pop(name, None)
+    options = {name: value for name, value in config.given().items() if name not in NOT_OF_SHORT_RUNS}
+    flight = preflight.prepare(strategies.resolve(TrainConfig(**options)))
     with tempfile.TemporaryDirectory(prefix="rankwise-predict-") as scratch:
 
-        def run(name: str, ranks: int, strategy: str, threads: int) -> Path:
-            samples = min(config.train_limit or STEPS * batch * ranks, STEPS * batch * ranks)
-            short = {**options, "epochs": EPOCHS, "batch_size": batch, "train_limit": samples}
-            short |= {"ranks": ranks, "strategy": strategy, "threads": threads, "out": Path(scratch) / name}
-            return launch(Order(TrainConfig(**short))).folder
+        def run(ranks: int, strategy: str, threads: int) -> Source:
+            samples = min(flight.samples_per_epoch, STEPS * batch * ranks)
+            short = {"ranks": ranks, "strategy": strategy, "threads": threads, "train_limit": samples}
+            out = Path(scratch) / f"{strategy}-{threads}"
+            order = TrainConfig(**{**options, **short, "epochs": EPOCHS, "batch_size": batch, "out": out})
+            return read_source([launch(Order(order)).folder])
 
-        cores = machine.usable_cores()
-        places = [run("alone", 1, "single", threads) for threads in sorted({1, cores})][:2]
-        pair = run("pair", 2, "allreduce", 1)
-        source = read_source([pair, *places])
-        whole = _whole(config, source)
-        source = replace(source, name="short runs here", samples=whole)
-        for folder in folders:
-            other = read_source([folder])
-            if other.network != source.network:
-                raise UsageError(f"{folder} trained another network than --measure does")
-            source = replace(source.with_compute_of(other), samples=other.samples)
-        return source
+        source = run(2, "allreduce", 1)
+        for threads in _threads(wishes, flight.samples_per_epoch):
+            source = source.with_compute_of(run(1, "single", threads))
+    source = replace(source, name="short runs here", samples=flight.samples_per_epoch)
+    for folder in folders:
+        other = read_source([folder])
+        if other.network != source.network:
+            raise UsageError(f"{folder} trained another network than --measure does")
+        source = source.with_compute_of(other)
+    return source
 
 
-def _whole(config: TrainConfig, source: Source) -> int:
-    """Samples of an epoch of the run that is predicted."""
-    from rankwise import data
-    from rankwise.data.selection import select
-
-    dataset = data.prepare(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
-    return len(select(config, dataset).train_pool)
+def _threads(wishes: Wishes, samples: int) -> list[int]:
+    """Numbers of threads above 1 that ranks will have, as far as this machine has so many cores."""
+    cores = machine.usable_cores()
+    place = Place(wishes.ranks_per_host, wishes.cores_per_host or cores, None, wishes.threads or "auto")
+    here = [min(ranks, wishes.ranks_per_host or ranks) for ranks in read_ranks(wishes.ranks, samples)]
+    return sorted({threads for threads in map(place.threads_of, here) if 1 < threads <= cores})
