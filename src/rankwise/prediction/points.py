@@ -204,9 +204,11 @@ def _epoch(
         train_s = rounds * (slowest_s + pack_s * shared + exchange_s + serve_s)
         train_s += math.ceil(steps) * cluster.seconds(its.each_step.hops)
         outcome = Outcome(train_s, waited_s, rounds * slowest_s)
-    compute_s, crowded_s = rounds * float(alone.mean()), rounds * float(round_s.mean() - alone.mean())
+    compute_s, longer_s = rounds * float(alone.mean()), rounds * float(round_s.mean() - alone.mean())
+    # Beside others a rank takes longer because cores are shared, or for whom it meets in each step.
+    crowded_s, met_s = (longer_s, 0.0) if crowd > 1 else (0.0, longer_s)
     master_s = rounds * serve_s if its.served_bytes and has_master else 0.0
-    waiting_s = max(0.0, outcome.worker_wait_s - master_s)
+    waiting_s = max(0.0, outcome.worker_wait_s - master_s) + met_s
     transfer_s = max(0.0, outcome.makespan_s - compute_s - crowded_s - master_s - waiting_s)
     evaluation_s = compute.evaluation_s
     if not has_master:
@@ -221,7 +223,7 @@ def _epoch(
         checkpoint=source.checkpoint_s / config.checkpoint_every,
         other=source.epoch_s,
     )
-    wait_s = config.workers * outcome.worker_wait_s
+    wait_s = config.workers * (outcome.worker_wait_s + met_s)
     if has_master:
         wait_s += outcome.master_wait_s + config.workers * evaluation_s
     return parts, wait_s, its, threads

@@ -17,21 +17,8 @@ from rankwise.prediction.predict import read_ranks
 from rankwise.prediction.source import Source, read_source
 from rankwise.prediction.wishes import Wishes
 
-NOT_OF_SHORT_RUNS = {
-    *(
-        "ranks",
-        "strategy",
-        "topology",
-        "sync_every",
-        "hosts",
-        "hostfile",
-        "spares",
-        "fault",
-        "min_ranks",
-        "out",
-    ),
-    *strategies.OPTIONS,
-}
+_PLACES = ("ranks", "strategy", "topology", "sync_every", "hosts", "hostfile", "spares", "fault", "min_ranks")
+NOT_OF_SHORT_RUNS = {*_PLACES, "out", *strategies.OPTIONS}
 """Options that short runs do not take over."""
 
 STEPS = 240
@@ -49,7 +36,8 @@ def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -
     """
     batch = wishes.batch_size or config.batch_size
     options = {name: value for name, value in config.given().items() if name not in NOT_OF_SHORT_RUNS}
-    flight = preflight.prepare(strategies.resolve(TrainConfig(**options)))
+    one = preflight.check(TrainConfig(**{**options, "batch_size": batch}))
+    flight = preflight.prepare(one)
     with tempfile.TemporaryDirectory(prefix="rankwise-predict-") as scratch:
 
         def run(ranks: int, strategy: str, threads: int) -> Source:
@@ -62,7 +50,7 @@ def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -
         source = run(2, "allreduce", 1)
         for threads in _threads(wishes, flight.samples_per_epoch):
             source = source.with_compute_of(run(1, "single", threads))
-    source = replace(source, name="short runs here", samples=flight.samples_per_epoch)
+    source = replace(source, name="short runs here", samples=flight.samples_per_epoch, config=one)
     for folder in folders:
         other = read_source([folder])
         if other.network != source.network:
