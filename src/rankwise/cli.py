@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rankwise.config import TrainConfig, explain, preset_names, read_preset, read_toml
 from rankwise.errors import Interrupted, RankwiseError, UsageError, one_line
+from rankwise.prediction.wishes import Wishes
 from rankwise.submit import Kubernetes, Slurm, hand_over, work_of
 
 if TYPE_CHECKING:
@@ -225,6 +226,61 @@ def trace(
     for remark in written.remarks:
         print(f"rankwise: {remark}", file=sys.stderr)
     print(written.about)
+
+
+@app.command
+def predict(
+    *,
+    wishes: Annotated[Wishes, Parameter(name="*")] = Wishes(),  # noqa: B008
+    source: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            name="--from",
+            negative="",
+            help="Finished run to predict from; several, of other batch sizes or threads, tell more.",
+        ),
+    ] = (),
+    measure: Annotated[
+        bool, Parameter(negative="", help="Make short runs here, and predict from them and --from.")
+    ] = False,
+    config_file: Annotated[
+        Path | None, Parameter(name="--config", help="--measure: TOML file with options of train.")
+    ] = None,
+    preset: Annotated[str | None, Parameter(help="--measure: recipe of the package.")] = None,
+    dataset: Annotated[str | None, Parameter(help="--measure: its name, as in train.")] = None,
+    data_dir: DataDir = None,
+    cache_dir: CacheDir = None,
+    model: Annotated[str | None, Parameter(help="--measure: network, as in train.")] = None,
+    output: Annotated[Path | None, Parameter(help="HTML page with curves to write.")] = None,
+    format: Format = "text",
+    debug: Debug = False,
+) -> None:
+    """Predict an epoch's time on other numbers of ranks, batches, strategies and networks, from short
+    runs."""
+    from rankwise.prediction import page
+    from rankwise.prediction.predict import predict as predict_epochs
+    from rankwise.prediction.source import read_source
+
+    given = {"dataset": dataset, "data_dir": data_dir, "cache_dir": cache_dir, "model": model}
+    options = {name: value for name, value in given.items() if value is not None}
+    if measure:
+        from rankwise.studies.calibration import measure as run_shortly
+
+        config = _layered(TrainConfig(**options), config_file, preset)
+        found = run_shortly(config, wishes, source)
+    else:
+        if options or config_file or preset:
+            raise UsageError("options of training were given: they are for --measure, --from has its own")
+        found = read_source(source)
+    predicted = predict_epochs(found, wishes)
+    if output:
+        page.page(predicted).write(output)
+    if format == "json":
+        print(json.dumps(predicted.to_json(), indent=1))
+    else:
+        _console().print(page.terminal(predicted))
+        if output:
+            print(f"page: {output}")
 
 
 @app.command

@@ -1,0 +1,178 @@
+"""Predicts epochs first, then runs them, and prints every error.
+
+    python benchmarks/prediction.py [--quick] [--data-dir DIR] [--links]
+
+The fit sees two ranks with batches of 16, and one with 64; the points that it has not seen are 2 to 8 ranks,
+both topologies, five strategies and three batch sizes. Sources and points are run in turn, and medians of the
+repeats are compared, as the machine drifts. With --links also three hosts, network namespaces on this machine
+on links of 50, 100 and 1000 Mbit/s, for which root is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+
+from rankwise.machine import usable_cores
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.hosts import Hosts
+
+RATES = (50, 100, 1000)
+LINK_LATENCY_US = 50
+"""Of a bridge on one machine, about; what a message takes in software is in the source."""
+
+SOURCES = {
+    "alone": ("--ranks", 1, "--strategy", "single", "--batch-size", 16, "--threads", 1),
+    "alone 64": ("--ranks", 1, "--strategy", "single", "--batch-size", 64, "--threads", 1),
+    "pair": ("--ranks", 2, "--strategy", "allreduce", "--batch-size", 16, "--threads", 1),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A point: options that training and prediction share, and the rate of its hosts' links, if any."""
+
+    ranks: int
+    strategy: str
+    topology: str
+    batch: int
+    mbit_s: int = 0
+
+    @property
+    def options(self) -> list[object]:
+        words = ["--strategy", self.strategy, "--topology", self.topology]
+        return [*words, "--ranks", self.ranks, "--batch-size", self.batch, "--threads", 1]
+
+    @property
+    def name(self) -> str:
+        link = f" {self.mbit_s} Mbit/s" if self.mbit_s else ""
+        return f"{self.strategy} {self.topology} {self.ranks} ranks, batch {self.batch}{link}"
+
+    @property
+    def crowded(self) -> bool:
+        return self.ranks - (self.topology == "master") > usable_cores()
+
+
+FAMILIES = (
+    ("parameter-averaging", "master"),
+    ("parameter-averaging", "allreduce"),
+    ("allreduce", "allreduce"),
+    ("gradient-server", "master"),
+    ("local-sgd", "allreduce"),
+    ("local-sgd", "master"),
+    ("easgd", "master"),
+)
+
+
+def cases(quick: bool) -> list[Case]:
+    if quick:
+        return [Case(2, "local-sgd", "allreduce", 16), Case(3, "gradient-server", "master", 64)]
+    found = [
+        Case(ranks, strategy, topology, batch)
+        for strategy, topology in FAMILIES
+        for ranks in (2, 3, 4, 8)
+        for batch in (8, 16, 64)
+    ]
+    # The fit has seen this one.
+    return [case for case in found if case != Case(2, "allreduce", "allreduce", 16)]
+
+
+def linked(quick: bool) -> list[Case]:
+    rates = RATES[1:2] if quick else RATES
+    pairs = (("allreduce", "allreduce"), ("parameter-averaging", "master"), ("local-sgd", "allreduce"))
+    return [Case(3, *pair, 16, rate) for rate in rates for pair in pairs]
+
+
+def epoch_s(folder: Path) -> float:
+    """The median over the epochs after the first."""
+    return statistics.median(row["wall_s"] for row in common.record_of(folder)["epochs"][1:])
+
+
+def run(arguments: argparse.Namespace, options: list[object], out: Path) -> float:
+    short = ("--epochs", 3, "--train-limit", arguments.limit)
+    common.finish(common.start(common.command(arguments, *short, *options, out=out)))
+    return epoch_s(out)
+
+
+def run_linked(arguments: argparse.Namespace, case: Case, out: Path) -> float:
+    rate = f"{case.mbit_s}mbit"
+    short = ("--epochs", 3, "--train-limit", arguments.limit)
+    with Hosts(rate, rate, rate) as hosts:
+        where = ",".join(f"{address}:1" for address in hosts.addresses)
+        words = common.command(arguments, *short, *case.options, "--hosts", where, out=out)
+        process = hosts.start(*words)
+        _, error = process.communicate()
+        if process.returncode:
+            sys.exit(error)
+    return epoch_s(out)
+
+
+def predicted_s(case: Case, sources: list[Path], scratch: Path) -> float:
+    """What the command line says."""
+    words = [sys.executable, "-m", "rankwise", "predict", "--format", "json", *map(str, case.options)]
+    for folder in sources:
+        words += ["--from", str(folder)]
+    if case.mbit_s:
+        network = scratch / "link.toml"
+        network.write_text(f"latency_us = {LINK_LATENCY_US}\nbandwidth_gbit_s = {case.mbit_s / 1000}\n")
+        # The hosts are one machine, whose cores their ranks share.
+        words += ["--network", str(network), "--ranks-per-host", "1", "--cores-per-host", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(json.loads(done.stdout)["points"][0]["epoch_s"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--limit", type=int, default=10_000, help="training samples an epoch")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--links", action="store_true", help="also three hosts on slow links (root)")
+    parser.add_argument("--quick", action="store_true", help="two points, once")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.repeats, arguments.limit = 1, min(arguments.limit, 2000)
+    chosen = cases(arguments.quick) + (linked(arguments.quick) if arguments.links else [])
+    predictions: dict[Case, list[float]] = {case: [] for case in chosen}
+    measured: dict[Case, list[float]] = {case: [] for case in chosen}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(arguments.repeats):
+            scratch = Path(folder) / f"turn-{turn}"
+            scratch.mkdir()
+            sources = [scratch / name.replace(" ", "-") for name in ("pair", "alone", "alone 64")]
+            for out in sources:
+                run(arguments, list(SOURCES[out.name.replace("-", " ")]), out)
+            for case in chosen:
+                predictions[case].append(predicted_s(case, sources, scratch))
+            for number, case in enumerate(chosen):
+                out = scratch / f"point-{number}"
+                seconds = (
+                    run_linked(arguments, case, out) if case.mbit_s else run(arguments, case.options, out)
+                )
+                measured[case].append(seconds)
+    print(f"{'point':52} {'predicted s':>12} {'measured s':>24} {'error':>8}")
+    errors: dict[bool, list[float]] = {False: [], True: []}
+    for case in chosen:
+        guess, truth = statistics.median(predictions[case]), statistics.median(measured[case])
+        error = guess / truth - 1
+        errors[case.crowded].append(abs(error))
+        print(f"{case.name:52} {guess:12.3f} {common.spread(measured[case], 3):>24} {error:+8.1%}")
+    for crowded, found in errors.items():
+        if found:
+            which = "with more ranks than cores" if crowded else "a core for each rank that trains"
+            print(f"{which}: median {statistics.median(found):.1%}, worst {max(found):.1%} of {len(found)}")
+
+
+if __name__ == "__main__":
+    main()

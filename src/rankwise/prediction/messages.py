@@ -1,0 +1,129 @@
+"""What messages and packing cost, fitted to the exchanges of a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+from rankwise.config import TrainConfig
+from rankwise.ledger import PHASES
+from rankwise.prediction import collectives
+from rankwise.prediction.collectives import Hops
+from rankwise.prediction.network import Link, coefficients
+from rankwise.prediction.spans import spent_in_steps
+from rankwise.prediction.traffic import SUMMARY, Network, traffic
+from rankwise.record import Record
+from rankwise.timeline import RankTimeline
+from rankwise.world.waits import Pattern
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Costs inside a host: of a message, of adding up a byte on the way, of packing and unpacking a byte of
+    what is exchanged, and of a byte that a master takes in hand. `low` and `high` are the quartiles of an
+    exchange over its median; `measured` is whether a run said so."""
+
+    local: Link
+    reduce_s_per_byte: float
+    pack_s_per_byte: float
+    serve_s_per_byte: float
+    low: float
+    high: float
+    measured: bool
+
+
+ASSUMED = Messages(Link(20e-6, 0.2e-9), 0.1e-9, 0.5e-9, 0.25e-9, 0.5, 2.0, False)
+"""What a source that exchanged nothing leaves open: ranks that share memory, at some GB/s."""
+
+
+def fit_messages(
+    record: Record, config: TrainConfig, network: Network, lines: list[RankTimeline]
+) -> Messages:
+    """Latency and bandwidth that fit the exchanges of a run best, by relative error.
+
+    Each median transfer time is a sum of latency and bytes times what the hops of the exchange say; adding up
+    is not told apart from bandwidth, so it is taken as assumed.
+    """
+    ranks = len(lines)
+    groups = _transfers(lines)
+    rows, spread = [], []
+    for key, hops in _known(config, network, record).items():
+        times_s = groups.get(key, [])
+        if len(times_s) >= 3:
+            latency, size, reduced = coefficients(hops)
+            middle = float(np.median(times_s))
+            rest = max(middle - reduced * ASSUMED.reduce_s_per_byte, 0.2 * middle)
+            rows.append((latency / rest, size / rest))
+            spread.append(np.quantile(times_s, [0.25, 0.75]) / middle)
+    if ranks == 1 or not rows:
+        return ASSUMED
+    scale = np.array([1e-6, 1e-9])
+    found, _ = nnls(np.array(rows) * scale, np.ones(len(rows)))
+    latency_s, s_per_byte = found * scale
+    low, high = np.array(spread).mean(axis=0)
+    return Messages(
+        Link(float(latency_s), float(s_per_byte) or ASSUMED.local.s_per_byte),
+        ASSUMED.reduce_s_per_byte,
+        _packing(lines, config, network) or ASSUMED.pack_s_per_byte,
+        _serving(lines, config, network) or ASSUMED.serve_s_per_byte,
+        float(low),
+        float(high),
+        True,
+    )
+
+
+def _transfers(lines: list[RankTimeline]) -> dict[tuple[int, int], list[float]]:
+    """Seconds in transfer of the exchanges in all timelines, by pattern and bytes; of those of all ranks rank
+    0 knows as much as any other."""
+    found: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for line in lines:
+        for row in line.exchanges:
+            of_two = row["pattern"] in (Pattern.SEND, Pattern.RECEIVE)
+            if line.rank == 0 or of_two:
+                transfer_ns = int(row["left_ns"] - row["entered_ns"] - row["wait_ns"])
+                found[int(row["pattern"]), int(row["bytes"])].append(max(transfer_ns, 1) / 1e9)
+    return found
+
+
+def _known(config: TrainConfig, network: Network, record: Record) -> dict[tuple[int, int], Hops]:
+    """The exchanges whose hops are known, by pattern and bytes."""
+    ranks = sum(row.role != "spare" for row in record.ranks)
+    if ranks == 1:
+        return {}
+    its = traffic(config, network, [ranks])
+    known = {(int(Pattern.ALL_TO_ALL), SUMMARY[0]): collectives.allreduce(ranks, SUMMARY[0])}
+    size = its.payload_bytes + (config.compress != "none")
+    if config.strategy in ("easgd", "downpour", "gossip", "two-level"):
+        return known | {(int(Pattern.RECEIVE), size): (collectives.Hop(1, size),)}
+    if config.topology == "master":
+        gathers = {(int(Pattern.ALL_TO_ONE), size): collectives.gather(ranks, size)}
+        return known | gathers | {(int(Pattern.ONE_TO_ALL), size): collectives.broadcast(ranks, size)}
+    if config.compress == "none":
+        known[int(Pattern.ALL_TO_ALL), size] = collectives.allreduce(ranks, size)
+    return known
+
+
+def _packing(lines: list[RankTimeline], config: TrainConfig, network: Network) -> float:
+    """Seconds a byte of packing, unpacking and keeping what is needed to go back, in rounds of workers."""
+    payload = traffic(config, network, [len(lines)]).payload_bytes
+    columns = [PHASES.index("pack"), PHASES.index("recovery")]
+    times = []
+    for line in lines:
+        if line.role == "worker" and config.compress == "none":
+            spent = spent_in_steps(line)[line.steps["step"] > 0][:, columns].sum(1)
+            times += spent[spent > 0].tolist()
+    return float(np.median(times)) / 1e9 / payload if times else 0.0
+
+
+def _serving(lines: list[RankTimeline], config: TrainConfig, network: Network) -> float:
+    """Seconds a byte of a master's adding up."""
+    served = traffic(config, network, [len(lines)]).served_bytes
+    if config.strategy == "gradient-server" or config.compress != "none" or not served:
+        return 0.0
+    spent = [spent_in_steps(line) for line in lines if line.role == "master"]
+    times = [row[PHASES.index("optimizer")] for rows in spent for row in rows]
+    busy = [ns for ns in times if ns > 0]
+    return float(np.median(busy)) / 1e9 / served if busy else 0.0

@@ -1,0 +1,133 @@
+"""What a hop costs: latency, bandwidth and adding up, inside a host and between hosts.
+
+A message of m bytes takes alpha + m beta (Hockney 1994, doi:10.1016/S0167-8191(06)80021-9). Of several
+through one port only the first pays the whole latency, and each further one the sender's overhead, which is
+at most alpha / 2 and taken as that (LogGP: Alexandrov et al. 1995, doi:10.1145/215399.215427).
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankwise.errors import ConfigError, unknown_name
+from rankwise.prediction.collectives import Hop
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message takes: `latency_s`, and `s_per_byte`."""
+
+    latency_s: float
+    s_per_byte: float
+
+    @classmethod
+    def of(cls, latency_us: float, bandwidth_gbit_s: float) -> Link:
+        """As networks are described."""
+        return cls(latency_us / 1e6, 8e-9 / bandwidth_gbit_s)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network between hosts. `reduce_s_per_byte` is what adding up takes there, None for as in the
+    source."""
+
+    name: str
+    link: Link
+    reduce_s_per_byte: float | None = None
+
+
+NETWORKS = {
+    "1gbe": Network("1gbe", Link.of(50, 1)),
+    "10gbe": Network("10gbe", Link.of(20, 10)),
+    "100gbe": Network("100gbe", Link.of(5, 100)),
+    "hdr": Network("hdr", Link.of(1.5, 200)),
+}
+"""Round figures: nominal bandwidths, with latencies as they are usual between two processes over TCP
+(Ethernet) and over InfiniBand HDR. A file says what yours has."""
+
+_KEYS = {"latency_us": True, "bandwidth_gbit_s": True, "reduce_gb_s": False}
+"""Keys of a network file, and whether each must be there."""
+
+
+def read_network(name: str) -> Network:
+    """A network by its name, or from a TOML file. Raises ConfigError, one line."""
+    if name in NETWORKS:
+        return NETWORKS[name]
+    path = Path(name)
+    if not path.suffix and not path.exists():
+        raise ConfigError(unknown_name("--network", name, [*NETWORKS, "FILE.toml"]))
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the network file {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for key in table:
+        if key not in _KEYS:
+            raise ConfigError(f"{path}: {unknown_name('key', key, _KEYS)}")
+    missing = [key for key, needed in _KEYS.items() if needed and key not in table]
+    if missing:
+        raise ConfigError(f"{path}: missing {' and '.join(missing)}; expected {', '.join(_KEYS)}")
+    for key, value in table.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and 0 < value < math.inf):
+            raise ConfigError(f"{path}: {key} = {value!r} was given, expected a number above 0")
+    reduce_gb_s = table.get("reduce_gb_s")
+    return Network(
+        path.stem,
+        Link.of(table["latency_us"], table["bandwidth_gbit_s"]),
+        None if reduce_gb_s is None else 1e-9 / reduce_gb_s,
+    )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks that fill hosts one after the other, `ranks_per_host` each."""
+
+    ranks: int
+    ranks_per_host: int
+    cores_per_host: int
+    local: Link
+    between: Link
+    reduce_s_per_byte: float
+
+    @property
+    def hosts(self) -> list[int]:
+        """How many ranks each host has."""
+        full, rest = divmod(self.ranks, self.ranks_per_host)
+        return [self.ranks_per_host] * full + [rest] * (rest > 0)
+
+    def seconds(self, hops: Iterable[Hop]) -> float:
+        """How long hops take, one after the other, once all ranks have come."""
+        return sum(self._hop_s(hop) for hop in hops)
+
+    def _hop_s(self, hop: Hop) -> float:
+        added_s = hop.count * hop.reduced * self.reduce_s_per_byte
+        here = self.ranks_per_host
+        if hop.fan:
+            near = min(hop.count, here - 1)
+            link = self.between if hop.count > near else self.local
+            bytes_s = hop.bytes * (
+                near * self.local.s_per_byte + (hop.count - near) * self.between.s_per_byte
+            )
+            return (1 + hop.count) / 2 * link.latency_s + bytes_s + added_s
+        # Of ranks d places apart those of a host that is a power of two stay inside it until d is as large.
+        crosses = self.ranks > here and (hop.ring or hop.distance >= here or here & (here - 1) != 0)
+        if not crosses:
+            # To copy and to add takes a core.
+            crowd = max(1.0, min(self.ranks, here) / self.cores_per_host)
+            message_s = self.local.latency_s + hop.bytes * self.local.s_per_byte
+            return crowd * (hop.count * message_s + added_s)
+        flows = min(hop.distance, here)  # that share the host's port
+        return hop.count * (self.between.latency_s + flows * hop.bytes * self.between.s_per_byte) + added_s
+
+
+def coefficients(hops: Iterable[Hop]) -> tuple[float, float, float]:
+    """What latency, bytes and bytes added up are multiplied by within one host, for a fit of their costs."""
+    one = Cluster(1, 1 << 30, 1, Link(1, 0), Link(1, 0), 0), Cluster(1, 1 << 30, 1, Link(0, 1), Link(0, 1), 0)
+    hops = tuple(hops)
+    return one[0].seconds(hops), one[1].seconds(hops), sum(hop.count * hop.reduced for hop in hops)

@@ -1,0 +1,330 @@
+"""An epoch's time, and what it is made of, for one number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rankwise import strategies
+from rankwise.config import TrainConfig
+from rankwise.errors import ConfigError
+from rankwise.prediction import codec
+from rankwise.prediction.network import Cluster, Link, Network
+from rankwise.prediction.simulation import Outcome, gossip, serve_all
+from rankwise.prediction.slowest import Seconds, expected_maximum, sums
+from rankwise.prediction.source import Compute, Source
+from rankwise.prediction.traffic import ASYNCHRONOUS, Traffic, traffic
+
+SLICE_S = 0.003
+"""Linux lets a task run for about so long before another takes its core."""
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of an epoch by what they are spent on; they add up to it.
+
+    `cores` is what ranks take longer because they share cores, `waiting` what the slowest takes longer than
+    the mean, `transfer` includes packing and compressing.
+    """
+
+    compute: float = 0.0
+    cores: float = 0.0
+    waiting: float = 0.0
+    transfer: float = 0.0
+    master: float = 0.0
+    evaluation: float = 0.0
+    checkpoint: float = 0.0
+    other: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds of the epoch."""
+        return float(sum(asdict(self).values()))
+
+    @property
+    def limit(self) -> str:
+        """The largest part."""
+        return max(asdict(self).items(), key=lambda item: item[1])[0]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is predicted for one number of ranks; fractions are of the time of all ranks together."""
+
+    ranks: int
+    hosts: int
+    threads: int
+    epoch_s: float
+    images_per_s: float
+    efficiency: float
+    wait_fraction: float
+    bytes_sent: int
+    memory_bytes: int
+    low_s: float
+    high_s: float
+    limit: str
+    parts: Parts
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--format json` prints it; `parts` in seconds under ``<part>_s``."""
+        row = asdict(self)
+        row["parts"] = {f"{name}_s": value for name, value in row["parts"].items()}
+        return row
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ranks are to run. `network` is None where all are on one host; `threads` as in train."""
+
+    ranks_per_host: int | None
+    cores_per_host: int
+    network: Network | None
+    threads: int | str
+
+    def cluster(self, source: Source, ranks: int) -> Cluster:
+        """The hosts of so many ranks."""
+        here = min(ranks, self.ranks_per_host or ranks)
+        if here < ranks and self.network is None:
+            raise ConfigError(
+                f"{ranks} ranks with --ranks-per-host {here} are on {math.ceil(ranks / here)} hosts: say by "
+                "--network what is between them"
+            )
+        own = self.network.reduce_s_per_byte if self.network else None
+        local = between = source.messages.local
+        if self.network:  # what a message takes in this host's software it takes there too
+            link = self.network.link
+            latency_s = local.latency_s + link.latency_s
+            between = Link(latency_s, max(local.s_per_byte, link.s_per_byte))
+        return Cluster(
+            ranks,
+            here,
+            self.cores_per_host,
+            local,
+            between,
+            source.messages.reduce_s_per_byte if own is None else own,
+        )
+
+    def threads_of(self, workers_here: int) -> int:
+        """Arithmetic threads of a rank, as `rankwise train` shares them out."""
+        if isinstance(self.threads, int):
+            return self.threads
+        if self.threads == "all":
+            return self.cores_per_host
+        return max(1, self.cores_per_host // max(workers_here, 1))
+
+
+def predict_point(
+    source: Source, config: TrainConfig, place: Place, alone_images_per_s: float | None
+) -> Point:
+    """The prediction for a resolved configuration. `alone_images_per_s` is what one rank alone trains, to
+    which the efficiency compares."""
+    cluster = place.cluster(source, config.ranks)
+    parts, wait_s, its, threads = _epoch(source, config, cluster, place)
+    low, high = (_scaled(source, config, threads, parts, side) for side in (-1, 1))
+    copies = config.workers if strategies.entry_of(str(config.strategy)).replicates else 1
+    images_per_s = source.samples * copies / parts.total
+    steps = source.samples * copies / config.workers / config.batch_size
+    rounds = _rounds(config, steps)
+    sent = _bytes(config, its, rounds, steps)
+    alone = images_per_s if alone_images_per_s is None else alone_images_per_s
+    return Point(
+        ranks=config.ranks,
+        hosts=len(cluster.hosts),
+        threads=threads,
+        epoch_s=parts.total,
+        images_per_s=images_per_s,
+        efficiency=images_per_s / (config.ranks * alone),
+        wait_fraction=min(1.0, wait_s / (config.ranks * parts.total)),
+        bytes_sent=sent,
+        memory_bytes=source.rss_bytes + its.served_bytes + its.unpacked_bytes,
+        low_s=low,
+        high_s=high,
+        limit=parts.limit,
+        parts=parts,
+    )
+
+
+def _bytes(config: TrainConfig, its: Traffic, rounds: int, steps: float) -> int:
+    """Payload of all ranks in an epoch."""
+    senders = config.workers if config.strategy in ASYNCHRONOUS else 1
+    in_steps = math.ceil(steps) * its.each_step.bytes_sent
+    return in_steps + senders * rounds * its.each_round.bytes_sent + its.each_epoch.bytes_sent
+
+
+def _rounds(config: TrainConfig, steps: float) -> int:
+    every = config.sync_every if isinstance(config.sync_every, int) else math.inf
+    return max(1, math.ceil(math.ceil(steps) / every)) if every < math.inf else 1
+
+
+def _epoch(
+    source: Source, config: TrainConfig, cluster: Cluster, place: Place
+) -> tuple[Parts, float, Traffic, int]:
+    """The parts of an epoch, seconds of all ranks together in which they wait, what they send, and
+    threads."""
+    synchronous = config.local_after
+    if config.strategy == "post-local-sgd" and synchronous and synchronous > 0:
+        return _two_halves(source, config, cluster, place, synchronous)
+    its = traffic(config, source.network, cluster.hosts)
+    has_master = config.has_master and config.ranks > 1
+    crowd_of = max(cluster.hosts)
+    if has_master and len(cluster.hosts) == 1:
+        crowd_of -= 1  # the master rests while the others work
+    threads = place.threads_of(crowd_of)
+    compute, step_s = compute_at(source, threads, config.batch_size)
+    if config.strategy == "gradient-server" and has_master:
+        step_s = np.maximum(step_s - compute.optimizer_s, 0)
+    crowd = crowd_of * threads / cluster.cores_per_host
+    shared = max(crowd, 1.0)
+    replicates = strategies.entry_of(str(config.strategy)).replicates
+    shard = source.samples if replicates else source.samples / config.workers
+    steps = shard / config.batch_size
+    rounds = _rounds(config, steps)
+    alone, round_s, units = _rounds_s(step_s, steps / rounds, config, crowd, crowd_of, cluster)
+
+    pack_s = source.messages.pack_s_per_byte * its.payload_bytes
+    pack_s += codec.seconds(config.compress, source.network, its)
+    exchange_s = cluster.seconds(its.each_round.hops)
+    if its.buckets > 1:  # all but the last piece may go on behind the backward pass
+        hidden_s = min(exchange_s, compute.backward_s) * (1 - 1 / its.buckets)
+        exchange_s -= hidden_s
+    serve_s = source.messages.serve_s_per_byte * its.served_bytes
+    if config.strategy == "gradient-server" and has_master:
+        serve_s += compute.optimizer_s
+    if config.strategy in ASYNCHRONOUS or config.strategy == "gossip":
+        outcome = _simulate(config, round_s, rounds, exchange_s, pack_s * shared, serve_s)
+    else:
+        slowest_s = expected_maximum(round_s, units)
+        waited_s = rounds * (max(slowest_s - float(round_s.mean()), 0.0) + serve_s)
+        train_s = rounds * (slowest_s + pack_s * shared + exchange_s + serve_s)
+        train_s += math.ceil(steps) * cluster.seconds(its.each_step.hops)
+        outcome = Outcome(train_s, waited_s, rounds * slowest_s)
+    compute_s, longer_s = rounds * float(alone.mean()), rounds * float(round_s.mean() - alone.mean())
+    # Beside others a rank takes longer because cores are shared, or for whom it meets in each step.
+    crowded_s, met_s = (longer_s, 0.0) if crowd > 1 else (0.0, longer_s)
+    master_s = rounds * serve_s if its.served_bytes and has_master else 0.0
+    waiting_s = max(0.0, outcome.worker_wait_s - master_s) + met_s
+    transfer_s = max(0.0, outcome.makespan_s - compute_s - crowded_s - master_s - waiting_s)
+    evaluation_s = compute.evaluation_s
+    if not has_master:
+        evaluation_s *= shared / config.ranks
+    parts = Parts(
+        compute=compute_s,
+        cores=crowded_s,
+        waiting=waiting_s,
+        transfer=transfer_s + cluster.seconds(its.each_epoch.hops),
+        master=master_s,
+        evaluation=evaluation_s,
+        checkpoint=source.checkpoint_s / config.checkpoint_every,
+        other=source.epoch_s,
+    )
+    wait_s = config.workers * (outcome.worker_wait_s + met_s)
+    if has_master:
+        wait_s += outcome.master_wait_s + config.workers * evaluation_s
+    return parts, wait_s, its, threads
+
+
+def _two_halves(
+    source: Source, config: TrainConfig, cluster: Cluster, place: Place, part: float
+) -> tuple[Parts, float, Traffic, int]:
+    """The mean of an epoch that is synchronised every step, and one that is not."""
+    local = config.model_copy(update={"strategy": "local-sgd", "local_after": None})
+    first = _epoch(source, local.model_copy(update={"sync_every": 1}), cluster, place)
+    second = _epoch(source, local, cluster, place)
+    pairs = zip(asdict(first[0]).items(), asdict(second[0]).values(), strict=True)
+    parts = Parts(**{name: part * one + (1 - part) * other for (name, one), other in pairs})
+    return parts, part * first[1] + (1 - part) * second[1], second[2], second[3]
+
+
+def compute_at(source: Source, threads: int, batch: int) -> tuple[Compute, Seconds]:
+    """What is known that is nearest to so many threads and this batch, and times [n] of steps there.
+
+    Between two batch sizes the mean goes along a line; with one alone forward and backward grow with the
+    batch, and the rest of a step does not.
+    """
+    nearest = min(abs(math.log(its.threads / threads)) for its in source.compute)
+    these = [its for its in source.compute if abs(math.log(its.threads / threads)) == nearest]
+    these.sort(key=lambda its: abs(math.log(its.batch / batch)))
+    best = these[0]
+    if best.batch == batch:
+        return best, best.steps_s
+    if len(these) > 1:
+        slope = (these[1].mean_s - best.mean_s) / (these[1].batch - best.batch)
+    else:
+        slope = best.per_sample_s
+    mean_s = max(best.mean_s + slope * (batch - best.batch), 0.1 * best.mean_s)
+    factor = mean_s / best.mean_s
+    return replace(best, backward_s=best.backward_s * batch / best.batch), best.steps_s * factor
+
+
+def _rounds_s(
+    step_s: Seconds, terms: float, config: TrainConfig, crowd: float, here: int, cluster: Cluster
+) -> tuple[Seconds, Seconds, int]:
+    """Draws of the time that a rank alone would compute in a round, of what it takes beside the others of its
+    host, and how many such times are independent."""
+    if config.strategy == "two-level" and here > 1:  # those of a host meet in every step
+        step_s = np.sort(sums(step_s, 1, SEED))
+        powers = np.linspace(0, 1, len(step_s) + 1) ** here
+        random = np.random.default_rng(SEED)
+        slowest = random.choice(step_s, len(step_s), p=np.diff(powers))
+        return sums(step_s, terms, SEED), sums(slowest * max(crowd, 1), terms, SEED), len(cluster.hosts)
+    alone = sums(step_s, terms, SEED)
+    if crowd <= 1:
+        return alone, alone, config.workers
+    # The cores of a host are shared out: all its work, a time slice more or less, or one rank after the
+    # other.
+    work = sums(step_s, terms * here, SEED + 1) * crowd / here
+    return alone, np.maximum(alone, np.minimum(alone * math.ceil(crowd), work + SLICE_S)), len(cluster.hosts)
+
+
+def _simulate(
+    config: TrainConfig, round_s: Seconds, rounds: int, exchange_s: float, pack_s: float, serve_s: float
+) -> Outcome:
+    if config.strategy == "gossip":
+        topology = config.topology or "ring"
+        exchange_s += pack_s
+        return gossip(topology, config.ranks, rounds, round_s, exchange_s=exchange_s, seed=SEED)
+    return serve_all(
+        config.workers,
+        rounds,
+        round_s + pack_s,
+        transfer_s=exchange_s / 2,
+        serve_s=serve_s,
+        seed=SEED,
+        max_staleness=config.max_staleness,
+    )
+
+
+def _scaled(source: Source, config: TrainConfig, threads: int, parts: Parts, side: int) -> float:
+    """The epoch with its computing at one end of what it may be in the mean, and its transfers too."""
+    compute, step_s = compute_at(source, threads, config.batch_size)
+    spread = max(spread_of_mean(step_s), compute.epochs_spread)
+    factor = max(0.0, 1 + side * spread)
+    messages = source.messages
+    quick = messages.low if side < 0 else messages.high
+    fixed = parts.total - parts.transfer
+    return factor * fixed + quick * parts.transfer
+
+
+def spread_of_mean(steps_s: Seconds, block: int = 16, draws: int = 200) -> float:
+    """By which part the mean of steps may be off: half of what 90% of the means of resampled blocks span.
+
+    Neighbouring steps are alike, so blocks of them are drawn (Künsch 1989, doi:10.1214/aos/1176347265).
+    """
+    block = min(block, max(1, len(steps_s) // 4))
+    means = np.convolve(steps_s, np.ones(block) / block, "valid")
+    random = np.random.default_rng(SEED)
+    drawn = random.choice(means, (draws, max(1, len(steps_s) // block))).mean(axis=1)
+    low, high = np.quantile(drawn, [0.05, 0.95])
+    return float((high - low) / 2 / steps_s.mean())
+
+
+def best_of(points: Sequence[Point]) -> Point:
+    """The point with the shortest epoch; of those within a hundredth of it the one with the fewest ranks."""
+    shortest = min(point.epoch_s for point in points)
+    return min((point for point in points if point.epoch_s <= 1.01 * shortest), key=lambda point: point.ranks)

@@ -1,0 +1,152 @@
+"""From a source and wishes to points: the options of each, and what is to be said beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rankwise import strategies
+from rankwise.config import TrainConfig
+from rankwise.errors import ConfigError
+from rankwise.prediction.network import read_network
+from rankwise.prediction.points import Place, Point, best_of, predict_point
+from rankwise.prediction.source import Source
+from rankwise.prediction.wishes import Wishes
+
+MOST_RANKS = 10_000
+MOST_POINTS = 64
+"""A range of more ranks is told by so many of them, each a constant factor above the one before."""
+
+UNKNOWN = (
+    "other users' load on hosts and network, which the source did not see",
+    "which hosts share a switch, and how ranks are placed on racks",
+    "steps slower than the slowest one seen, of which more ranks meet more",
+)
+"""What no prediction knows."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Points for the ranks that were asked for, what was predicted and from what, and what was assumed."""
+
+    source: str
+    about: str
+    network: str
+    points: tuple[Point, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def best(self) -> Point:
+        """The number of ranks beyond which an epoch does not get shorter by more than a hundredth."""
+        return best_of(self.points)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--format json` prints it."""
+        return {
+            "points": [point.to_json() for point in self.points],
+            "best_ranks": self.best.ranks,
+            "source": self.source,
+            "about": self.about,
+            "network": self.network,
+            "remarks": list(self.remarks),
+            "unknown": list(UNKNOWN),
+        }
+
+
+def predict(source: Source, wishes: Wishes) -> Prediction:
+    """Predict an epoch of each number of ranks. Raises ConfigError, one line, for wishes that do not fit."""
+    network = read_network(wishes.network) if wishes.network else None
+    source = replace(source, samples=wishes.samples or source.samples)
+    counts = read_ranks(wishes.ranks, source.samples)
+    cores = wishes.cores_per_host or source.cores
+    here = wishes.ranks_per_host or (cores if network else None)
+    place = Place(here, cores, network, wishes.threads or source.config.threads)
+    configs = [_resolved(source, wishes, ranks) for ranks in counts]
+    single = _resolved(source, wishes, 1)
+    alone = predict_point(source, single, Place(1, place.cores_per_host, None, place.threads), None)
+    points = tuple(predict_point(source, config, place, alone.images_per_s) for config in configs)
+    last = configs[-1]
+    about = f"{last.model} on {last.dataset}, {last.strategy}"
+    about += f", {last.topology}" if last.topology else ""
+    about += f", batches of {last.batch_size}"
+    about += f", {last.compress}" if last.compress != "none" else ""
+    return Prediction(
+        source.name,
+        about,
+        network.name if network else "within a host",
+        points,
+        _remarks(source, points, last),
+    )
+
+
+def _resolved(source: Source, wishes: Wishes, ranks: int) -> TrainConfig:
+    """The options of a run of so many ranks. One rank alone keeps in step with nobody."""
+    config = _over(source.config, wishes, ranks)
+    if ranks == 1:
+        nothing = dict.fromkeys(("strategy", "topology", "sync_every", "local_after"))
+        single = {**config.model_dump(), **strategies.OPTIONS, **nothing, "compress": "none"}
+        return strategies.resolve(TrainConfig(**single))
+    resolved = strategies.resolve(config)
+    if resolved.strategy == "ddp" or resolved.strategy not in strategies.STRATEGIES:
+        raise ConfigError(f"--strategy {resolved.strategy}: only rankwise's own exchanges can be predicted")
+    return resolved
+
+
+def _over(source: TrainConfig, wishes: Wishes, ranks: int) -> TrainConfig:
+    """The source's options with the wishes on top; not yet resolved."""
+    values = source.model_dump()
+    values |= {"ranks": ranks, "hosts": None, "hostfile": None, "spares": 0, "fault": (), "min_ranks": 1}
+    same = source.ranks > 1 and wishes.strategy in (None, source.strategy)
+    if not same:
+        values |= {**strategies.OPTIONS, **dict.fromkeys(("strategy", "topology", "sync_every"))}
+        values["local_after"] = None
+    for name in ("batch_size", "strategy", "topology", "compress", "sync_every"):
+        wish = getattr(wishes, name)
+        if wish is not None:
+            values[name] = wish
+    return TrainConfig(**values)
+
+
+def read_ranks(text: str, samples: int) -> list[int]:
+    """The numbers in ``1,2,4`` or ``1-8``, in ascending order. Raises ConfigError, one line."""
+    found: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not (low.isdecimal() and (high.isdecimal() if dash else True)):
+            raise ConfigError(f"--ranks {text}: expected numbers and ranges such as 1,2,4 or 1-8")
+        first, last = int(low), int(high or low)
+        if not 1 <= first <= last <= MOST_RANKS:
+            raise ConfigError(
+                f"--ranks {text}: expected numbers from 1 to {MOST_RANKS:,}, in ascending order"
+            )
+        if last - first < MOST_POINTS:
+            found.update(range(first, last + 1))
+        else:
+            found.update(round(count) for count in np.geomspace(first, last, MOST_POINTS))
+    most = max(found)
+    if most > samples:
+        raise ConfigError(
+            f"--ranks {text}: an epoch of {samples:,} samples has not one for each of {most:,} ranks"
+        )
+    return sorted(found)
+
+
+def _remarks(source: Source, points: Sequence[Point], config: TrainConfig) -> tuple[str, ...]:
+    lines = list(source.remarks)
+    known = sorted({its.threads for its in source.compute})
+    lacking = sorted({point.threads for point in points} - set(known))
+    if lacking:
+        lines.append(
+            f"the source has no steps on {' or '.join(map(str, lacking))} threads: those on "
+            f"{' or '.join(map(str, known))} stand for them"
+        )
+    batches = {its.batch for its in source.compute}
+    if config.batch_size not in batches and len(batches) == 1:
+        lines.append(
+            f"the source has batches of {batches.pop()} alone: forward and backward are taken to grow with "
+            "the batch, and the rest of a step not to"
+        )
+    return tuple(lines)

@@ -1,0 +1,44 @@
+"""How long the slowest of N takes, from samples of what one takes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Seconds = NDArray[np.float64]
+
+DRAWS = 4096
+"""Samples of a sum; of the slowest of more than so many nothing beyond the largest draw is known."""
+
+
+def expected_maximum(samples: Seconds, count: int) -> float:
+    """The mean of the largest of `count` independent draws from the empirical distribution of `samples` [n].
+
+    It has the distribution function F**count, so that the i-th smallest sample is the largest draw with
+    probability (i / n)**count - ((i - 1) / n)**count.
+    """
+    ordered = np.sort(samples)
+    powers = np.linspace(0, 1, len(ordered) + 1) ** count
+    return float(ordered @ np.diff(powers))
+
+
+def quantile_of_maximum(samples: Seconds, count: int, fraction: float) -> float:
+    """The quantile of the largest of `count` draws: F's at the count-th root of the fraction."""
+    return float(np.quantile(samples, fraction ** (1 / count)))
+
+
+def sums(samples: Seconds, terms: float, seed: int) -> Seconds:
+    """Draws [DRAWS] of the sum of so many independent samples; a fraction counts as one that much shorter.
+
+    Above 64 terms a normal distribution stands for the sum of the whole ones.
+    """
+    random = np.random.default_rng(seed)
+    whole, part = int(terms), terms - int(terms)
+    if whole > 64:
+        total = random.normal(whole * samples.mean(), np.sqrt(whole) * samples.std(), DRAWS)
+        total = np.maximum(total, whole * samples.min())
+    elif whole:
+        total = random.choice(samples, (whole, DRAWS)).sum(axis=0)
+    else:
+        total = np.zeros(DRAWS)
+    return np.asarray(total + part * random.choice(samples, DRAWS))

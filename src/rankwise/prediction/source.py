@@ -1,0 +1,233 @@
+"""What a prediction starts from: what finished runs tell of steps, messages and fixed costs."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from rankwise import strategies
+from rankwise.config import TrainConfig
+from rankwise.errors import ConfigError, UsageError, one_line
+from rankwise.ledger import PHASES
+from rankwise.prediction.messages import ASSUMED, Messages, fit_messages
+from rankwise.prediction.slowest import Seconds
+from rankwise.prediction.spans import spent_in_steps
+from rankwise.prediction.traffic import Network
+from rankwise.record import Record, RunFolder
+from rankwise.timeline import RankTimeline, read_timeline
+
+LEAST_STEPS = 16
+"""Full steps without which nothing can be said of their distribution."""
+
+_SAVED_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Steps of a rank alone, without exchanges, at one batch size and number of threads.
+
+    `steps_s` [n] are their times; in the mean `per_sample_s` of each sample (forward and backward),
+    `backward_s` of it the backward pass, and `optimizer_s` the optimiser's step. `evaluation_s` is what one
+    rank would take to evaluate all validation samples. `epochs_spread` is by which part an epoch's time
+    differs from another's.
+    """
+
+    threads: int
+    batch: int
+    steps_s: Seconds
+    per_sample_s: float
+    backward_s: float
+    optimizer_s: float
+    evaluation_s: float
+    epochs_spread: float
+
+    @property
+    def mean_s(self) -> float:
+        """Of a step."""
+        return float(self.steps_s.mean())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that a prediction knows. `samples` are those of an epoch, `epoch_s` what an epoch costs
+    besides steps, exchanges, evaluation and checkpoint. `remarks` say what was assumed."""
+
+    name: str
+    config: TrainConfig
+    network: Network
+    samples: int
+    cores: int
+    compute: tuple[Compute, ...]
+    messages: Messages
+    checkpoint_s: float
+    epoch_s: float
+    startup_s: float
+    rss_bytes: int
+    remarks: tuple[str, ...] = ()
+
+    def with_compute_of(self, other: Source) -> Source:
+        """This source, with the steps that another has at other batch sizes or threads, and its messages if
+        this one has none."""
+        mine = {(its.threads, its.batch) for its in self.compute}
+        new = tuple(its for its in other.compute if (its.threads, its.batch) not in mine)
+        messages = self.messages if self.messages.measured else other.messages
+        remarks = tuple(dict.fromkeys((*self.remarks, *other.remarks)))
+        if messages.measured:
+            remarks = tuple(line for line in remarks if line != NO_MESSAGES)
+        return replace(self, compute=self.compute + new, messages=messages, remarks=remarks)
+
+
+NO_MESSAGES = (
+    f"the source exchanged nothing: a message inside a host is assumed to take "
+    f"{1e6 * ASSUMED.local.latency_s:g} us and {8e-9 / ASSUMED.local.s_per_byte:.0f} Gbit/s, and packing "
+    f"{1e9 * ASSUMED.pack_s_per_byte:g} ns a byte"
+)
+
+
+def read_source(folders: Sequence[Path]) -> Source:
+    """What some runs of one network tell; the first says the options. Raises UsageError, one line."""
+    if not folders:
+        raise UsageError("nothing to predict from: give a finished run with --from, or --measure")
+    first, *others = [_read(folder) for folder in folders]
+    for other in others:
+        if (other.network, other.config.dataset) != (first.network, first.config.dataset):
+            raise UsageError(
+                f"{other.name} trained another network or dataset than {first.name}: "
+                "predict from one at a time"
+            )
+        first = first.with_compute_of(other)
+    return first
+
+
+def _read(path: Path) -> Source:
+    folder = RunFolder(path)
+    record = folder.read()
+    if record.outcome != "completed":
+        raise UsageError(f"{path} is {record.outcome}: predict from a run that is completed")
+    config = TrainConfig(**{k: v for k, v in record.config.items() if k in TrainConfig.model_fields})
+    if config.strategy == "ddp" or config.strategy not in strategies.STRATEGIES:
+        raise ConfigError(f"{path}: what --strategy {config.strategy} exchanges is not in its ledger")
+    network = _network(folder)
+    lines = [read_timeline(folder.timeline_of(row.rank)) for row in record.ranks if row.role != "spare"]
+    steps, parts = _steps(record, lines, config.batch_size)
+    if len(steps) < LEAST_STEPS:
+        raise UsageError(
+            f"{path} is too short to predict from: {len(steps)} steps of a full batch were kept, expected "
+            f"{LEAST_STEPS} or more; train more samples or epochs"
+        )
+    messages = fit_messages(record, config, network, lines)
+    hosts = record.environment.hosts
+    workers = [row for row in record.ranks if row.role == "worker"]
+    copies = len(workers) if strategies.entry_of(config.strategy).replicates else 1
+    remarks: tuple[str, ...] = () if messages.measured else (NO_MESSAGES,)
+    cores = max(host.cores for host in hosts)
+    if sum(row.threads for row in workers) > sum(host.cores for host in hosts):
+        off = sum(sum(row.off_cpu_ns.get(p, 0) for p in ("forward", "backward")) for row in workers)
+        on = sum(sum(row.phases_ns[p] for p in ("forward", "backward")) for row in workers)
+        steps = steps * (1 - off / max(on, 1))
+        remarks += (f"{path} had more threads than cores: its steps are taken without the time off them",)
+    if len(hosts) > 1:
+        remarks += (f"{path} ran on {len(hosts)} hosts: its messages stand for those inside a host too",)
+    later = record.epochs[1:] or record.epochs
+    train_s = np.array([row.train_s for row in later])
+    compute = Compute(
+        threads=workers[0].threads,
+        batch=config.batch_size,
+        steps_s=steps,
+        per_sample_s=(parts["forward"] + parts["backward"]) / config.batch_size,
+        backward_s=parts["backward"],
+        optimizer_s=parts["optimizer"],
+        evaluation_s=_of_epochs(lines, "evaluation", sum),
+        epochs_spread=float((train_s.max() - train_s.min()) / 2 / np.median(train_s)),
+    )
+    checkpoint_s = _of_epochs(lines, "checkpoint", max) * config.checkpoint_every
+    return Source(
+        name=path.name,
+        config=config,
+        network=network,
+        samples=later[0].train_samples // copies,
+        cores=cores,
+        compute=(compute,),
+        messages=messages,
+        checkpoint_s=checkpoint_s,
+        epoch_s=_outside_steps(lines, compute.mean_s),
+        startup_s=max(row.phases_ns["startup"] for row in record.ranks) / 1e9,
+        rss_bytes=max(row.max_rss_bytes for row in workers),
+        remarks=remarks,
+    )
+
+
+def _network(folder: RunFolder) -> Network:
+    """The shapes in the newest checkpoint, by the header of its file."""
+    saved = sorted(folder.checkpoints.glob("epoch-*/model.safetensors"))
+    if not saved:
+        raise UsageError(f"{folder.path} holds no checkpoint, from which the size of the network is read")
+    try:
+        with saved[-1].open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+        tensors = {name: tuple(its["shape"]) for name, its in header.items() if name != "__metadata__"}
+        kinds = {name: header[name]["dtype"] for name in tensors}
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise UsageError(f"{saved[-1]} is damaged: {one_line(error)[:200]}") from None
+    saved_buffers = {name for name in tensors if name.rpartition(".")[2] in _SAVED_BUFFERS}
+    integers = {name for name in saved_buffers if not kinds[name].startswith(("F", "BF"))}
+    return Network(
+        tuple(shape for name, shape in tensors.items() if name not in saved_buffers),
+        _numbers(tensors[name] for name in saved_buffers - integers),
+        _numbers(tensors[name] for name in integers),
+    )
+
+
+def _numbers(shapes: Any) -> int:
+    return sum(int(np.prod(shape)) for shape in shapes)
+
+
+def _steps(record: Record, lines: list[RankTimeline], batch: int) -> tuple[Seconds, dict[str, float]]:
+    """The times of full steps without exchanges and packing, of all workers, and the mean of each phase.
+
+    The first step of an epoch deals shards too, and the first epoch warms up where there are others.
+    """
+    first = 2 if len(record.epochs) > 1 else 1
+    times, parts = [], dict.fromkeys(PHASES, 0.0)
+    for line in lines:
+        full = (line.steps["step"] > 1) & (line.steps["samples"] == batch) & (line.steps["epoch"] >= first)
+        if line.role != "worker" or not full.any():
+            continue
+        spent = spent_in_steps(line)[full]
+        away = spent[:, [PHASES.index(phase) for phase in ("transfer", "wait", "pack", "recovery")]].sum(1)
+        times.append((line.steps["end_ns"] - line.steps["start_ns"])[full] - away)
+        for number, phase in enumerate(PHASES):
+            parts[phase] += float(spent[:, number].mean()) / 1e9
+    if not times:
+        return np.empty(0), parts
+    return np.concatenate(times) / 1e9, {phase: value / len(times) for phase, value in parts.items()}
+
+
+def _of_epochs(lines: list[RankTimeline], phase: str, over_ranks: Any) -> float:
+    """Seconds of a phase in an epoch: the median over the epochs after the first, where there are any."""
+    table = np.array([line.epochs[phase] for line in lines if len(line.epochs) == len(lines[0].epochs)])
+    later = table[:, 1:] if table.shape[1] > 1 else table
+    return float(median(over_ranks(column) for column in later.T.tolist())) / 1e9
+
+
+def _outside_steps(lines: list[RankTimeline], step_s: float) -> float:
+    """Seconds of an epoch of a worker that are neither steps nor exchanges, evaluation or checkpoint: what
+    comes after its last step, and what its first step has more than others."""
+    away = [PHASES.index(phase) for phase in ("transfer", "wait", "evaluation", "checkpoint")]
+    tails, heads = [], []
+    for line in lines:
+        if line.role != "worker":
+            continue
+        own = line.steps["end_ns"] - line.steps["start_ns"] - spent_in_steps(line)[:, away].sum(1)
+        tails += own[line.steps["step"] == 0].tolist()
+        heads += own[(line.steps["step"] == 1) & (line.steps["epoch"] > 1)].tolist()
+    head_s = median(heads) / 1e9 - step_s if heads else 0.0
+    return float(median(tails or [0])) / 1e9 + max(float(head_s), 0.0)

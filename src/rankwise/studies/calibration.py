@@ -1,0 +1,67 @@
+"""Short runs from which a prediction can be made: steps with as many threads and samples as are needed, and
+messages between two ranks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rankwise import machine, strategies
+from rankwise.config import TrainConfig
+from rankwise.errors import UsageError
+from rankwise.launch import Order, launch, preflight
+from rankwise.prediction.points import Place
+from rankwise.prediction.predict import read_ranks
+from rankwise.prediction.source import Source, read_source
+from rankwise.prediction.wishes import Wishes
+
+_PLACES = ("ranks", "strategy", "topology", "sync_every", "hosts", "hostfile", "spares", "fault", "min_ranks")
+NOT_OF_SHORT_RUNS = {*_PLACES, "out", *strategies.OPTIONS}
+"""Options that short runs do not take over."""
+
+STEPS = 240
+"""Of a rank in each epoch of a short run: enough for a distribution, and over in seconds."""
+
+EPOCHS = 3
+"""The first of them warms up."""
+
+
+def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -> Source:
+    """Run shortly what `wishes` need to know, beside the finished runs in `folders`.
+
+    Two ranks meet in every step, on one thread each, and one rank alone trains on each number of threads that
+    the ranks will have. All train with the batch that is wished for. Raises UsageError.
+    """
+    batch = wishes.batch_size or config.batch_size
+    options = {name: value for name, value in config.given().items() if name not in NOT_OF_SHORT_RUNS}
+    one = preflight.check(TrainConfig(**{**options, "batch_size": batch}))
+    flight = preflight.prepare(one)
+    with tempfile.TemporaryDirectory(prefix="rankwise-predict-") as scratch:
+
+        def run(ranks: int, strategy: str, threads: int) -> Source:
+            samples = min(flight.samples_per_epoch, STEPS * batch * ranks)
+            short = {"ranks": ranks, "strategy": strategy, "threads": threads, "train_limit": samples}
+            out = Path(scratch) / f"{strategy}-{threads}"
+            order = TrainConfig(**{**options, **short, "epochs": EPOCHS, "batch_size": batch, "out": out})
+            return read_source([launch(Order(order)).folder])
+
+        source = run(2, "allreduce", 1)
+        for threads in _threads(wishes, flight.samples_per_epoch):
+            source = source.with_compute_of(run(1, "single", threads))
+    source = replace(source, name="short runs here", samples=flight.samples_per_epoch, config=one)
+    for folder in folders:
+        other = read_source([folder])
+        if other.network != source.network:
+            raise UsageError(f"{folder} trained another network than --measure does")
+        source = source.with_compute_of(other)
+    return source
+
+
+def _threads(wishes: Wishes, samples: int) -> list[int]:
+    """Numbers of threads above 1 that ranks will have, as far as this machine has so many cores."""
+    cores = machine.usable_cores()
+    place = Place(wishes.ranks_per_host, wishes.cores_per_host or cores, None, wishes.threads or "auto")
+    here = [min(ranks, wishes.ranks_per_host or ranks) for ranks in read_ranks(wishes.ranks, samples)]
+    return sorted({threads for threads in map(place.threads_of, here) if 1 < threads <= cores})

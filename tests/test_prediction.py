@@ -1,0 +1,442 @@
+"""Predictions: closed forms against events, order statistics, bytes against real runs, and the command
+line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simpy
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankwise.config import TrainConfig
+from rankwise.prediction import collectives
+from rankwise.prediction.network import NETWORKS, Cluster, Link, coefficients, read_network
+from rankwise.prediction.predict import predict, read_ranks
+from rankwise.prediction.simulation import gossip, serve_all
+from rankwise.prediction.slowest import expected_maximum, quantile_of_maximum, sums
+from rankwise.prediction.source import Source, read_source
+from rankwise.prediction.traffic import SUMMARY, Network, traffic
+from rankwise.prediction.wishes import Wishes
+from rankwise.record import Record, RunFolder
+from rankwise.strategies.assembly import synchronise
+from rankwise.world import World, run_in_threads
+
+from .conftest import Command
+from .test_cli import call
+
+Make = Callable[..., TrainConfig]
+Train = Callable[..., tuple[Record, RunFolder, dict[str, Any]]]
+
+LINK = Link(10e-6, 1e-9)
+
+
+def on_one_host(ranks: int) -> Cluster:
+    """So many ranks, each with a core."""
+    return Cluster(ranks, ranks, ranks, LINK, LINK, 0.0)
+
+
+# ---- Closed forms against events
+
+
+def simulated(ranks: int, partner: Callable[[int, int], tuple[int, int]], sizes: list[float]) -> float:
+    """The makespan of an exchange by messages: in turn k rank i sends `sizes[k]` to `partner(i, k)[0]`, and
+    goes on when it has what `partner(i, k)[1]` sent."""
+    env = simpy.Environment()
+    boxes = {(turn, rank): env.event() for turn in range(len(sizes)) for rank in range(ranks)}
+
+    def rank_of(rank: int) -> Any:
+        for turn, size in enumerate(sizes):
+            to, _ = partner(rank, turn)
+            yield env.timeout(LINK.latency_s + size * LINK.s_per_byte)
+            boxes[turn, to].succeed()
+            yield boxes[turn, rank]
+
+    for rank in range(ranks):
+        env.process(rank_of(rank))
+    env.run()
+    return float(env.now)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 8])
+@pytest.mark.parametrize("size", [1_000, 20_000])
+def test_a_ring_costs_what_its_messages_do(ranks: int, size: int) -> None:
+    """The closed form of a ring is the makespan of its messages in an event simulation."""
+    turns = [size / ranks] * (2 * (ranks - 1))
+    events_s = simulated(ranks, lambda rank, _: ((rank + 1) % ranks, (rank - 1) % ranks), turns)
+    assert on_one_host(ranks).seconds(collectives.ring(ranks, size)) == pytest.approx(events_s)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+def test_doubling_costs_what_its_messages_do(ranks: int) -> None:
+    """The closed forms of recursive doubling and of Rabenseifner's algorithm are the makespans of their
+    messages."""
+    steps = ranks.bit_length() - 1
+
+    def partner(rank: int, turn: int) -> tuple[int, int]:
+        other = rank ^ (1 << (turn if turn < steps else 2 * steps - 1 - turn))
+        return other, other
+
+    doubling = on_one_host(ranks).seconds(collectives._recursive_doubling(ranks, 4000))
+    assert doubling == pytest.approx(simulated(ranks, partner, [4000.0] * steps))
+    halves = [4000 / 2 ** (turn + 1) for turn in range(steps)]
+    rabenseifner = on_one_host(ranks).seconds(collectives._rabenseifner(ranks, 4000))
+    assert rabenseifner == pytest.approx(simulated(ranks, partner, [*halves, *reversed(halves)]))
+
+
+def test_open_mpi_s_decisions() -> None:
+    """The algorithm is that of Open MPI's table at the sizes that rankwise sends: the paper's network on few
+    and on many ranks, and the few numbers of an epoch's end."""
+    assert collectives.algorithm(collectives.ALLREDUCE, 2, 248_028) == "segmented ring"
+    assert collectives.algorithm(collectives.ALLREDUCE, 8, 248_028) == "rabenseifner"
+    assert collectives.algorithm(collectives.ALLREDUCE, 100, 248_028) == "recursive doubling"
+    assert collectives.algorithm(collectives.ALLREDUCE, 3, 32) == "recursive doubling"
+    assert collectives.algorithm(collectives.ALLREDUCE, 10_000, 32) == "nonoverlapping"
+    assert collectives.algorithm(collectives.ALLGATHER, 2, 7) == "two processes"
+    assert collectives.algorithm(collectives.ALLGATHER, 40, 70_000) == "ring"
+
+
+@given(st.integers(2, 3000), st.integers(1, 10**8))
+def test_exchanges_move_what_they_must(ranks: int, size: int) -> None:
+    """Whatever the algorithm: each rank must send its size at least 2 (p - 1) / p times in a sum, and receive
+    all others' in an allgather; more bytes never take less time on the same algorithm."""
+    cluster = on_one_host(ranks)
+    least_s = 2 * (ranks - 1) / ranks * size * LINK.s_per_byte
+    assert cluster.seconds(collectives.allreduce(ranks, size)) >= 0.999 * least_s
+    assert cluster.seconds(collectives.allgather(ranks, size)) >= 0.999 * (ranks - 1) * size * LINK.s_per_byte
+    for rules, form in (
+        (collectives.ALLREDUCE, collectives.allreduce),
+        (collectives.ALLGATHER, collectives.allgather),
+    ):
+        if collectives.algorithm(rules, ranks, size) == collectives.algorithm(rules, ranks, size + 4):
+            small, large = (cluster.seconds(form(ranks, its)) for its in (size, size + 4))
+            assert large >= small or size < 4 * ranks  # below, a ring has too few numbers
+
+
+def test_a_fit_takes_apart_what_was_put_together() -> None:
+    """Time inside one host is linear in latency and in bytes, by the coefficients that the fit uses."""
+    for ranks in (2, 3, 5, 8):
+        for hops in (
+            collectives.allreduce(ranks, 5000),
+            collectives.gather(ranks, 70),
+            collectives.broadcast(ranks, 9),
+        ):
+            latency, size, _ = coefficients(hops)
+            assert on_one_host(ranks).seconds(hops) == pytest.approx(
+                latency * LINK.latency_s + size * LINK.s_per_byte
+            )
+
+
+def test_a_slower_network_never_helps() -> None:
+    """Over hosts every exchange takes as long as within one, or longer; and longer on a slower network."""
+    for hops in (
+        collectives.allreduce(8, 10**6),
+        collectives.allgather(8, 10**6),
+        collectives.gather(8, 10**6),
+    ):
+        near = Cluster(8, 8, 8, LINK, LINK, 0.0).seconds(hops)
+        fast = Cluster(8, 2, 2, LINK, Link.of(20, 5), 0.0).seconds(hops)
+        slow = Cluster(8, 2, 2, LINK, NETWORKS["1gbe"].link, 0.0).seconds(hops)
+        assert near < fast < slow
+
+
+# ---- The slowest of N
+
+
+@given(st.lists(st.floats(0.001, 10), min_size=2, max_size=40), st.integers(1, 50))
+def test_order_statistics(values: list[float], count: int) -> None:
+    """The mean of the largest of N draws is the integral of 1 - F**N, its quantile at q is F's at q**(1 / N);
+    both lie between mean and maximum, and grow with N."""
+    samples = np.array(values)
+    ordered = np.sort(samples)
+    steps = np.diff(np.concatenate([[0], ordered]))
+    below = np.arange(len(ordered)) / len(ordered)
+    assert expected_maximum(samples, count) == pytest.approx(float(steps @ (1 - below**count)))
+    assert expected_maximum(samples, 1) == pytest.approx(samples.mean())
+    assert (
+        expected_maximum(samples, count)
+        <= expected_maximum(samples, count + 1) + 1e-12
+        <= samples.max() + 1e-9
+    )
+    assert quantile_of_maximum(samples, count, 0.5) >= np.median(samples) - 1e-12
+
+
+def test_sums_of_steps() -> None:
+    """A round's time has the mean and variance of so many independent steps, few or many, whole or not."""
+    samples = np.random.default_rng(1).gamma(4, 1, 500)
+    for terms in (1, 7, 7.5, 500):
+        drawn = sums(samples, terms, seed=0)
+        assert drawn.mean() == pytest.approx(terms * samples.mean(), rel=0.03)
+        assert drawn.std() == pytest.approx(np.sqrt(int(terms) + (terms % 1) ** 2) * samples.std(), rel=0.08)
+
+
+# ---- Events
+
+
+def test_an_asynchronous_master() -> None:
+    """With constant steps the simulation is what can be said by hand: workers that seldom come do not wait,
+    and a master that is always busy sets the pace."""
+    idle = serve_all(1, 10, np.array([1.0]), transfer_s=0.1, serve_s=0.05, seed=0)
+    assert idle.makespan_s == pytest.approx(10 * 1.25)
+    assert idle.master_wait_s == pytest.approx(10.0)
+    busy = serve_all(50, 10, np.array([1.0]), transfer_s=0.1, serve_s=0.05, seed=0)
+    assert busy.makespan_s == pytest.approx(1 + 500 * 0.25)
+    tight = serve_all(4, 20, np.array([1.0, 5.0]), transfer_s=0, serve_s=0, seed=0, max_staleness=0)
+    loose = serve_all(4, 20, np.array([1.0, 5.0]), transfer_s=0, serve_s=0, seed=0)
+    assert tight.worker_wait_s > loose.worker_wait_s == pytest.approx(0)
+
+
+@pytest.mark.parametrize("topology", ["ring", "exponential", "complete"])
+def test_gossip_is_its_events(topology: str) -> None:
+    """The recurrence of gossip gives what its events do, one by one."""
+    ranks, rounds = 6, 5
+    samples = np.array([1.0, 2.0, 4.0])
+    random = np.random.default_rng(3)
+    drawn = [random.choice(samples, ranks) for _ in range(rounds)]
+    env = simpy.Environment()
+    came = {(number, rank): env.event() for number in range(rounds) for rank in range(ranks)}
+
+    def rank_of(rank: int) -> Any:
+        from rankwise.strategies.gossip import neighbours
+
+        for number in range(rounds):
+            yield env.timeout(drawn[number][rank])
+            came[number, rank].succeed()
+            _, sources = neighbours(topology, rank, ranks, number)
+            yield simpy.AllOf(env, [came[number, rank], *(came[number, source] for source in sources)])
+            yield env.timeout(0.5)
+
+    for rank in range(ranks):
+        env.process(rank_of(rank))
+    env.run()
+    outcome = gossip(topology, ranks, rounds, samples, exchange_s=0.5, seed=3)
+    assert outcome.makespan_s == pytest.approx(env.now)
+
+
+# ---- Bytes
+
+TEAMS = [
+    {"strategy": "parameter-averaging", "topology": "master", "sync_every": 3},
+    {"strategy": "parameter-averaging", "topology": "allreduce", "optimizer_state": "average"},
+    {"strategy": "allreduce"},
+    {"strategy": "allreduce", "bucket_mb": 0.0001},
+    {"strategy": "gradient-server"},
+    {"strategy": "local-sgd", "sync_every": 4},
+    {"strategy": "slowmo", "topology": "master"},
+    {"strategy": "easgd"},
+    {"strategy": "downpour", "sync_every": 2},
+    {"strategy": "gossip"},
+    {"strategy": "gossip", "topology": "exponential"},
+    {"strategy": "gossip", "topology": "complete"},
+    {"strategy": "two-level", "sync_across_hosts": 3},
+    {"strategy": "two-level", "sync_across_hosts": 3, "compress": "int8"},
+    *(
+        {"strategy": "allreduce", "compress": name}
+        for name in ("fp16", "bf16", "int8", "topk:0.1", "sign", "powersgd:1")
+    ),
+    *({"strategy": "gradient-server", "compress": name} for name in ("fp16", "int8", "powersgd:1")),
+]
+
+
+@pytest.mark.parametrize("options", TEAMS, ids=lambda options: " ".join(map(str, options.values())))
+def test_bytes_are_those_of_real_runs(options: dict[str, Any]) -> None:
+    """The predicted bytes of an epoch are those that real ranks hand to each other, to the byte."""
+    ranks, samples, hosts = 4, 90, [0, 0, 1, 1]
+
+    def train(world: World) -> int:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        synchroniser = synchronise(model, optimizer, world, samples=samples, batch_size=8, **options)
+        before = world.traffic.bytes_sent
+        for batch in synchroniser.batches(1):
+            optimizer.zero_grad()
+            model(torch.randn(max(2, len(batch)), 8)).sum().backward()
+            synchroniser.step()
+        return world.traffic.bytes_sent - before
+
+    on_hosts = hosts if options["strategy"] == "two-level" else None
+    sent = sum(run_in_threads(ranks, train, hosts=on_hosts))
+    from rankwise import strategies
+
+    config = strategies.resolve(TrainConfig(ranks=ranks, batch_size=8, momentum=0.9, **options))
+    network = Network(((6, 8), (6,), (6,), (6,), (3, 6), (3,)), buffers=12, integers=1)
+    its = traffic(config, network, [2, 2] if on_hosts else [ranks])
+    shard = -(-samples // config.workers)
+    steps = -(-shard // 8)
+    every = config.sync_every if isinstance(config.sync_every, int) else steps
+    rounds = -(-steps // every)
+    senders = config.workers if config.strategy in ("easgd", "downpour") else 1
+    summary = sum(SUMMARY) * ranks
+    closing = its.each_epoch.bytes_sent - summary
+    assert sent == steps * its.each_step.bytes_sent + senders * rounds * its.each_round.bytes_sent + closing
+
+
+# ---- Points
+
+
+@pytest.fixture
+def source(train_in_threads: Train, config: Make) -> Source:
+    """What a short run of one rank tells."""
+    _, folder, _ = train_in_threads(config(ranks=1, epochs=2, batch_size=16))
+    return read_source([folder.path])
+
+
+def test_ten_thousand_ranks(source: Source) -> None:
+    """Whatever strategy, up to 10,000 ranks can be predicted, each number is finite, and shares are
+    shares."""
+    from dataclasses import replace
+
+    large = replace(source, samples=50_000)
+    for strategy in (
+        "parameter-averaging",
+        "allreduce",
+        "gradient-server",
+        "post-local-sgd",
+        "two-level",
+        "easgd",
+        "gossip",
+    ):
+        found = predict(large, Wishes(ranks="1,2,100,10000", strategy=strategy, network="10gbe"))
+        assert [point.ranks for point in found.points] == [1, 2, 100, 10_000]
+        for point in found.points:
+            assert 0 < point.low_s <= point.epoch_s <= point.high_s < np.inf
+            assert 0 <= point.wait_fraction <= 1
+            assert point.parts.total == pytest.approx(point.epoch_s)
+        assert found.points[0].efficiency == pytest.approx(1)
+
+
+def test_what_must_grow_grows(source: Source) -> None:
+    """A slower network, more bytes, or a core that is shared never make an epoch shorter."""
+
+    def epoch_s(**wishes: Any) -> float:
+        defaults = {"ranks": "8", "strategy": "allreduce", "cores_per_host": 8, "threads": 1}
+        return predict(source, Wishes(**defaults | wishes)).points[0].epoch_s
+
+    assert epoch_s(network="1gbe", ranks_per_host=2) > epoch_s(network="100gbe", ranks_per_host=2) > epoch_s()
+    assert epoch_s(cores_per_host=2) > epoch_s(cores_per_host=4) > epoch_s()
+    assert epoch_s(sync_every=1) > epoch_s(sync_every=8)
+
+
+def test_the_json(
+    source: Source, train_in_threads: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """stdout holds JSON only, with the keys that others read, and the page is one HTML file."""
+    page = tmp_path / "page.html"
+    words = ["--from", str(tmp_path / "run"), "--ranks", "1,2,4", "--strategy", "allreduce"]
+    assert call("predict", *words, "--format", "json", "--output", str(page)) == 0
+    found = json.loads(capsys.readouterr().out)
+    keys = {
+        "ranks",
+        "epoch_s",
+        "images_per_s",
+        "efficiency",
+        "wait_fraction",
+        "bytes_sent",
+        "low_s",
+        "high_s",
+    }
+    assert [point["ranks"] for point in found["points"]] == [1, 2, 4]
+    assert all(keys <= point.keys() for point in found["points"])
+    assert "<title>" in page.read_text()
+    assert call("predict", *words) == 0
+    assert "not known: other users' load" in " ".join(capsys.readouterr().out.split())
+
+
+def test_ranges_of_ranks() -> None:
+    """Lists and ranges can be mixed, and a long range is told by a few numbers with both ends among them."""
+    assert read_ranks("1-4,8", 100) == [1, 2, 3, 4, 8]
+    long = read_ranks("1-10000", 50_000)
+    assert (long[0], long[-1]) == (1, 10_000)
+    assert len(long) <= 64
+
+
+# ---- Bad input
+
+
+def test_bad_wishes(source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wishes that do not fit end with code 2 and one line that says what was given and what is expected."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "slow.toml").write_text("latency_us = 5\n")
+    (tmp_path / "odd.toml").write_text("latency_us = 5\nbandwidth_gbit_s = 0\n")
+    (tmp_path / "more.toml").write_text("latency_us = 5\nbandwidth_gbit_s = 1\nlatency = 3\n")
+    run = ["--from", str(tmp_path / "run")]
+    for words, expected in (
+        ([*run, "--ranks", "0"], "--ranks 0"),
+        ([*run, "--ranks", "4-2"], "--ranks 4-2"),
+        ([*run, "--ranks", "many"], "1,2,4"),
+        ([*run, "--ranks", "2000"], "1,437 samples"),
+        ([*run, "--strategy", "alreduce"], "allreduce"),
+        ([*run, "--strategy", "ddp"], "ddp"),
+        ([*run, "--strategy", "allreduce", "--topology", "master"], "--topology"),
+        ([*run, "--compress", "zip"], "--compress"),
+        ([*run, "--batch-size", "0"], "--batch-size"),
+        ([*run, "--network", "2gbe"], "10gbe"),
+        ([*run, "--network", str(tmp_path / "slow.toml")], "missing bandwidth_gbit_s"),
+        ([*run, "--network", str(tmp_path / "odd.toml")], "above 0"),
+        ([*run, "--network", str(tmp_path / "more.toml")], "latency_us"),
+        ([*run, "--network", str(tmp_path / "none.toml")], "cannot read"),
+        ([*run, "--ranks-per-host", "2"], "--network"),
+        ([*run, "--dataset", "digits"], "--measure"),
+        (["--from", str(tmp_path / "empty")], "record.json"),
+        ([], "--from"),
+    ):
+        assert call("predict", *words) == 2, words
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.count("\n") == 1
+        assert expected in shown.err, shown.err
+
+
+def test_runs_that_tell_too_little(
+    train_in_threads: Train, config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is too short, still runs, or has no checkpoint is refused in one line that says so."""
+    record, folder, _ = train_in_threads(config(epochs=1, train_limit=100), folder="short")
+    assert call("predict", "--from", str(folder.path)) == 2
+    assert "too short" in capsys.readouterr().err
+    folder.write(record.model_copy(update={"outcome": "running"}))
+    assert call("predict", "--from", str(folder.path)) == 2
+    assert "is running" in capsys.readouterr().err
+
+
+def test_a_network_file(tmp_path: Path) -> None:
+    """A network file says latency in us, bandwidth in Gbit/s, and may say how fast hosts add up."""
+    path = tmp_path / "lan.toml"
+    path.write_text("latency_us = 50\nbandwidth_gbit_s = 8\nreduce_gb_s = 4\n")
+    found = read_network(str(path))
+    assert found.link.latency_s == pytest.approx(50e-6)
+    assert found.link.s_per_byte == pytest.approx(1e-9)
+    assert found.reduce_s_per_byte == pytest.approx(0.25e-9)
+
+
+@pytest.mark.mpi
+@pytest.mark.timeout(120)
+def test_a_run_predicts_itself(command: Command) -> None:
+    """What a real run of two ranks tells predicts its own epochs in the right order of magnitude."""
+    words = [
+        "--dataset",
+        "digits",
+        "--model",
+        "mlp",
+        "--epochs",
+        "4",
+        "--lr",
+        "0.02",
+        "--ranks",
+        "2",
+        "--threads",
+        "1",
+    ]
+    done = command.rankwise("train", *words, "--strategy", "allreduce", "--out", "run", "--format", "json")
+    assert done.code == 0, done
+    epoch_s = float(np.median([row["wall_s"] for row in done.json["epochs"]]))
+    found = command.rankwise("predict", "--from", "run", "--ranks", "2", "--format", "json")
+    assert found.code == 0, found
+    assert epoch_s / 5 < found.json["points"][0]["epoch_s"] < 5 * epoch_s
