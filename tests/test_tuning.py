@@ -124,8 +124,8 @@ def order(tmp_path: Path, **options: Any) -> Order:
 
 
 def test_ranks_share_the_batch(tmp_path: Path, trials: list[TrainConfig]) -> None:
-    """Without --ranks several ranks with the same batch together are tried, and kept where they are faster; the
-    other options stay as given, and so does the precision."""
+    """Without --ranks several ranks with the same batch together are tried, and kept where they are faster;
+    the other options stay as given, and so does the precision."""
     found = tuning.tuned(order(tmp_path, batch_size=32, lr=0.02)).config
     assert (found.ranks, found.batch_size, found.threads, found.strategy) == (2, 16, 1, "allreduce")
     assert (found.lr, found.model, found.precision) == (0.02, "mlp", "fp32")
@@ -209,7 +209,7 @@ def test_what_cannot_be_tuned(capsys: pytest.CaptureFixture[str], words: list[st
 
 
 def test_the_time_of_a_run_is_its_start_and_its_epochs(tmp_path: Path) -> None:
-    """A trial says: seconds to the first step, what the first epoch takes longer, and the pace of the others."""
+    """A trial says: seconds to the first step, what the first epoch takes longer, and the others' pace."""
     rows = records.epochs(3, train_samples=100)
     rows = [row.model_copy(update={"train_s": s}) for row, s in zip(rows, (3.0, 1.0, 1.0), strict=True)]
     start_s, pace_s = tuning._pace(records.record(epochs=rows, first_step_s=4.0))
