@@ -57,6 +57,15 @@ def train(
     resume: Annotated[
         Path | None, Parameter(help="Go on in this run folder, with its options and from its checkpoint.")
     ] = None,
+    tune: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="First find out by short runs how this machine trains this fastest: threads, memory format, "
+            "compiling, and ranks unless --ranks is given (the batch of all ranks stays). The mathematics "
+            "stays: bf16 and fp32 are only compared with --precision bf16. What is found is remembered.",
+        ),
+    ] = False,
     format: Format = "text",
     debug: Debug = False,
     launched: Annotated[bool, Parameter(show=False, negative="")] = False,
@@ -73,6 +82,7 @@ def train(
     order = Order(
         _layered(config, config_file, preset),
         resume=resume,
+        tune=tune,
         arguments=arguments,
         launched=launched,
         asked_ns=machine.process_start_ns(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +28,8 @@ IMAGE_SHAPE, CLASSES = (3, 32, 32), 10
 PRECISIONS: dict[Literal["fp32", "bf16"], torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 SIDE = 1024
-"""Of the square matrices whose product is timed: large enough that starting it costs nothing, small enough for
-a processor's cache."""
+"""Of the square matrices whose product is timed: large enough that starting it costs nothing, small enough
+for a processor's cache."""
 
 ARRAY = 1 << 24
 """Numbers in each array whose copying is timed, 64 MB: more than caches hold."""
@@ -40,8 +41,8 @@ class Cost:
 
     `flops` are those of matrix products and convolutions, forward and backward, a multiply-add being two.
     `bytes` are the least that move between processor and memory if nothing stays in a cache from one use to
-    the next: images once; weights twice, forward and backward, and once more to be written; gradients and
-    the optimiser's state written and read; what the forward pass keeps for the backward pass written and read.
+    the next: images once; weights twice, forward and backward, and once more to be written; gradients,
+    the optimiser's state, and what the forward pass keeps for the backward pass, written and read.
     """
 
     flops: int
@@ -61,7 +62,7 @@ def measure(model: str, batch_size: int, threads: int | None) -> dict[str, Any]:
     cores = machine.usable_cores()
     threads = threads or cores
     machine.keep_freed_memory()
-    limits = {n: _limits(n) for n in sorted({1, cores, threads})}
+    limits = {n: limits_of(n) for n in sorted({1, cores, threads})}
     config = TrainConfig(model=model, batch_size=batch_size)
     steps = {name: _step(config, name, limits[threads], threads) for name in PRECISIONS}
     return {
@@ -86,16 +87,14 @@ def _with_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _limits(threads: int) -> dict[str, float]:
+def limits_of(threads: int) -> dict[str, float]:
     """The best of several tries each: a limit is what can be reached."""
     found = {}
     with _with_threads(threads), torch.inference_mode():
         for name, dtype in PRECISIONS.items():
-            one, two = torch.ones(2, SIDE, SIDE, dtype=dtype).unbind()
-            out = torch.empty_like(one)
-            found[f"{name}_flops_per_s"] = (
-                2 * SIDE**3 / _best(lambda a=one, b=two, c=out: torch.mm(a, b, out=c))
-            )
+            one, two, product = torch.ones(3, SIDE, SIDE, dtype=dtype).unbind()
+            seconds = _best(functools.partial(torch.mm, one, two, out=product))
+            found[f"{name}_flops_per_s"] = 2 * SIDE**3 / seconds
         a, b, c = torch.ones(3, ARRAY).unbind()
         # As STREAM counts: the bytes that the program names, each array once (McCalpin 1995).
         found["copy_bytes_per_s"] = 2 * a.nbytes / _best(lambda: a.copy_(b))
@@ -152,7 +151,8 @@ def cost(
             kept[where] = tensor  # holds it, so that nothing else comes to lie there
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as counter:  # fmt: skip
+    counter = FlopCounterMode(display=False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
         make_gradients(model, replica.optimizer, batch, precision)
     of_weights = sum(parameter.nbytes for parameter in model.parameters())
     of_state = sum(tensor.nbytes for tensor in replica.optimizer_tensors())
@@ -190,8 +190,8 @@ def page(facts: dict[str, Any]) -> RenderableType:
 def _verdict(row: dict[str, Any]) -> str:
     closer = "arithmetic" if row["arithmetic_floor_s"] >= row["memory_floor_s"] else "memory"
     return (
-        f"{row['precision']}: a step takes {row['times_arithmetic_floor']:.1f} times what its arithmetic needs at "
-        f"the peak, and {row['times_memory_floor']:.1f} times what its bytes need; {closer} is the nearer limit"
+        f"{row['precision']}: a step takes {row['times_arithmetic_floor']:.1f} times what its arithmetic needs, "
+        f"{row['times_memory_floor']:.1f} times what its bytes need; {closer} is the nearer limit"
     )
 
 

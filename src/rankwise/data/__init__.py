@@ -4,9 +4,19 @@ dataset = rankwise.data.prepare("synthetic:10000")
 dataset.train.images    # uint8 [10000, 32, 32, 3], a read-only memory map
 """
 
-from rankwise.data.cache import Prepared, prepared
+from rankwise.data.cache import Prepared, prepared, writable_folder
 from rankwise.data.catalogue import check, known, prepare
 from rankwise.data.dataset import Dataset, Split
 from rankwise.data.sheet import draw_sheet
 
-__all__ = ["Dataset", "Prepared", "Split", "check", "draw_sheet", "known", "prepare", "prepared"]
+__all__ = [
+    "Dataset",
+    "Prepared",
+    "Split",
+    "check",
+    "draw_sheet",
+    "known",
+    "prepare",
+    "prepared",
+    "writable_folder",
+]

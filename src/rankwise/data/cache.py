@@ -73,7 +73,7 @@ def prepare(source: Source, cache_dir: Path | None, refresh: bool, report: Repor
         if found:
             return found
 
-    folder = _writable_folder(cache_dir)
+    folder = writable_folder(cache_dir)
     with _lock(folder / f"{name}.lock"):
         found = _find(source, folder, name, newer_than)
         if found:
@@ -135,7 +135,7 @@ def _is_private(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
-def _writable_folder(cache_dir: Path | None) -> Path:
+def writable_folder(cache_dir: Path | None) -> Path:
     """The cache folder, made if need be; without `cache_dir`, one in the temp folder if home is read-only."""
     chosen = _folders(cache_dir)[0]
     try:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from rankwise.launch import preflight
 from rankwise.launch.hosts import settle
 from rankwise.launch.mpiexec import train_by_mpiexec
 from rankwise.launch.order import Order, resumed, run_folder
+from rankwise.launch.progress_bar import showing_progress
+from rankwise.launch.tuning import tuned
 from rankwise.record import Record, RunFolder, Target
 from rankwise.world.surroundings import find_mpiexec, started_as_rank
 
@@ -34,6 +31,8 @@ def launch(order: Order) -> Result:
     here, and several are started with mpiexec. Raises UsageError before training, Interrupted, or
     another RankwiseError.
     """
+    if order.tune:
+        order = tuned(order)
     if order.resume:
         stored_in = RunFolder(order.resume)
         stored = stored_in.read()
@@ -64,33 +63,6 @@ def launch(order: Order) -> Result:
 
             record = train_alone(order, flight, folder)
         return Result(record, folder.path, speaks=True)
-
-
-@contextlib.contextmanager
-def showing_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for longer work that reports (what, done, total); it appears with the first report."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            bar.start()
-            tasks[what] = bar.add_task(what)
-            if not console.is_terminal:
-                console.print(what, markup=False, highlight=False)
-        bar.update(tasks[what], completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        bar.stop()
 
 
 __all__ = ["Order", "Result", "launch", "showing_progress"]

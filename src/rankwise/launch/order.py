@@ -21,14 +21,15 @@ from rankwise.report.live import Display
 class Order:
     """A run to start: its options as given, and where words about it go.
 
-    `resume` goes on in that folder. `arguments` is the command line that says the same, if there was
-    one. `launched` marks a rank that rankwise's own launcher started: it leaves talking to the user
-    and the care of the folder to the launcher. `remarks` are for whoever talks to the user. `asked_ns` is
-    when it was given, on `time.monotonic_ns`'s clock.
+    `resume` goes on in that folder. With `tune` trials find out first how to run it. `arguments` is the
+    command line that says the same, if there was one. `launched` marks a rank that rankwise's own launcher
+    started: it leaves talking to the user and the care of the folder to the launcher. `remarks` are for
+    whoever talks to the user. `asked_ns` is when it was given, on `time.monotonic_ns`'s clock.
     """
 
     config: TrainConfig
     resume: Path | None = None
+    tune: bool = False
     arguments: list[str] | None = None
     launched: bool = False
     remarks: tuple[str, ...] = ()
