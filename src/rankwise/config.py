@@ -147,6 +147,18 @@ class TrainConfig(BaseModel):
     warmup: float = Field(0.0, ge=0, description="Epochs in which the learning rate rises from 0.")
     flip: bool = Field(False, description="Mirror training images at random.")
     crop_padding: int = Field(0, ge=0, le=64, description="Pad training images by this many pixels and crop.")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Part of each label that the training loss spreads evenly over all classes "
+        "(arXiv:1512.00567).",
+    )
+    tta: Literal["none", "flip", "flip+shift"] = Field(
+        "none",
+        description="Views of an image over which an evaluation takes the mean of the scores: as it is alone, "
+        "with its mirror image, or these and both moved by a pixel (arXiv:2404.00498).",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
     threads: PositiveInt | Literal["auto", "all"] = Field(
         "auto",

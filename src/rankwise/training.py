@@ -17,6 +17,7 @@ from rankwise.data.feed import Feed, feed
 from rankwise.data.partition import Indices
 from rankwise.errors import DivergedError
 from rankwise.models.precision import autocast
+from rankwise.models.views import scores
 from rankwise.progress import Progress
 from rankwise.record import Epoch
 from rankwise.strategies.synchroniser import Synchroniser
@@ -131,7 +132,7 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
 
         ledger.enter("forward")
         with arithmetic:
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
 
         ledger.enter("backward")
         optimizer.zero_grad()
@@ -168,9 +169,9 @@ def evaluate(job: Job) -> tuple[float, int]:
         model.eval()
         for images, labels in feed(job.validation, mine, EVALUATION_BATCH):
             world.ledger.enter("evaluation")  # a sign of life
-            scores = model(images)
-            loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
-            correct += int((scores.argmax(1) == labels).sum())
+            found = scores(model, images, job.config.tta)
+            loss_sum += F.cross_entropy(found, labels, reduction="sum").item()
+            correct += int((found.argmax(1) == labels).sum())
     return loss_sum, correct
 
 
