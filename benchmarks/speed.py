@@ -70,7 +70,7 @@ def ranks(arguments: argparse.Namespace, scratch: Path) -> None:
 
 
 def profile(batch: int, most: int = 12) -> None:
-    """Operations by their own time, in a step of one thread without its data; the profiler's time is in it."""
+    """Operations by their own time, in a step of one thread without its data, the profiler's included."""
     torch.set_num_threads(1)
     model = PaperCNN().to(memory_format=torch.channels_last)
     replica = Replica(model, make_optimizer(TrainConfig(), model))
@@ -93,7 +93,7 @@ def profile(batch: int, most: int = 12) -> None:
     for row in rows[:most]:
         share = row.self_cpu_time_total / whole_us
         print(
-            f"  {share:6.1%} {row.self_cpu_time_total / steps:8.0f} us {row.count / steps:5.1f} times  {row.key}"
+            f"  {share:6.1%} {row.self_cpu_time_total / steps:6.0f} us {row.count / steps:5.1f} x  {row.key}"
         )
 
 
