@@ -4,6 +4,7 @@ line."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.config import TrainConfig
+from rankwise.errors import UsageError
 from rankwise.prediction import collectives
 from rankwise.prediction.network import NETWORKS, Cluster, Link, coefficients, read_network
+from rankwise.prediction.points import compute_at
 from rankwise.prediction.predict import predict, read_ranks
 from rankwise.prediction.simulation import gossip, serve_all
 from rankwise.prediction.slowest import expected_maximum, quantile_of_maximum, sums
@@ -349,6 +352,48 @@ def test_the_json(
     assert "not known: other users' load" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "parameter-averaging", "sync_every": 8},
+        {"strategy": "gradient-server"},
+        {"strategy": "allreduce", "compress": "int8"},
+        {"strategy": "easgd"},
+        {"strategy": "gossip"},
+    ],
+    ids=lambda options: options["strategy"],
+)
+def test_runs_of_several_ranks_tell_of_messages(
+    options: dict[str, Any], train_in_threads: Train, config: Make
+) -> None:
+    """From a run of several ranks costs of messages are measured, not assumed, and its own strategy, batch
+    and samples are what is predicted unless something else is wished for."""
+    record, folder, _ = train_in_threads(config(ranks=3, epochs=3, batch_size=16, **options))
+    found = read_source([folder.path])
+    assert found.messages.measured
+    assert found.messages.local.s_per_byte > 0
+    assert found.samples == record.epochs[0].train_samples
+    own = predict(found, Wishes(ranks="3"))
+    assert str(options["strategy"]) in own.about
+    assert "batches of 16" in own.about
+    more = predict(found, Wishes(ranks="3", samples=10 * found.samples))
+    assert more.points[0].images_per_s == pytest.approx(own.points[0].images_per_s, rel=0.5)
+    assert more.points[0].bytes_sent > 5 * own.points[0].bytes_sent
+
+
+def test_several_sources(train_in_threads: Train, config: Make) -> None:
+    """A second run with another batch tells how steps grow with it; one of another dataset is refused."""
+    _, first, _ = train_in_threads(config(ranks=1, batch_size=16), folder="first")
+    _, second, _ = train_in_threads(config(ranks=1, batch_size=64), folder="second")
+    both = read_source([first.path, second.path])
+    means = {its.batch: its.mean_s for its in both.compute}
+    _, between = compute_at(both, 1, 40)
+    assert between.mean() == pytest.approx((means[16] + means[64]) / 2)
+    _, other, _ = train_in_threads(config(ranks=1, dataset="synthetic:500", epochs=2), folder="other")
+    with pytest.raises(UsageError, match="another network or dataset"):
+        read_source([first.path, other.path])
+
+
 def test_ranges_of_ranks() -> None:
     """Lists and ranges can be mixed, and a long range is told by a few numbers with both ends among them."""
     assert read_ranks("1-4,8", 100) == [1, 2, 3, 4, 8]
@@ -440,3 +485,16 @@ def test_a_run_predicts_itself(command: Command) -> None:
     found = command.rankwise("predict", "--from", "run", "--ranks", "2", "--format", "json")
     assert found.code == 0, found
     assert epoch_s / 5 < found.json["points"][0]["epoch_s"] < 5 * epoch_s
+
+
+@pytest.mark.mpi
+@pytest.mark.timeout(120)
+def test_measuring(command: Command) -> None:
+    """Without a run, --measure makes short ones, leaves nothing behind, and predicts the options of train
+    that it was given."""
+    words = ["--dataset", "digits", "--model", "mlp", "--batch-size", "32", "--ranks", "1,2,50"]
+    found = command.rankwise("predict", "--measure", *words, "--format", "json")
+    assert found.code == 0, found
+    assert found.json["about"] == "mlp on digits, parameter-averaging, master, batches of 32"
+    assert [point["ranks"] for point in found.json["points"]] == [1, 2, 50]
+    assert command(sys.executable, "-c", "import os; print(os.listdir())").out.strip() == "[]"
