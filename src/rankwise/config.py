@@ -156,8 +156,8 @@ class TrainConfig(BaseModel):
     )
     tta: Literal["none", "flip", "flip+shift"] = Field(
         "none",
-        description="Views of an image over which an evaluation takes the mean of the scores: as it is alone, "
-        "with its mirror image, or these and both moved by a pixel (arXiv:2404.00498).",
+        description="Views of an image over which an evaluation takes the mean of the scores: it alone, with "
+        "its mirror image, or these and both moved by a pixel (arXiv:2404.00498).",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
     threads: PositiveInt | Literal["auto", "all"] = Field(
