@@ -20,11 +20,11 @@ from rankwise.config import TrainConfig
 from rankwise.errors import UsageError
 from rankwise.prediction import collectives
 from rankwise.prediction.network import NETWORKS, Cluster, Link, coefficients, read_network
-from rankwise.prediction.points import compute_at
 from rankwise.prediction.predict import predict, read_ranks
 from rankwise.prediction.simulation import gossip, serve_all
 from rankwise.prediction.slowest import expected_maximum, quantile_of_maximum, sums
 from rankwise.prediction.source import Source, read_source
+from rankwise.prediction.steps import compute_at
 from rankwise.prediction.traffic import SUMMARY, Network, traffic
 from rankwise.prediction.wishes import Wishes
 from rankwise.record import Record, RunFolder

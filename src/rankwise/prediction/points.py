@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,10 @@ from rankwise.errors import ConfigError
 from rankwise.prediction import codec
 from rankwise.prediction.network import Cluster, Link, Network
 from rankwise.prediction.simulation import Outcome, gossip, serve_all
-from rankwise.prediction.slowest import Seconds, expected_maximum, sums
-from rankwise.prediction.source import Compute, Source
+from rankwise.prediction.slowest import SEED, Seconds, expected_maximum
+from rankwise.prediction.source import Source
+from rankwise.prediction.steps import compute_at, rounds_s, spread_of_mean
 from rankwise.prediction.traffic import ASYNCHRONOUS, Traffic, traffic
-
-SLICE_S = 0.003
-"""Linux lets a task run for about so long before another takes its core."""
-
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +127,9 @@ def predict_point(
     images_per_s = source.samples * copies / parts.total
     steps = source.samples * copies / config.workers / config.batch_size
     rounds = _rounds(config, steps)
+    if config.strategy == "post-local-sgd":  # the mean over the epochs before and after
+        part = config.local_after or 0.0
+        rounds = round(part * math.ceil(steps) + (1 - part) * rounds)
     sent = _bytes(config, its, rounds, steps)
     alone = images_per_s if alone_images_per_s is None else alone_images_per_s
     return Point(
@@ -185,7 +184,7 @@ def _epoch(
     shard = source.samples if replicates else source.samples / config.workers
     steps = shard / config.batch_size
     rounds = _rounds(config, steps)
-    alone, round_s, units = _rounds_s(step_s, steps / rounds, config, crowd, crowd_of, cluster)
+    alone, round_s, units = rounds_s(step_s, steps / rounds, config, crowd, crowd_of, cluster)
 
     pack_s = source.messages.pack_s_per_byte * its.payload_bytes
     pack_s += codec.seconds(config.compress, source.network, its)
@@ -241,47 +240,6 @@ def _two_halves(
     return parts, part * first[1] + (1 - part) * second[1], second[2], second[3]
 
 
-def compute_at(source: Source, threads: int, batch: int) -> tuple[Compute, Seconds]:
-    """What is known that is nearest to so many threads and this batch, and times [n] of steps there.
-
-    Between two batch sizes the mean goes along a line; with one alone forward and backward grow with the
-    batch, and the rest of a step does not.
-    """
-    nearest = min(abs(math.log(its.threads / threads)) for its in source.compute)
-    these = [its for its in source.compute if abs(math.log(its.threads / threads)) == nearest]
-    these.sort(key=lambda its: abs(math.log(its.batch / batch)))
-    best = these[0]
-    if best.batch == batch:
-        return best, best.steps_s
-    if len(these) > 1:
-        slope = (these[1].mean_s - best.mean_s) / (these[1].batch - best.batch)
-    else:
-        slope = best.per_sample_s
-    mean_s = max(best.mean_s + slope * (batch - best.batch), 0.1 * best.mean_s)
-    factor = mean_s / best.mean_s
-    return replace(best, backward_s=best.backward_s * batch / best.batch), best.steps_s * factor
-
-
-def _rounds_s(
-    step_s: Seconds, terms: float, config: TrainConfig, crowd: float, here: int, cluster: Cluster
-) -> tuple[Seconds, Seconds, int]:
-    """Draws of the time that a rank alone would compute in a round, of what it takes beside the others of its
-    host, and how many such times are independent."""
-    if config.strategy == "two-level" and here > 1:  # those of a host meet in every step
-        step_s = np.sort(sums(step_s, 1, SEED))
-        powers = np.linspace(0, 1, len(step_s) + 1) ** here
-        random = np.random.default_rng(SEED)
-        slowest = random.choice(step_s, len(step_s), p=np.diff(powers))
-        return sums(step_s, terms, SEED), sums(slowest * max(crowd, 1), terms, SEED), len(cluster.hosts)
-    alone = sums(step_s, terms, SEED)
-    if crowd <= 1:
-        return alone, alone, config.workers
-    # The cores of a host are shared out: all its work, a time slice more or less, or one rank after the
-    # other.
-    work = sums(step_s, terms * here, SEED + 1) * crowd / here
-    return alone, np.maximum(alone, np.minimum(alone * math.ceil(crowd), work + SLICE_S)), len(cluster.hosts)
-
-
 def _simulate(
     config: TrainConfig, round_s: Seconds, rounds: int, exchange_s: float, pack_s: float, serve_s: float
 ) -> Outcome:
@@ -309,19 +267,6 @@ def _scaled(source: Source, config: TrainConfig, threads: int, parts: Parts, sid
     quick = messages.low if side < 0 else messages.high
     fixed = parts.total - parts.transfer
     return factor * fixed + quick * parts.transfer
-
-
-def spread_of_mean(steps_s: Seconds, block: int = 16, draws: int = 200) -> float:
-    """By which part the mean of steps may be off: half of what 90% of the means of resampled blocks span.
-
-    Neighbouring steps are alike, so blocks of them are drawn (Künsch 1989, doi:10.1214/aos/1176347265).
-    """
-    block = min(block, max(1, len(steps_s) // 4))
-    means = np.convolve(steps_s, np.ones(block) / block, "valid")
-    random = np.random.default_rng(SEED)
-    drawn = random.choice(means, (draws, max(1, len(steps_s) // block))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.05, 0.95])
-    return float((high - low) / 2 / steps_s.mean())
 
 
 def best_of(points: Sequence[Point]) -> Point:

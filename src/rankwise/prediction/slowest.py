@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 Seconds = NDArray[np.float64]
 
+SEED = 0
+"""Of all draws, so that the same source gives the same prediction."""
+
 DRAWS = 4096
 """Samples of a sum; of the slowest of more than so many nothing beyond the largest draw is known."""
 
