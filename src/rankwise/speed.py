@@ -190,8 +190,8 @@ def page(facts: dict[str, Any]) -> RenderableType:
 def _verdict(row: dict[str, Any]) -> str:
     closer = "arithmetic" if row["arithmetic_floor_s"] >= row["memory_floor_s"] else "memory"
     return (
-        f"{row['precision']}: a step takes {row['times_arithmetic_floor']:.1f} times what its arithmetic needs "
-        f"and {row['times_memory_floor']:.1f} times what its bytes need; {closer} is the nearer limit"
+        f"{row['precision']}: a step takes {row['times_arithmetic_floor']:.1f} times what its arithmetic "
+        f"needs and {row['times_memory_floor']:.1f} times what its bytes need; {closer} is the nearer limit"
     )
 
 
