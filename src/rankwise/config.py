@@ -139,8 +139,22 @@ class TrainConfig(BaseModel):
         "none", description="Multiply the learning rate by the number of workers, or its square root."
     )
     warmup: float = Field(0.0, ge=0, description="Epochs in which the learning rate rises from 0.")
-    flip: bool = Field(False, description="Mirror training images at random.")
-    crop_padding: int = Field(0, ge=0, le=64, description="Pad training images by this many pixels and crop.")
+    flip: Literal["none", "random", "alternating"] = Field(
+        "none",
+        description="Mirror training images, each by chance or, alternating, in every other epoch.",
+    )
+    translate: int = Field(
+        0, ge=0, le=64, description="Move training images by up to this many pixels, with reflected borders."
+    )
+    cutout: int = Field(
+        0, ge=0, le=64, description="Cut a square of this many pixels out of training images, at random."
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Part of the training target that is spread evenly over all classes.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
     threads: PositiveInt | Literal["auto", "all"] = Field(
         "auto",
