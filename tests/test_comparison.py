@@ -93,11 +93,11 @@ def test_speedup_is_measured_by_the_first_run() -> None:
 def test_options_that_differ_become_columns() -> None:
     """An option in which runs differ is a column of its own, one in which they agree is none; where a run
     lies does not count. An option that an earlier version did not know has its default."""
-    old = records.record(config={"lr": 0.1, "out": "a", "flip": False})
+    old = records.record(config={"lr": 0.1, "out": "a", "flip": "none"})
     del old.config["flip"]
     usual = keys(compared(alone=old))
     assert keys(compared(a=old, b=records.record(config={"out": "b"}))) - usual == {"lr"}
-    assert keys(compared(c=old, d=records.record(config={"lr": 0.1, "flip": True}))) - usual == {"flip"}
+    assert keys(compared(c=old, d=records.record(config={"lr": 0.1, "flip": "random"}))) - usual == {"flip"}
 
 
 def test_shared_settings_are_said_once() -> None:

@@ -107,7 +107,7 @@ def test_mpi_and_threads_give_the_same(command: Command, tmp_path: Path, topolog
 def test_resume_to_the_bit_under_mpi(command: Command, tmp_path: Path) -> None:
     """A run whose launcher was killed leaves no rank behind, and resumed ends with the bits of one that
     was not."""
-    words = ["--dataset", "digits", "--model", "mlp", "--lr", "0.02", "--ranks", "3", "--flip"]
+    words = ["--dataset", "digits", "--model", "mlp", "--lr", "0.02", "--ranks", "3", "--flip", "random"]
     whole = command.rankwise("train", *words, "--epochs", "20", "--out", "whole")
     assert whole.code == 0, whole
     process = command.start(sys.executable, *train(*words, "--epochs", "20", "--out", "killed"))
@@ -344,7 +344,7 @@ def test_the_public_function(command: Command, tmp_path: Path) -> None:
     """`rankwise.train` does in a script what the command line does, several ranks included."""
     (tmp_path / "own.py").write_text(
         "import rankwise\n"
-        "options = dict(dataset='digits', model='mlp', ranks=3, epochs=1, out='run', flip=True)\n"
+        "options = dict(dataset='digits', model='mlp', ranks=3, epochs=1, out='run', flip='random')\n"
         "config = rankwise.TrainConfig(**options)\n"
         "record = rankwise.train(config)\n"
         "print(record.outcome, len(record.ranks), record.config['flip'])\n"

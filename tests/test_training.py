@@ -81,7 +81,7 @@ def test_a_record_tells_the_run(config: Make, train_in_threads: Train, team: dic
 
 def test_identical_seeds_give_identical_bits(config: Make, train_in_threads: Train) -> None:
     """The same options and seed give the same weights and losses to the bit; another seed does not."""
-    options = {"ranks": 3, "flip": True, "crop_padding": 2, "model": "paper-cnn"}
+    options = {"ranks": 3, "flip": "random", "translate": 2, "model": "paper-cnn"}
     one = train_in_threads(config(**options), folder="one")
     two = train_in_threads(config(**options), folder="two")
     other = train_in_threads(config(**options, seed=1), folder="other")
@@ -92,8 +92,8 @@ def test_identical_seeds_give_identical_bits(config: Make, train_in_threads: Tra
 
 def test_one_worker_trains_as_single(config: Make, train_in_threads: Train) -> None:
     """A run of a master with one worker ends with the bits of a run of one rank."""
-    alone = train_in_threads(config(flip=True), folder="alone")
-    pair = train_in_threads(config(flip=True, ranks=2, topology="master"), folder="pair")
+    alone = train_in_threads(config(flip="random"), folder="alone")
+    pair = train_in_threads(config(flip="random", ranks=2, topology="master"), folder="pair")
     assert same(alone[2], pair[2])
     assert [r[:2] + r[3:] for r in results(alone[0])] == [r[:2] + r[3:] for r in results(pair[0])]
 
@@ -133,7 +133,7 @@ def test_resume_to_the_bit(
     lr = 0.02 if optimizer == "sgd" else 0.001
     options = {
         **team, "optimizer": optimizer, "optimizer_state": optimizer_state, "lr": lr,
-        "flip": True, "train_limit": 400,
+        "flip": "random", "train_limit": 400,
     }  # fmt: skip
     whole = train_in_threads(config(**options, epochs=3), folder="whole")
     train_in_threads(config(**options, epochs=1), folder="parts")

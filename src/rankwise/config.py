@@ -12,13 +12,26 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PositiveInt,
+    ValidationError,
+)
 
 from rankwise.errors import ConfigError, unknown_name
 
 PRESETS = Path(__file__).parent / "presets"
 
 _PathAsText = Annotated[Path, PlainSerializer(str, return_type=str)]
+
+
+def _flip_of_old(value: object) -> object:
+    """Records and files from when there was one way to flip say yes or no."""
+    return {True: "random", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class TrainConfig(BaseModel):
@@ -145,8 +158,16 @@ class TrainConfig(BaseModel):
         "none", description="Multiply the learning rate by the number of workers, or its square root."
     )
     warmup: float = Field(0.0, ge=0, description="Epochs in which the learning rate rises from 0.")
-    flip: bool = Field(False, description="Mirror training images at random.")
-    crop_padding: int = Field(0, ge=0, le=64, description="Pad training images by this many pixels and crop.")
+    flip: Annotated[Literal["none", "random", "alternating"], BeforeValidator(_flip_of_old)] = Field(
+        "none",
+        description="Mirror training images, each by chance or, alternating, in every other epoch.",
+    )
+    translate: int = Field(
+        0, ge=0, le=64, description="Move training images by up to this many pixels, with reflected borders."
+    )
+    cutout: int = Field(
+        0, ge=0, le=64, description="Cut a square of this many pixels out of training images, at random."
+    )
     label_smoothing: float = Field(
         0.0,
         ge=0,

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from rankwise.config import TrainConfig
+from rankwise.data.augmentation import Augmentation
 from rankwise.data.dataset import Split
 from rankwise.data.feed import Feed, feed
 from rankwise.data.partition import Indices
@@ -111,16 +112,11 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
     ledger = synchroniser.world.ledger
 
     ledger.enter("data")
-    # Every random number is drawn from seed, epoch and worker: a resumed run draws the same ones.
-    seed = np.random.SeedSequence([config.seed, epoch, job.worker or 0]).generate_state(2, np.uint64)
+    # Every random number is drawn from seed, epoch and worker, or sample: a resumed run draws the same ones.
+    seed = np.random.SeedSequence([config.seed, epoch, job.worker or 0]).generate_state(1, np.uint64)
     torch.manual_seed(int(seed[0]))
-    batches = Feed(
-        job.train,
-        synchroniser.sampler.shard(epoch),
-        flip=config.flip,
-        crop_padding=config.crop_padding,
-        generator=torch.Generator().manual_seed(int(seed[1])),
-    )
+    augmentation = Augmentation(config.seed, epoch, config.flip, config.translate, config.cutout)
+    batches = Feed(job.train, synchroniser.sampler.shard(epoch), augmentation=augmentation)
     arithmetic = autocast(config.precision)
     job.progress.start(epoch)
     model.train()

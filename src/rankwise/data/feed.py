@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.data.dataset import Split
+from rankwise.data.augmentation import Augmentation
+from rankwise.data.dataset import Images, Split
 from rankwise.data.partition import Indices
 
 CHUNK = 256
@@ -20,25 +21,14 @@ class Feed:
     """Turns a rank's samples into tensors, batch after batch.
 
     Images are float32 [batch, channels, height, width] in channels-last memory, labels int64 [batch].
-    Pixels are scaled to [-1, 1], the paper's mean and deviation of 0.5. With a `generator` images may be
-    mirrored (`flip`) and cropped out of a border of zeros (`crop_padding` pixels); the same generator,
-    order and batches give the same bits. `order` are the samples to come, as far as is known.
+    Pixels are scaled to [-1, 1], the paper's mean and deviation of 0.5. `order` are the samples to come, as
+    far as is known. An `augmentation` changes images before; without one they are as they are.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        order: Indices,
-        *,
-        flip: bool = False,
-        crop_padding: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, split: Split, order: Indices, *, augmentation: Augmentation | None = None) -> None:
         self._split = split
         self._order = order
-        self._flip = flip
-        self._crop_padding = crop_padding
-        self._generator = generator
+        self._augmentation = augmentation
         self._next = self._chunk_start = 0
         self._chunk: tuple[Tensor, Tensor] | None = None
 
@@ -55,13 +45,15 @@ class Feed:
         return images[span], labels[span]
 
     def _load(self, chosen: Indices) -> tuple[Tensor, Tensor]:
-        pixels = torch.from_numpy(np.take(self._split.images, chosen, axis=0)).permute(0, 3, 1, 2)
-        if self._flip:
-            pixels = _mirror_some(pixels, self._generator)
-        images = pixels.to(torch.float32).mul_(2 / 255).sub_(1)
-        if self._crop_padding:
-            images = _crop_some(images, self._crop_padding, self._generator)
-        return images, torch.from_numpy(np.take(self._split.labels, chosen))
+        pixels = np.take(self._split.images, chosen, axis=0)
+        if self._augmentation is not None:
+            pixels = self._augmentation(pixels, chosen)
+        return as_input(pixels), torch.from_numpy(np.take(self._split.labels, chosen))
+
+
+def as_input(pixels: Images) -> Tensor:
+    """What a network gets of images [samples, height, width, channels]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).mul_(2 / 255).sub_(1)
 
 
 def feed(split: Split, order: Indices, batch_size: int, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -69,20 +61,3 @@ def feed(split: Split, order: Indices, batch_size: int, **options: Any) -> Itera
     batches = Feed(split, order, **options)
     for start in range(0, len(order), batch_size):
         yield batches.take(order[start : start + batch_size])
-
-
-def _mirror_some(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Each image as it is or mirrored left to right, with equal chances."""
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
-
-
-def _crop_some(images: Tensor, padding: int, generator: torch.Generator | None) -> Tensor:
-    """Each image moved by up to `padding` pixels each way, zeros where it leaves the frame."""
-    count, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
-    top, left = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
-    rows = top[:, None] + torch.arange(height)
-    columns = left[:, None] + torch.arange(width)
-    cropped = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return cropped.permute(0, 3, 1, 2)
