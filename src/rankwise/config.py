@@ -46,8 +46,13 @@ class TrainConfig(BaseModel):
     cache_dir: _PathAsText | None = Field(
         None, description="Where decoded images are kept; otherwise the user's cache folder."
     )
+    classes: int | None = Field(
+        None, ge=2, description="Refuse a dataset with another number of classes, for which a recipe is not."
+    )
     model: str = Field(
-        "paper-cnn", description="Network: paper-cnn, mlp, resnet9, resnet18, or module:callable."
+        "paper-cnn",
+        description="Network: paper-cnn, mlp, resnet9, resnet18, airbench, airbench-wide, airbench-deep, or "
+        "module:callable.",
     )
     strategy: str | None = Field(
         None,
@@ -72,7 +77,18 @@ class TrainConfig(BaseModel):
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")
     nesterov: bool = Field(False, description="Nesterov's form of the momentum.")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty (AdamW: decoupled decay).")
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="Optimiser of each worker.")
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = Field(
+        "sgd", description="Optimiser of each worker; muon takes SGD for what is no hidden matrix."
+    )
+    muon_lr: float | None = Field(
+        None, gt=0, description="muon: learning rate of the hidden matrices. By default 0.02."
+    )
+    norm_bias_lr_scale: float = Field(
+        1.0,
+        gt=0,
+        description="Learning rate of the biases of normalisation layers, as a multiple of the others'; "
+        "their weight decay is divided by it.",
+    )
     optimizer_state: Literal["keep", "average", "reset"] = Field(
         "keep", description="What a synchronisation does to the optimiser's state, e.g. its momentum."
     )
@@ -131,9 +147,24 @@ class TrainConfig(BaseModel):
     clip_norm: float | None = Field(
         None, gt=0, description="Limit of the norm of all gradients together, in each step of an optimiser."
     )
-    schedule: Literal["constant", "cosine", "one-cycle", "step"] = Field(
+    schedule: Literal["constant", "cosine", "one-cycle", "step", "triangular"] = Field(
         "constant",
-        description="Learning rate over the run; step divides it by 10 after half and three quarters of it.",
+        description="Learning rate over the run; step divides it by 10 after half and three quarters of it, "
+        "triangular rises and falls in straight lines.",
+    )
+    peak_at: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="one-cycle, triangular: part of the run after which the learning rate is highest. By "
+        "default 0.3 and 0.23.",
+    )
+    final_lr_fraction: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="cosine, one-cycle, triangular: where the learning rate ends, as a part of the highest. "
+        "By default 0, 0 and 0.07.",
     )
     lr_scaling: Literal["none", "linear", "sqrt"] = Field(
         "none", description="Multiply the learning rate by the number of workers, or its square root."
@@ -154,6 +185,28 @@ class TrainConfig(BaseModel):
         ge=0,
         lt=1,
         description="Part of the training target that is spread evenly over all classes.",
+    )
+    whitening: int = Field(
+        0,
+        ge=0,
+        description="Make the first convolution whiten its patches, as found in this many training images, "
+        "and do not train it; 0 leaves it alone.",
+    )
+    averaged_weights: Literal["none", "ema", "lookahead"] = Field(
+        "none",
+        description="Evaluate a moving average of the weights; with lookahead training goes on from it, too.",
+    )
+    average_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="ema, lookahead: part of the average that stays at a step (or synchronisation of "
+        "weights). By default 0.99 and 0.95.",
+    )
+    tta: Literal["none", "flip", "flip+shift"] = Field(
+        "none",
+        description="Evaluate the mean of the scores of each image and its mirror image, and of both moved "
+        "by a pixel.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
     threads: PositiveInt | Literal["auto", "all"] = Field(

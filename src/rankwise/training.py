@@ -17,6 +17,7 @@ from rankwise.data.dataset import Split
 from rankwise.data.feed import Feed, feed
 from rankwise.data.partition import Indices
 from rankwise.errors import DivergedError
+from rankwise.models.evaluation import score
 from rankwise.progress import Progress
 from rankwise.record import Epoch
 from rankwise.strategies.synchroniser import Synchroniser
@@ -145,7 +146,7 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
 
 def evaluate(job: Job) -> tuple[float, int]:
     """Sum of the losses and number of right answers on this rank's share of the validation samples."""
-    model, world = job.synchroniser.replica.model, job.synchroniser.world
+    model, world = job.synchroniser.replica.evaluated, job.synchroniser.world
     evaluators = 1 if job.config.has_master else world.size
     shares = np.array_split(job.val_pool, evaluators)
     mine = shares[world.rank] if world.rank < evaluators else job.val_pool[:0]
@@ -158,7 +159,7 @@ def evaluate(job: Job) -> tuple[float, int]:
         model.eval()
         for images, labels in feed(job.validation, mine, EVALUATION_BATCH):
             world.ledger.enter("evaluation")  # a sign of life
-            scores = model(images)
+            scores = score(model, images, job.config.tta)
             loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
             correct += int((scores.argmax(1) == labels).sum())
     return loss_sum, correct
