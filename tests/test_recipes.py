@@ -197,8 +197,8 @@ def test_whitening_takes_what_filters_there_are() -> None:
 
 
 def test_airbench_is_the_papers_network() -> None:
-    """It computes what its paper describes: whitening, blocks of convolution, pooling, normalisation and GELU,
-    a maximum over what is left, and a ninth of a linear map; convolutions begin as the identity."""
+    """It computes what its paper describes: whitening, blocks of convolution, pooling, normalisation and
+    GELU, a maximum over what is left, and a ninth of a linear map; convolutions begin as the identity."""
     torch.manual_seed(0)
     net = Airbench()
     shapes = [tuple(p.shape) for p in net.parameters() if p.dim() == 4]
@@ -346,8 +346,8 @@ def test_what_is_evaluated_is_the_average(config: Make, train_in_threads: Train)
 def test_a_rank_is_lost_with_everything_on(
     config: Make, train_in_threads: Train, strategy: str, kind: str, spares: int
 ) -> None:
-    """With a whole recipe a rank may be lost, or replaced: no sample is lost or trained twice, and the average
-    that is left is close to that of the run that lost none."""
+    """With a whole recipe a rank may be lost, or replaced: no sample is lost or trained twice, and the
+    average that is left is close to that of the run that lost none."""
     options = {**ALL, "strategy": strategy, "averaged_weights": kind, "ranks": 3, "epochs": 2, "lr": 0.01}
     whole = train_in_threads(config(**options), folder="whole")
     options |= {"fault": ("kill:rank=1,epoch=2,phase=exchange",), "on_failure": "continue", "spares": spares}
@@ -364,6 +364,6 @@ def test_a_rank_is_lost_with_everything_on(
 
 def test_a_recipe_for_other_classes_is_refused(config: Make) -> None:
     """A recipe says for how many classes it is, and another dataset gets one clear line."""
-    with pytest.raises(ConfigError, match="--classes 7 .* digits has 10"):
+    with pytest.raises(ConfigError, match=r"--classes 7 .* digits has 10"):
         preflight.prepare(config(classes=7))
     assert preflight.prepare(config(classes=10)).samples_per_epoch == 1437

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 from rich.console import Console
 
-from rankwise.config import TrainConfig, explain, preset_names, read_preset, read_toml
+from rankwise.config import TrainConfig, explain, preset_names, preset_text, read_preset, read_toml
 from rankwise.errors import Interrupted, RankwiseError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def train(
         Path | None, Parameter(name="--config", help="TOML file with options under the same names.")
     ] = None,
     preset: Annotated[
-        str | None, Parameter(help="Recipe of the package: " + ", ".join(preset_names()))
+        str | None,
+        Parameter(help=f"Recipe of the package: {', '.join(preset_names())}; `rankwise presets` tells more."),
     ] = None,
     resume: Annotated[
         Path | None, Parameter(help="Go on in this run folder, with its options and from its checkpoint.")
@@ -71,6 +73,22 @@ def train(
         print(result.record.model_dump_json(indent=1))
     else:
         _console().print(summary(result.record, str(result.folder)))
+
+
+@app.command
+def presets(
+    name: Annotated[str | None, Parameter(help="The recipe to print, to be copied and edited.")] = None,
+    /,
+    *,
+    debug: Debug = False,
+) -> None:
+    """List the recipes that come with the package, or print one as the TOML file that --config takes."""
+    if name is not None:
+        print(preset_text(name), end="")
+        return
+    for each in preset_names():
+        about = itertools.takewhile(lambda line: line.startswith("#"), preset_text(each).splitlines())
+        print(each, *(f"    {line.removeprefix('#').strip()}" for line in about), sep="\n")
 
 
 @app.command

@@ -208,6 +208,9 @@ class TrainConfig(BaseModel):
         description="Evaluate the mean of the scores of each image and its mirror image, and of both moved "
         "by a pixel.",
     )
+    tta_from_epoch: int = Field(
+        1, ge=1, description="First epoch that is evaluated so; those before take one pass an image."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
     threads: PositiveInt | Literal["auto", "all"] = Field(
         "auto",
@@ -349,6 +352,15 @@ def preset_names() -> list[str]:
 
 def read_preset(name: str) -> dict[str, Any]:
     """The options of a recipe that comes with the package."""
+    return read_toml(_preset(name))
+
+
+def preset_text(name: str) -> str:
+    """The file of a recipe that comes with the package, which begins with comments that say what it is."""
+    return _preset(name).read_text(encoding="utf-8")
+
+
+def _preset(name: str) -> Path:
     if name not in preset_names():
         raise ConfigError(unknown_name("preset", name, preset_names()))
-    return read_toml(PRESETS / f"{name}.toml")
+    return PRESETS / f"{name}.toml"

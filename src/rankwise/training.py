@@ -86,7 +86,7 @@ def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float]
         def whole_epoch(number: int = number, losses: Losses = losses, start_s: float = start_s) -> bool:
             train_epoch(job, number, losses)
             train_s = time.monotonic() - start_s
-            result = summarise(job, number, losses, evaluate(job), train_s)
+            result = summarise(job, number, losses, evaluate(job, number), train_s)
             after_epoch(result, start_s)
             return result.last
 
@@ -144,8 +144,10 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
         job.progress.add(len(batch), value * len(batch))
 
 
-def evaluate(job: Job) -> tuple[float, int]:
-    """Sum of the losses and number of right answers on this rank's share of the validation samples."""
+def evaluate(job: Job, epoch: int) -> tuple[float, int]:
+    """Sum of the losses and number of right answers on this rank's share of the validation samples, after an
+    epoch."""
+    tta = job.config.tta if epoch >= job.config.tta_from_epoch else "none"
     model, world = job.synchroniser.replica.evaluated, job.synchroniser.world
     evaluators = 1 if job.config.has_master else world.size
     shares = np.array_split(job.val_pool, evaluators)
@@ -159,7 +161,7 @@ def evaluate(job: Job) -> tuple[float, int]:
         model.eval()
         for images, labels in feed(job.validation, mine, EVALUATION_BATCH):
             world.ledger.enter("evaluation")  # a sign of life
-            scores = score(model, images, job.config.tta)
+            scores = score(model, images, tta)
             loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
             correct += int((scores.argmax(1) == labels).sum())
     return loss_sum, correct
