@@ -2,9 +2,9 @@
 
     python benchmarks/time_to_accuracy.py PRESET TARGET [--seeds 5] [--data-dir DIR] [-- OPTION...]
 
-TARGET is a fraction of the test images; what stands behind `--` goes to `rankwise train`. Each seed is a run of
-the command line that stops at the target; printed are its time with evaluation, from the launch of the command
-to its end, and median, spread and share of the seeds that came so far.
+TARGET is a fraction of the test images; what stands behind `--` goes to `rankwise train`. Each seed is a run
+of the command line that stops at the target; printed are its time with evaluation, from the launch of the
+command to its end, and median, spread and share of the seeds that came so far.
 """
 
 from __future__ import annotations

@@ -28,5 +28,5 @@ def score(
         return both_sides(images)
     height, width = images.shape[2:]
     padded = F.pad(images, (1, 1, 1, 1), "reflect")
-    moved = [padded[:, :, at : at + height, at : at + width] for at in (0, 2)]
-    return both_sides(images) / 2 + sum(both_sides(views) for views in moved) / 4
+    upper_left, lower_right = (padded[:, :, at : at + height, at : at + width] for at in (0, 2))
+    return both_sides(images) / 2 + (both_sides(upper_left) + both_sides(lower_right)) / 4
