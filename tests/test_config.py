@@ -78,6 +78,9 @@ def test_wrong_values_get_one_clear_line(options: dict[str, object], words: list
         ({"strategy": "allreduce", "ranks": 3, "bucket_mb": 1e9}, ["--bucket-mb", "MB of memory"]),
         ({"strategy": "allreduce", "ranks": 3, "optimizer_state": "reset"}, ["--optimizer-state reset"]),
         ({"strategy": "ddp", "ranks": 2, "sync_every": 4}, ["ddp", "--sync-every"]),
+        ({"average_decay": 0.9}, ["--average-decay 0.9", "--averaged-weights"]),
+        ({"strategy": "gossip", "ranks": 2, "averaged_weights": "ema"}, ["ema", "gossip", "allreduce"]),
+        ({"strategy": "local-sgd", "ranks": 2, "averaged_weights": "lookahead"}, ["lookahead", "local-sgd"]),
         ({"strategy": "no_such_module:Thing", "ranks": 2}, ["no_such_module"]),
         ({"strategy": "collections:Counter", "ranks": 2}, ["collections:Counter", "Strategy"]),
         (

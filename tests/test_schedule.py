@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.config import TrainConfig
-from rankwise.schedule import rate_factor, scheduler
+from rankwise.errors import ConfigError
+from rankwise.schedule import check, rate_factor, scheduler
 
 
 def factor(position: float, **options: object) -> float:
@@ -45,13 +48,44 @@ def test_one_cycle_is_torchs() -> None:
         theirs.step()
 
 
+def test_triangular_is_two_lines() -> None:
+    """The rate rises along a line from a fifth of its peak, and falls along another; where the peak is and
+    where it ends can be said, of the curved schedules too."""
+    places = np.linspace(0, 10, 41)
+    found = [factor(position, schedule="triangular") for position in places]
+    assert found == pytest.approx(np.interp(places, [0, 2.3, 10], [0.2, 1, 0.07]))
+    found = [factor(p, schedule="triangular", peak_at=0.5, final_lr_fraction=0.1) for p in places]
+    assert found == pytest.approx(np.interp(places, [0, 5, 10], [0.2, 1, 0.1]))
+    curved = [factor(p, schedule="one-cycle", peak_at=0.5, final_lr_fraction=0.1) for p in (5, 7.5, 10)]
+    assert curved == pytest.approx([1, 0.55, 0.1])
+    assert factor(10, schedule="cosine", final_lr_fraction=0.2) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"schedule": "cosine", "peak_at": 0.2}, ["--peak-at 0.2", "cosine", "triangular"]),
+        ({"final_lr_fraction": 0.2}, ["--final-lr-fraction 0.2", "constant", "cosine"]),
+    ],
+)
+def test_options_that_a_schedule_does_not_take(options: dict[str, Any], words: list[str]) -> None:
+    """An option that means nothing to the schedule is refused by name."""
+    with pytest.raises(ConfigError) as caught:
+        check(TrainConfig(**options))
+    assert all(word in str(caught.value) for word in words)
+
+
 def test_steps() -> None:
     """The rate is divided by 10 after half, and again after three quarters."""
     found = [factor(position, schedule="step") for position in (0, 4.9, 5.1, 7.4, 7.6, 10)]
     assert found == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-@given(st.floats(0, 10), st.integers(2, 64), st.sampled_from(["constant", "cosine", "one-cycle", "step"]))
+@given(
+    st.floats(0, 10),
+    st.integers(2, 64),
+    st.sampled_from(["constant", "cosine", "one-cycle", "step", "triangular"]),
+)
 def test_scaling_multiplies_everything(position: float, ranks: int, schedule: str) -> None:
     """Scaling is by the workers, a master not counted, and leaves the form of the schedule."""
     plain = factor(position, schedule=schedule, ranks=ranks)

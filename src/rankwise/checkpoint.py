@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and are verified before they are believed.
 
-A checkpoint is a folder ``epoch-NNNN`` with the model, the optimiser state of each worker that has
+A checkpoint is a folder ``epoch-NNNN`` with the model, the average of its weights if there is one, the
+optimiser state of each worker that has
 one of its own, and a manifest with the SHA-256 of every file. It is written (by `saver`) under another
 name, synced, and renamed. All randomness is a function of seed, epoch and worker, so the epoch is all the
 generator state there is.
@@ -29,6 +30,7 @@ Memory = Mapping[str, NDArray[np.floating]]
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
+AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Checkpoint:
         """
         try:
             replica.model.load_state_dict(safetensors.torch.load_file(self.path / MODEL))
+            if replica.average is not None:
+                average = self.path / AVERAGE
+                if average.exists():
+                    replica.average.model.load_state_dict(safetensors.torch.load_file(average))
+                else:  # the run had none so far
+                    replica.average.begin()
             if worker is not None and self.workers:
                 saved = safetensors.torch.load_file(self.path / worker_file(worker % self.workers))
                 replica.load_optimizer_state(saved)

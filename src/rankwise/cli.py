@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 from rich.console import Console
 
-from rankwise.config import TrainConfig, explain, preset_names, read_preset, read_toml
+from rankwise.config import TrainConfig, explain, preset_names, preset_text, read_preset, read_toml
 from rankwise.errors import Interrupted, RankwiseError, UsageError, one_line
 from rankwise.prediction.wishes import Wishes
 from rankwise.submit import Kubernetes, Slurm, hand_over, work_of
@@ -43,7 +44,10 @@ Options = Annotated[TrainConfig, Parameter(name="*", negative_iterable="")]
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="TOML file with options under the same names.")
 ]
-Preset = Annotated[str | None, Parameter(help="Recipe of the package: " + ", ".join(preset_names()))]
+Preset = Annotated[
+    str | None,
+    Parameter(help=f"Recipe of the package: {', '.join(preset_names())}; `rankwise presets` tells more."),
+]
 To = Annotated[Path | None, Parameter(help="File to write; otherwise it is printed.")]
 Run = Annotated[bool, Parameter(negative="", help="Submit it, too.")]
 
@@ -94,6 +98,22 @@ def train(
         print(result.record.model_dump_json(indent=1))
     else:
         _console().print(summary(result.record, str(result.folder)))
+
+
+@app.command
+def presets(
+    name: Annotated[str | None, Parameter(help="The recipe to print, to be copied and edited.")] = None,
+    /,
+    *,
+    debug: Debug = False,
+) -> None:
+    """List the recipes that come with the package, or print one as the TOML file that --config takes."""
+    if name is not None:
+        print(preset_text(name), end="")
+        return
+    for each in preset_names():
+        about = itertools.takewhile(lambda line: line.startswith("#"), preset_text(each).splitlines())
+        print(each, *(f"    {line.removeprefix('#').strip()}" for line in about), sep="\n")
 
 
 @app.command

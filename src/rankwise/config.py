@@ -59,8 +59,13 @@ class TrainConfig(BaseModel):
     cache_dir: _PathAsText | None = Field(
         None, description="Where decoded images are kept; otherwise the user's cache folder."
     )
+    classes: int | None = Field(
+        None, ge=2, description="Refuse a dataset with another number of classes, for which a recipe is not."
+    )
     model: str = Field(
-        "paper-cnn", description="Network: paper-cnn, mlp, resnet9, resnet18, or module:callable."
+        "paper-cnn",
+        description="Network: paper-cnn, mlp, resnet9, resnet18, airbench, airbench-wide, airbench-deep, or "
+        "module:callable.",
     )
     strategy: str | None = Field(
         None,
@@ -91,7 +96,18 @@ class TrainConfig(BaseModel):
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")
     nesterov: bool = Field(False, description="Nesterov's form of the momentum.")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty (AdamW: decoupled decay).")
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="Optimiser of each worker.")
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = Field(
+        "sgd", description="Optimiser of each worker; muon takes SGD for what is no hidden matrix."
+    )
+    muon_lr: float | None = Field(
+        None, gt=0, description="muon: learning rate of the hidden matrices. By default 0.02."
+    )
+    norm_bias_lr_scale: float = Field(
+        1.0,
+        gt=0,
+        description="Learning rate of the biases of normalisation layers, as a multiple of the others'; "
+        "their weight decay is divided by it.",
+    )
     optimizer_state: Literal["keep", "average", "reset"] = Field(
         "keep", description="What a synchronisation does to the optimiser's state, e.g. its momentum."
     )
@@ -150,9 +166,24 @@ class TrainConfig(BaseModel):
     clip_norm: float | None = Field(
         None, gt=0, description="Limit of the norm of all gradients together, in each step of an optimiser."
     )
-    schedule: Literal["constant", "cosine", "one-cycle", "step"] = Field(
+    schedule: Literal["constant", "cosine", "one-cycle", "step", "triangular"] = Field(
         "constant",
-        description="Learning rate over the run; step divides it by 10 after half and three quarters of it.",
+        description="Learning rate over the run; step divides it by 10 after half and three quarters of it, "
+        "triangular rises and falls in straight lines.",
+    )
+    peak_at: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="one-cycle, triangular: part of the run after which the learning rate is highest. By "
+        "default 0.3 and 0.23.",
+    )
+    final_lr_fraction: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="cosine, one-cycle, triangular: where the learning rate ends, as a part of the highest. "
+        "By default 0, 0 and 0.07.",
     )
     lr_scaling: Literal["none", "linear", "sqrt"] = Field(
         "none", description="Multiply the learning rate by the number of workers, or its square root."
@@ -179,6 +210,31 @@ class TrainConfig(BaseModel):
         "none",
         description="Views of an image over which an evaluation takes the mean of the scores: it alone, with "
         "its mirror image, or these and both moved by a pixel (arXiv:2404.00498).",
+    )
+    whitening: int = Field(
+        0,
+        ge=0,
+        description="Make the first convolution whiten its patches, as found in this many training images, "
+        "and do not train it; 0 leaves it alone.",
+    )
+    averaged_weights: Literal["none", "ema", "lookahead"] = Field(
+        "none",
+        description="Evaluate a moving average of the weights; with lookahead training goes on from it, too.",
+    )
+    average_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="ema, lookahead: part of the average that stays at a step (or synchronisation of "
+        "weights). By default 0.99 and 0.95.",
+    )
+    tta: Literal["none", "flip", "flip+shift"] = Field(
+        "none",
+        description="Evaluate the mean of the scores of each image and its mirror image, and of both moved "
+        "by a pixel.",
+    )
+    tta_from_epoch: int = Field(
+        1, ge=1, description="First epoch that is evaluated so; those before take one pass an image."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
     threads: PositiveInt | Literal["auto", "all"] = Field(
@@ -341,6 +397,15 @@ def preset_names() -> list[str]:
 
 def read_preset(name: str) -> dict[str, Any]:
     """The options of a recipe that comes with the package."""
+    return read_toml(_preset(name))
+
+
+def preset_text(name: str) -> str:
+    """The file of a recipe that comes with the package, which begins with comments that say what it is."""
+    return _preset(name).read_text(encoding="utf-8")
+
+
+def _preset(name: str) -> Path:
     if name not in preset_names():
         raise ConfigError(unknown_name("preset", name, preset_names()))
-    return read_toml(PRESETS / f"{name}.toml")
+    return PRESETS / f"{name}.toml"

@@ -13,11 +13,14 @@ from rankwise.accounts import standing_by
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Dataset
-from rankwise.data.selection import select
+from rankwise.data.feed import feed
+from rankwise.data.selection import at_most, select
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.faults import Faults, NoFaults, parse
 from rankwise.keeper import Keeper
+from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
+from rankwise.models.whitening import whiten
 from rankwise.progress import Progress
 from rankwise.record import Host, Record, RunFolder
 from rankwise.strategies.arrival import Arrival, stand_by
@@ -27,6 +30,9 @@ from rankwise.watchdog import Watchdog
 from rankwise.world import World
 
 Say = Callable[[str], None]
+
+WHITENING_BATCH = 250
+"""Images whose patches are in memory at once."""
 
 _SEEDING = threading.Lock()
 """Ranks that are threads share torch's generator: each seeds it and draws its weights in one go."""
@@ -198,6 +204,9 @@ def _make_replica(config: TrainConfig, dataset: Dataset) -> Replica:
     with _SEEDING:
         torch.manual_seed(config.seed)
         model = models.build(config.model, dataset.image_shape, len(dataset.classes))
+    if config.whitening:
+        chosen = at_most(select(config, dataset).train_pool, config.whitening, config.seed)
+        whiten(model, (images for images, _ in feed(dataset.train, chosen, WHITENING_BATCH)))
     if config.memory_format == "contiguous":
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     else:
@@ -257,19 +266,3 @@ def _faults(config: TrainConfig, folder: RunFolder, world: World, replica: Repli
     return Faults(
         plans, folder.faults, rank=world.number, seed=config.seed, victim=world, poison=replica.poison
     )
-
-
-def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimiser that the options describe, in torch's fused form: one kernel for all parameters."""
-    parameters = list(model.parameters())
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return adam(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)

@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from rankwise.checkpoint import MANIFEST, MODEL, Memory, finished, memory_file, worker_file
+from rankwise.checkpoint import AVERAGE, MANIFEST, MODEL, Memory, finished, memory_file, worker_file
 from rankwise.errors import StorageError
 from rankwise.models.replica import Replica
 from rankwise.storage import write_atomically
@@ -67,6 +67,8 @@ class Saver:
         files = {}
         if world.rank == 0:
             files[MODEL] = _packed(replica.model.state_dict())
+            if replica.average is not None:
+                files[AVERAGE] = _packed(replica.average.model.state_dict())
         if worker is not None and worker < writers:
             files[worker_file(worker)] = _packed(replica.optimizer_state())
         if memory:

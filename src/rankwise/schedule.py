@@ -7,12 +7,17 @@ import math
 from collections.abc import Callable
 
 from rankwise.config import TrainConfig
+from rankwise.errors import ConfigError
 
-RISE = 0.3
-"""Part of a one-cycle run in which the rate rises (Smith and Topin 2018, arXiv:1708.07120)."""
+PEAKS = {"one-cycle": 0.3, "triangular": 0.23}
+"""Part of a run after which its rate is highest (Smith and Topin 2018, arXiv:1708.07120; Jordan 2024,
+arXiv:2404.00498)."""
 
-FLOOR = 1 / 25
-"""Where a one-cycle run starts, as a part of its peak."""
+STARTS = {"one-cycle": 1 / 25, "triangular": 0.2}
+"""Where a run starts, as a part of its highest rate."""
+
+ENDS = {"cosine": 0.0, "one-cycle": 0.0, "triangular": 0.07}
+"""Where a run ends, as a part of its highest rate."""
 
 MILESTONES = (0.5, 0.75)
 """Parts of a run after which `step` divides the rate by 10."""
@@ -34,22 +39,42 @@ def rate_factor(config: TrainConfig, position: float, workers: int) -> float:
     k = float(workers if config.on_shrink == "keep-local-batch" else config.workers)
     scale = {"none": 1.0, "linear": k, "sqrt": math.sqrt(k)}
     warm = min(1.0, position / config.warmup) if config.warmup else 1.0
-    return scale[config.lr_scaling] * warm * _shape(config.schedule, min(1.0, position / config.epochs))
+    return scale[config.lr_scaling] * warm * _shape(config, min(1.0, position / config.epochs))
 
 
-def _shape(schedule: str, done: float) -> float:
+def check(config: TrainConfig) -> None:
+    """Raises ConfigError for an option that the schedule does not take."""
+    for option, value, takers in (
+        ("--peak-at", config.peak_at, PEAKS),
+        ("--final-lr-fraction", config.final_lr_fraction, ENDS),
+    ):
+        if value is not None and config.schedule not in takers:
+            raise ConfigError(
+                f"{option} {value} was given, but --schedule {config.schedule} does not take it; these do: "
+                f"{', '.join(takers)}"
+            )
+
+
+def _shape(config: TrainConfig, done: float) -> float:
     """The schedule's own factor when the part `done` of the run is over."""
-    if schedule == "cosine":
-        return _fall(done)
-    if schedule == "one-cycle":
-        if done < RISE:
-            return FLOOR + (1 - FLOOR) * (1 - _fall(done / RISE))
-        return _fall((done - RISE) / (1 - RISE))
+    schedule = config.schedule
+    if schedule == "constant":
+        return 1.0
     if schedule == "step":
         return float(10.0 ** -sum(done > milestone for milestone in MILESTONES))
-    return 1.0
+    peak = config.peak_at if config.peak_at is not None else PEAKS.get(schedule, 0.0)
+    end = config.final_lr_fraction if config.final_lr_fraction is not None else ENDS[schedule]
+    fall = _straight if schedule == "triangular" else _half_cosine
+    if done < peak:
+        return STARTS[schedule] + (1 - STARTS[schedule]) * (1 - fall(done / peak))
+    return end + (1 - end) * fall((done - peak) / (1 - peak))
 
 
-def _fall(done: float) -> float:
+def _straight(done: float) -> float:
+    """From 1 to 0 along a line."""
+    return 1 - done
+
+
+def _half_cosine(done: float) -> float:
     """From 1 to 0 along half a cosine."""
     return (1 + math.cos(math.pi * done)) / 2

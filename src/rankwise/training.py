@@ -17,8 +17,8 @@ from rankwise.data.dataset import Split
 from rankwise.data.feed import Feed, feed
 from rankwise.data.partition import Indices
 from rankwise.errors import DivergedError
+from rankwise.models.evaluation import score
 from rankwise.models.precision import autocast
-from rankwise.models.views import scores
 from rankwise.progress import Progress
 from rankwise.record import Epoch
 from rankwise.strategies.synchroniser import Synchroniser
@@ -87,7 +87,7 @@ def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float]
         def whole_epoch(number: int = number, losses: Losses = losses, start_s: float = start_s) -> bool:
             train_epoch(job, number, losses)
             train_s = time.monotonic() - start_s
-            evaluation = evaluate(job)
+            evaluation = evaluate(job, number)
             evaluation_s = time.monotonic() - start_s - train_s
             result = summarise(job, number, losses, evaluation, train_s, evaluation_s)
             after_epoch(result, start_s)
@@ -149,9 +149,11 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
         job.progress.add(len(batch), value * len(batch))
 
 
-def evaluate(job: Job) -> tuple[float, int]:
-    """Sum of the losses and number of right answers on this rank's share of the validation samples."""
-    model, world = job.synchroniser.replica.model, job.synchroniser.world
+def evaluate(job: Job, epoch: int) -> tuple[float, int]:
+    """Sum of the losses and number of right answers on this rank's share of the validation samples, after an
+    epoch."""
+    tta = job.config.tta if epoch >= job.config.tta_from_epoch else "none"
+    model, world = job.synchroniser.replica.evaluated, job.synchroniser.world
     evaluators = 1 if job.config.has_master else world.size
     shares = np.array_split(job.val_pool, evaluators)
     mine = shares[world.rank] if world.rank < evaluators else job.val_pool[:0]
@@ -165,9 +167,9 @@ def evaluate(job: Job) -> tuple[float, int]:
         model.eval()
         for images, labels in feed(job.validation, mine, EVALUATION_BATCH):
             world.ledger.enter("evaluation")  # a sign of life
-            found = scores(model, images, job.config.tta)
-            loss_sum += F.cross_entropy(found, labels, reduction="sum").item()
-            correct += int((found.argmax(1) == labels).sum())
+            scores = score(model, images, tta)
+            loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
+            correct += int((scores.argmax(1) == labels).sum())
     return loss_sum, correct
 
 

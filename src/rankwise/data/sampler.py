@@ -19,8 +19,8 @@ class Batch:
 
     Of the samples that all ranks train in the round, `weights` [ranks] are the shares of the ranks, a
     master's being 0, and `share` is this batch's own. `position` is how many epochs are over in the
-    middle of this step, `rounds_left` the number of rounds of the epoch after this one, and `step` that of
-    the worker that has the most, from 1.
+    middle of this step, `end` how many after it (at the end of a round alike on all ranks), `rounds_left` the
+    number of rounds of the epoch after this one, and `step` that of the worker that has the most, from 1.
     """
 
     epoch: int
@@ -29,6 +29,7 @@ class Batch:
     weights: NDArray[np.float64]
     share: float
     position: float
+    end: float
     rounds_left: int
     step: int
 
@@ -176,6 +177,7 @@ class Sampler:
                     weights=weights,
                     share=len(indices) / sizes.sum(),
                     position=epoch - 1 + (start + until) / (2 * over[-1]),
+                    end=epoch - 1 + float(until / over[-1]),
                     rounds_left=len(rounds) - 1 - number,
                     step=int(steps[number + 1] if ends else steps[number] + turn + 1),
                 )

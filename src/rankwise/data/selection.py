@@ -29,13 +29,13 @@ def select(config: TrainConfig, dataset: Dataset) -> Selection:
     else:
         train_pool, val_pool = _hold_out(everything, config.validation_split, config.seed)
         validation = dataset.train
-    train_pool = _at_most(train_pool, config.train_limit, config.seed)
+    train_pool = at_most(train_pool, config.train_limit, config.seed)
     if len(train_pool) < config.workers:
         raise ConfigError(
             f"{config.workers} workers were asked for, but there are {len(train_pool)} training samples: "
             "every worker needs one, use fewer --ranks"
         )
-    return Selection(train_pool, validation, _at_most(val_pool, config.val_limit, config.seed))
+    return Selection(train_pool, validation, at_most(val_pool, config.val_limit, config.seed))
 
 
 def _hold_out(pool: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
@@ -47,7 +47,7 @@ def _hold_out(pool: Indices, fraction: float, seed: int) -> tuple[Indices, Indic
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def _at_most(pool: Indices, limit: int | None, seed: int) -> Indices:
+def at_most(pool: Indices, limit: int | None, seed: int) -> Indices:
     """A seeded choice of `limit` of these samples, or all of them."""
     if limit is None or limit >= len(pool):
         return pool

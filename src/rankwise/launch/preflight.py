@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rankwise import balance, data, faults, models, strategies, tracking
+from rankwise import balance, data, faults, models, schedule, strategies, tracking
 from rankwise.config import TrainConfig
 from rankwise.data.partition import parse_shards
 from rankwise.data.selection import select
@@ -28,6 +28,7 @@ def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
     """
     config = strategies.resolve(config)
     models.check(config.model)
+    schedule.check(config)
     parse_shards(config.shards)
     balance.check(config)
     data.check(config.dataset, config.data_dir)
@@ -82,6 +83,11 @@ def prepare(config: TrainConfig, on_progress: Callable[[str, int, int], None] | 
     dataset = data.prepare(
         config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir, on_progress=on_progress
     )
+    if config.classes not in (None, len(dataset.classes)):
+        raise ConfigError(
+            f"--classes {config.classes} was given, by the recipe or by you, but {config.dataset} has "
+            f"{len(dataset.classes)}: use another recipe, or --classes {len(dataset.classes)} to try this one"
+        )
     samples = len(select(config, dataset).train_pool)
     assert config.strategy is not None
     copies = config.workers if strategies.entry_of(config.strategy).replicates else 1

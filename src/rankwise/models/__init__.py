@@ -14,6 +14,12 @@ MODELS = {
     "paper-cnn": ("rankwise.models.paper_cnn:PaperCNN", "the paper's network, 62,006 parameters on 3x32x32"),
     "mlp": ("rankwise.models.mlp:MLP", "two hidden layers of 256, the smallest that learns"),
     "resnet9": ("rankwise.models.resnet:ResNet9", "a short residual network, 6.6 million parameters"),
+    "airbench": (
+        "rankwise.models.airbench:Airbench",
+        "whitened patches and three blocks, 2.0 million parameters",
+    ),
+    "airbench-wide": ("rankwise.models.airbench:AirbenchWide", "the same, wider"),
+    "airbench-deep": ("rankwise.models.airbench:AirbenchDeep", "wider and deeper, with short cuts"),
     "resnet18": ("rankwise.models.resnet:ResNet18", "ResNet-18 in its CIFAR form, 11.2 million parameters"),
 }
 """name -> (where its class is, what it is). A class is called with (image_shape, classes)."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankwise.errors import ModelError
+from rankwise.models.average import Average
 
 
 class Replica:
@@ -22,6 +23,9 @@ class Replica:
     The floating-point buffers (BatchNorm's running mean and variance) and the integer and boolean ones
     (int64, BatchNorm's batch count; never turned into floats) are kept apart: training does not read
     them. Raises ModelError for complex numbers.
+
+    Parameters that are not trained are kept apart too: ranks that start alike stay alike in them. With an
+    `average`, its buffers are shared like the model's own; its weights follow by themselves.
 
     `clip_norm` limits the norm of all gradients together in each `step`, None for no limit. What the
     loop calls is `module`, the model itself unless it is compiled, or a strategy wraps it.
@@ -34,30 +38,42 @@ class Replica:
         *,
         share_optimizer_state: bool = False,
         clip_norm: float | None = None,
+        average: Average | None = None,
     ) -> None:
         self.model = model
         self.module = model
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        self.parameters = list(model.parameters())
+        self.average = average
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         _create_state(optimizer)
-        tensors = [*self.parameters, *model.buffers()]
+        tensors = [*model.parameters(), *model.buffers()]
         if any(tensor.is_complex() for tensor in tensors):
             raise ModelError("the model holds complex numbers, expected floats and integers")
         weights = [parameter.detach() for parameter in self.parameters]
         if share_optimizer_state:
             weights += self.optimizer_tensors()
+        frozen = [parameter.detach() for parameter in model.parameters() if not parameter.requires_grad]
         buffers = [buffer.detach() for buffer in model.buffers()]
         floats = [buffer for buffer in buffers if buffer.is_floating_point()]
+        averaged = [*average.weights, *average.buffers] if average else []
+        if average:
+            floats += average.buffers
         self._weights = _Flat(weights, _wide(weights))
+        self._frozen = _Flat(frozen, _wide(frozen))
         self._buffers = _Flat(floats, _wide(floats))
         self._integers = _Flat([b for b in buffers if not b.is_floating_point()], torch.int64)
-        self._all = [*weights, *buffers]
+        self._all = [*weights, *frozen, *buffers, *averaged]
 
     @property
     def size(self) -> int:
-        """Numbers in all parameters."""
+        """Numbers in all parameters that are trained."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated: the average, if there is one."""
+        return self.average.model if self.average else self.model
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -84,6 +100,14 @@ class Replica:
     def unpack(self, flat: NDArray[np.floating]) -> None:
         """Overwrite the weights from a flat array; a longer one's tail is left alone."""
         self._weights.unpack(flat)
+
+    def pack_frozen(self) -> NDArray[np.floating]:
+        """The parameters that are not trained as one flat array, empty for most models."""
+        return self._frozen.pack(0)
+
+    def unpack_frozen(self, flat: NDArray[np.floating]) -> None:
+        """Overwrite the parameters that are not trained."""
+        self._frozen.unpack(flat)
 
     def pack_buffers(self) -> NDArray[np.floating]:
         """The floating-point buffers as one flat array, empty for a model without BatchNorm and the like."""

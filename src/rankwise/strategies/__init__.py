@@ -174,10 +174,30 @@ def _check_options(name: str, entry: Entry, config: TrainConfig) -> None:
         raise ConfigError(
             "--compress and --optimizer-state average do not go together: use --optimizer-state keep or reset"
         )
+    _check_average(name, entry, config)
     if config.bucket_mb is not None and config.bucket_mb * 1e6 > machine.memory_bytes():
         raise ConfigError(
             f"--bucket-mb {config.bucket_mb} was given, but this machine has "
             f"{machine.memory_bytes() / 1e6:.0f} MB of memory"
+        )
+
+
+def _check_average(name: str, entry: Entry, config: TrainConfig) -> None:
+    kind = config.averaged_weights
+    if kind == "none" and config.average_decay is not None:
+        raise ConfigError(
+            f"--average-decay {config.average_decay} was given without --averaged-weights ema or lookahead"
+        )
+    fits = {
+        "none": True,
+        "ema": entry.strategy.in_step,
+        "lookahead": entry.strategy.sends_gradients,
+    }
+    if not fits[kind]:
+        needs = "gradients" if kind == "lookahead" else "weights all alike"
+        raise ConfigError(
+            f"--averaged-weights {kind} was given, but it is for strategies whose ranks agree on {needs} in "
+            f"each synchronisation, such as allreduce, and --strategy {name} is not one"
         )
 
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankwise import balance
+from rankwise import balance, schedule
 from rankwise.config import TrainConfig
 from rankwise.data import partition
 from rankwise.data.partition import Indices
 from rankwise.data.sampler import Sampler
 from rankwise.errors import ConfigError
 from rankwise.faults import NoFaults
-from rankwise.schedule import scheduler
 from rankwise.strategies import entry_of, resolve
 from rankwise.strategies.arrival import Arrival
 from rankwise.strategies.synchroniser import Synchroniser
@@ -72,13 +71,18 @@ def _steps_a_round(config: TrainConfig, epoch: int) -> int | None:
 
 def make_replica(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> Replica:
     """The replica of a rank for a resolved configuration."""
+    from rankwise.models.average import Average
     from rankwise.models.replica import Replica
 
+    average = None
+    if config.averaged_weights != "none":
+        average = Average(model, config.averaged_weights, decay=config.average_decay, epochs=config.epochs)
     return Replica(
         model,
         optimizer,
         share_optimizer_state=config.optimizer_state == "average",
         clip_norm=config.clip_norm,
+        average=average,
     )
 
 
@@ -100,7 +104,7 @@ def assemble(
         entry_of(config.strategy).build(config),
         make_sampler(config, pool, labels, world.rank),
         world,
-        rate_factor=scheduler(config),
+        rate_factor=schedule.scheduler(config),
         survives=config.on_failure == "continue" and world.size > 1,
         min_ranks=config.min_ranks,
         spares=config.spares,
@@ -122,10 +126,12 @@ def synchronise(
     `samples` is the size of the training set. `options` are those of `rankwise train` that say how
     ranks work together (strategy, topology, sync_every, compress, optimizer_state, shards, batch_size,
     seed, on_failure and those of single strategies) and how the learning rate goes (epochs, schedule,
-    lr_scaling, warmup, clip_norm); the rate itself is the optimiser's.
+    lr_scaling, warmup, peak_at, final_lr_fraction, clip_norm), and averaged_weights; the rate itself is the
+    optimiser's, and what an average holds is `replica.evaluated`.
     Raises ConfigError, one line, for an option that does not exist or does not fit.
     """
     config = resolve(TrainConfig(ranks=world.size, **options))
+    schedule.check(config)
     balance.check(config)
     if config.balance == "measured":
         raise ConfigError("--balance measured is for rankwise train: give your loop the batches, N,N,...")

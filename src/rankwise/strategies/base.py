@@ -84,6 +84,9 @@ class Strategy(ABC):
     """Whether `train` exchanges too, so that all ranks make every step of a round, with an empty batch if
     they have nothing left. A round is then trained again from its beginning when a rank is lost."""
 
+    sends_gradients: ClassVar[bool] = False
+    """Whether ranks agree on gradients, never on weights, so that all may change their weights alike."""
+
     alike: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays in a state's memory that are the same on all ranks, so that a newcomer takes them
     from another."""
@@ -151,13 +154,17 @@ def require_finite(flat: Flat) -> None:
 
 def start_alike(replica: Replica, world: World) -> None:
     """Give all ranks the weights and buffers of rank 0."""
-    weights, buffers, integers = replica.pack(), replica.pack_buffers(), replica.pack_integers()
-    for flat in (weights, buffers, integers):
+    weights, frozen = replica.pack(), replica.pack_frozen()
+    buffers, integers = replica.pack_buffers(), replica.pack_integers()
+    for flat in (weights, frozen, buffers, integers):
         if flat.size:
             world.broadcast(flat)
     replica.unpack(weights)
+    replica.unpack_frozen(frozen)
     replica.unpack_buffers(buffers)
     replica.unpack_integers(integers)
+    if replica.average is not None:
+        replica.average.begin()
 
 
 def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: World) -> None:

@@ -40,6 +40,7 @@ class GradientAveraging(Strategy):
 
     topologies: ClassVar = ("allreduce", "master")
     shares_optimizer: ClassVar = True
+    sends_gradients: ClassVar = True
     keeps_local_work: ClassVar = False
     alike: ClassVar = ("directions",)
 

@@ -39,6 +39,7 @@ class Peer(Strategy):
     """
 
     shares_optimizer: ClassVar = True
+    sends_gradients: ClassVar = True
     survives: ClassVar = False
 
     def init(self, replica: Replica, world: World) -> State:

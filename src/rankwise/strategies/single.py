@@ -21,6 +21,7 @@ class Single(Strategy):
     topologies: ClassVar = ()
     sync_every: ClassVar = None
     survives: ClassVar = False
+    sends_gradients: ClassVar = True
 
     def init(self, replica: Replica, world: World) -> State:
         return State()

@@ -355,6 +355,7 @@ class Synchroniser:
 
     def _step(self, batch: Batch) -> None:
         strategy, replica, world = self._strategy, self.replica, self.world
+        rounds = self.state.rounds
         where = f"in epoch {batch.epoch}, step {batch.step}"
         not_finite = f"weights or gradients are not finite {where}: try a smaller learning rate"
         try:
@@ -376,14 +377,23 @@ class Synchroniser:
             self._drops = self._over = 0
             self.position = replace(self.position, rounds=self.position.rounds + 1)
             self._past.all_came()
+            self._follow(batch)
             self._trained.append(np.concatenate(self._under_way))
             self._under_way = []
             self._round_begins(self.position)
             self._tell_of_recovery()
+        elif self.state.rounds > rounds:  # a strategy without exchanges commits each step
+            self._follow(batch)
         world.timeline.step(batch.epoch, len(batch))
         self._rounds += batch.ends_round
         if batch.ends_round and self._rounds % SETTLE_ROUNDS == 0:
             world.settle()
+
+    def _follow(self, batch: Batch) -> None:
+        """Take what was committed into the average of the weights, if there is one."""
+        if self.replica.average is not None:
+            with self.world.ledger.phase("optimizer"):
+                self.replica.average.follow(self.state.rounds, batch.end)
 
     def _tell_of_recovery(self) -> None:
         if self._found_ns is not None:

@@ -1,0 +1,60 @@
+"""A moving average of a model's weights, which is evaluated in place of the model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import nn
+
+DECAYS = {"ema": 0.99, "lookahead": 0.95}
+"""Part of the average that stays at a step."""
+
+EVERY = 5
+"""Steps after which lookahead looks."""
+
+
+class Average:
+    """The average of a model, in a `model` of its own: its weights, and its floating-point buffers.
+
+    `ema`: with w the weights after step t, and a the average, a <- d a + (1 - d) w, with d = min(decay,
+    (1 + t) / (10 + t)), so that what a network was at random is soon forgotten.
+
+    `lookahead` (Zhang et al. 2019, arXiv:1907.08610, as Jordan 2024, arXiv:2404.00498, has it): every five
+    steps a <- d a + (1 - d) w and then w <- a, with d = decay**5 p**3, where p is the part of the run that
+    is over. All ranks must then have the same weights.
+
+    A step is a commit: where ranks agree on weights every so many steps, it is such a synchronisation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: Literal["ema", "lookahead"],
+        *,
+        decay: float | None = None,
+        epochs: int = 1,
+    ) -> None:
+        self._kind = kind
+        self._decay = DECAYS[kind] if decay is None else decay
+        self._epochs = epochs
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.weights = [parameter.detach() for parameter in self.model.parameters()]
+        self.buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        self._mine = [*self.weights, *self.buffers]
+        self._theirs = [parameter.detach() for parameter in model.parameters()]
+        self._theirs += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+    def begin(self) -> None:
+        """Be what the model is."""
+        torch._foreach_copy_(self._mine, self._theirs)
+
+    def follow(self, steps: int, epochs: float) -> None:
+        """The model has made so many steps, with which so many epochs are over."""
+        if self._kind == "ema":
+            torch._foreach_lerp_(self._mine, self._theirs, 1 - min(self._decay, (1 + steps) / (10 + steps)))
+        elif steps % EVERY == 0:
+            part = self._decay**EVERY * (epochs / self._epochs) ** 3
+            torch._foreach_lerp_(self._mine, self._theirs, 1 - part)
+            torch._foreach_copy_(self._theirs, self._mine)
