@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rankwise.cli import main
-from rankwise.config import TrainConfig
+from rankwise.config import TrainConfig, preset_names, read_preset, read_toml
 from rankwise.record import Record, RunFolder
 from rankwise.world import surroundings
 
@@ -162,6 +162,30 @@ def test_layers_of_options(tmp_path: Path) -> None:
     assert call("train", *words, "--out", "run") == 0
     stored = RunFolder(tmp_path / "run").read().config
     assert (stored["epochs"], stored["batch_size"], stored["shards"]) == (1, 64, "fixed")
+
+
+def test_presets_are_listed_and_copied(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every preset is listed with what it is; one that is printed is a file for --config that says the same."""
+    assert call("presets") == 0
+    listed = capsys.readouterr().out
+    for name in preset_names():
+        assert f"\n{name}\n    " in f"\n{listed}"
+        assert call("presets", name) == 0
+        Path("mine.toml").write_text(capsys.readouterr().out)
+        assert read_toml(Path("mine.toml")) == read_preset(name)
+    assert call("presets", "cifar10-93") == 2
+    assert "cifar10-94" in capsys.readouterr().err
+
+
+def test_a_recipe_for_other_classes_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A preset for another number of classes is refused before a rank starts, and leaves no run."""
+    Path("five.toml").write_text("classes = 5\n")
+    assert call("train", *QUICK, "--config", "five.toml", "--out", "run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--classes 5" in error
+    assert "--classes 10" in error
+    assert not Path("run").exists()
 
 
 def test_a_run_folder_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:

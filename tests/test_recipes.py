@@ -118,8 +118,8 @@ def test_lookahead_steps_back_every_five_steps() -> None:
         if step % 5 == 0:
             stays = 0.9**5 * (step / 20) ** 3
             slow = fast = stays * slow + (1 - stays) * fast
-        assert float(model.weight) == pytest.approx(fast, rel=1e-5)
-        assert float(average.model.weight) == pytest.approx(slow, rel=1e-5)
+        assert model.weight.item() == pytest.approx(fast, rel=1e-5)
+        assert average.model.weight.item() == pytest.approx(slow, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ema", "lookahead"])
