@@ -22,9 +22,9 @@ from common import command, finish, images_per_s, record_of, spread, start, turn
 
 from rankwise.config import TrainConfig
 from rankwise.models.blank import blank_batch, make_gradients, seconds_of
+from rankwise.models.optimizers import make_optimizer
 from rankwise.models.paper_cnn import PaperCNN
 from rankwise.models.replica import Replica
-from rankwise.run import make_optimizer
 from rankwise.speed import limits_of
 
 EPOCH_FLOPS = 195e9

@@ -16,9 +16,10 @@ from rankwise.data import prepare
 from rankwise.errors import ConfigError
 from rankwise.launch.hosts import Host, fit
 from rankwise.launch.preflight import check
+from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.record import Record, RunFolder
-from rankwise.run import make_optimizer, run
+from rankwise.run import run
 from rankwise.strategies.assembly import synchronise
 from rankwise.world import World, run_in_threads
 

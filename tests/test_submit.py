@@ -76,7 +76,8 @@ def every_option() -> dict[str, Any]:
         "compress": "topk:0.01", "optimizer": "adamw", "optimizer_state": "average", "schedule": "cosine",
         "lr_scaling": "sqrt", "threads": "all", "on_failure": "restart", "on_shrink": "keep-global-batch",
         "fault": ("kill:rank=1", "nan:p=0.5"), "track": "mlflow", "balance": "24,8", "flip": "random",
-        "tta": "flip", "precision": "bf16", "compile": "on", "memory_format": "contiguous",
+        "tta": "flip", "averaged_weights": "ema", "precision": "bf16",
+        "compile": "on", "memory_format": "contiguous",
     }  # fmt: skip
     for name, field in TrainConfig.model_fields.items():
         if name in values or name in ("hosts", "hostfile", "out"):

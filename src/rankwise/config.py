@@ -206,11 +206,6 @@ class TrainConfig(BaseModel):
         description="Part of each label that the training loss spreads evenly over all classes "
         "(arXiv:1512.00567).",
     )
-    tta: Literal["none", "flip", "flip+shift"] = Field(
-        "none",
-        description="Views of an image over which an evaluation takes the mean of the scores: it alone, with "
-        "its mirror image, or these and both moved by a pixel (arXiv:2404.00498).",
-    )
     whitening: int = Field(
         0,
         ge=0,

@@ -20,8 +20,8 @@ from rankwise import machine, models
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 from rankwise.models.blank import blank_batch, make_gradients, seconds_of
+from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
-from rankwise.run import make_optimizer
 
 IMAGE_SHAPE, CLASSES = (3, 32, 32), 10
 

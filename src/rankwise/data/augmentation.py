@@ -60,9 +60,9 @@ class Augmentation:
 
     def _mirrored(self, indices: Indices) -> NDArray[np.bool_]:
         if self.flip == "random":
-            return self._draw(_Purpose.FLIP, indices, 2) == 1
+            return np.asarray(self._draw(_Purpose.FLIP, indices, 2) == 1)
         first = _numbers(self.seed, 1, _Purpose.FLIP, indices, 2)
-        return (first + self.epoch) % 2 == 1
+        return np.asarray((first + self.epoch) % 2 == 1)
 
     def _translated(self, images: Images, indices: Indices) -> Images:
         count, height, width, channels = images.shape
@@ -104,4 +104,4 @@ def _numbers(seed: int, epoch: int, purpose: _Purpose, indices: Indices, most: i
     x = key + (indices.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) % np.uint64(most)).astype(np.int64)
+    return np.asarray((x ^ (x >> np.uint64(31))) % np.uint64(most)).astype(np.int64)
