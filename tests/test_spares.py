@@ -14,6 +14,7 @@ from rankwise.config import TrainConfig
 from rankwise.data.sampler import _shares
 from rankwise.errors import RankLost
 from rankwise.record import Record
+from rankwise.strategies import synchroniser
 from rankwise.world import World
 from rankwise.world.threads import Killed, run_in_threads
 
@@ -22,6 +23,12 @@ from .world_contract import check
 
 Make = Callable[..., TrainConfig]
 Train = Callable[..., tuple[Record, Any, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_compared_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that ranks are lost, and come in, between and in these exchanges too."""
+    monkeypatch.setattr(synchroniser, "SETTLE_ROUNDS", 2)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 100), st.integers(1, 40))

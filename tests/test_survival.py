@@ -14,7 +14,7 @@ from rankwise.config import TrainConfig
 from rankwise.errors import DivergedError
 from rankwise.models.replica import Replica
 from rankwise.record import Record
-from rankwise.strategies import entry_of, resolve
+from rankwise.strategies import entry_of, resolve, synchroniser
 from rankwise.strategies.arrival import stand_by
 from rankwise.strategies.assembly import make_sampler
 from rankwise.strategies.synchroniser import Synchroniser
@@ -46,6 +46,12 @@ OUT_OF_STEP = [
     ("easgd", "master"),
     ("downpour", "master"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_compared_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that ranks are lost, and come in, between and in these exchanges too."""
+    monkeypatch.setattr(synchroniser, "SETTLE_ROUNDS", 2)
 
 
 @pytest.mark.parametrize("call", [63, 101])

@@ -34,8 +34,8 @@ MOST_FRUITLESS = 3
 """Recoveries in a row in which it turns out that no rank was lost."""
 
 SETTLE_ROUNDS = 1024
-"""Rounds, of which all ranks make the same number, after which logs are compared: an epoch of nothing but
-messages has no exchange at which the world could do it by itself."""
+"""Rounds of an epoch, of which all ranks make the same number, after which logs are compared: an epoch of
+nothing but messages has no exchange at which the world could do it by itself."""
 
 
 class Synchroniser:
@@ -83,7 +83,6 @@ class Synchroniser:
         self.books: Callable[[], Any] = lambda: None
         self._strategy = strategy
         self._batch: Batch | None = None
-        self._rounds = 0
         self._begun_again = 0
         self._members = list(world.members)
         self._fruitless = 0
@@ -385,8 +384,8 @@ class Synchroniser:
         elif self.state.rounds > rounds:  # a strategy without exchanges commits each step
             self._follow(batch)
         world.timeline.step(batch.epoch, len(batch))
-        self._rounds += batch.ends_round
-        if batch.ends_round and self._rounds % SETTLE_ROUNDS == 0:
+        # By a number that all have alike, also those who came in later or made a round again.
+        if batch.ends_round and self.position.rounds % SETTLE_ROUNDS == 0:
             world.settle()
 
     def _follow(self, batch: Batch) -> None:
