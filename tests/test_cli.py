@@ -165,7 +165,8 @@ def test_layers_of_options(tmp_path: Path) -> None:
 
 
 def test_presets_are_listed_and_copied(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every preset is listed with what it is; one that is printed is a file for --config."""
+    """Every preset is listed with what it is; one that is printed is a file for --config that says the
+    same."""
     assert call("presets") == 0
     listed = capsys.readouterr().out
     for name in preset_names():
