@@ -389,7 +389,7 @@ def test_several_sources(train_in_threads: Train, config: Make) -> None:
     means = {its.batch: its.mean_s for its in both.compute}
     _, between = compute_at(both, 1, 40)
     assert between.mean() == pytest.approx((means[16] + means[64]) / 2)
-    _, other, _ = train_in_threads(config(ranks=1, dataset="synthetic:500", epochs=2), folder="other")
+    _, other, _ = train_in_threads(config(ranks=1, dataset="synthetic:900", epochs=3), folder="other")
     with pytest.raises(UsageError, match="another network or dataset"):
         read_source([first.path, other.path])
 
@@ -471,7 +471,7 @@ def test_a_run_predicts_itself(command: Command) -> None:
         "--model",
         "mlp",
         "--epochs",
-        "4",
+        "2",
         "--lr",
         "0.02",
         "--ranks",
@@ -492,7 +492,18 @@ def test_a_run_predicts_itself(command: Command) -> None:
 def test_measuring(command: Command) -> None:
     """Without a run, --measure makes short ones, leaves nothing behind, and predicts the options of train
     that it was given."""
-    words = ["--dataset", "digits", "--model", "mlp", "--batch-size", "32", "--ranks", "1,2,50"]
+    words = [
+        "--dataset",
+        "digits",
+        "--model",
+        "mlp",
+        "--batch-size",
+        "32",
+        "--ranks",
+        "1,2,50",
+        "--threads",
+        "1",
+    ]
     found = command.rankwise("predict", "--measure", *words, "--format", "json")
     assert found.code == 0, found
     assert found.json["about"] == "mlp on digits, parameter-averaging, master, batches of 32"
