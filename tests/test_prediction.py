@@ -389,7 +389,7 @@ def test_several_sources(train_in_threads: Train, config: Make) -> None:
     means = {its.batch: its.mean_s for its in both.compute}
     _, between = compute_at(both, 1, 40)
     assert between.mean() == pytest.approx((means[16] + means[64]) / 2)
-    _, other, _ = train_in_threads(config(ranks=1, dataset="synthetic:900", epochs=3), folder="other")
+    _, other, _ = train_in_threads(config(ranks=1, dataset="synthetic:3000", epochs=3), folder="other")
     with pytest.raises(UsageError, match="another network or dataset"):
         read_source([first.path, other.path])
 
