@@ -29,6 +29,10 @@ def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
     config = strategies.resolve(config)
     models.check(config.model)
     schedule.check(config)
+    if config.muon_lr is not None and config.optimizer != "muon":
+        raise ConfigError(
+            f"--muon-lr {config.muon_lr} was given, but it is for --optimizer muon, not {config.optimizer}"
+        )
     parse_shards(config.shards)
     balance.check(config)
     data.check(config.dataset, config.data_dir)

@@ -26,8 +26,8 @@ def whiten(model: nn.Module, batches: Iterable[Tensor]) -> None:
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None or (first.groups, first.dilation) != (1, (1, 1)) or first.out_channels < 2:
         raise ModelError(
-            "--whitening was given, but the model does not begin with a convolution of plain patches and 2 "
-            f"filters or more ({first}): leave it out"
+            "--whitening was given, but the model does not begin with a convolution of plain patches that "
+            "has 2 filters or more: leave it out"
         )
     variances, directions = torch.linalg.eigh(patch_covariance(batches, first.kernel_size))
     pairs = min(first.out_channels // 2, len(variances))
