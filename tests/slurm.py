@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -15,7 +16,8 @@ from types import TracebackType
 
 from rankwise import machine
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+_DAEMONS = ("munged", "slurmctld", "slurmd")
+PROGRAMS = (*_DAEMONS, "sbatch", "scontrol")
 PACKAGES = ("slurm-wlm", "munge")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
@@ -100,6 +102,10 @@ class Slurm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if len(self._daemons) == len(_DAEMONS):  # or a job of a test that failed would outlive it
+            self.run("scancel", "--full", "--signal=KILL", f"--user={os.getuid()}")
+            with contextlib.suppress(AssertionError):
+                _until(lambda: not self.run("squeue", "-h").strip(), 15)
         for daemon in reversed(self._daemons):
             daemon.terminate()
             try:

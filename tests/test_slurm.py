@@ -61,16 +61,16 @@ def test_a_job_trains(slurm: Slurm, tmp_path: Path) -> None:
 def test_a_job_goes_on_after_a_notice(slurm: Slurm, tmp_path: Path) -> None:
     """Slurm's notice makes the run save itself, the script puts the job back into the queue, and there it
     goes on to its end with all samples."""
-    job = submitted(slurm, tmp_path, "--epochs", "400")
+    job = submitted(slurm, tmp_path, "--epochs", "100")
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)
     slurm.run("scancel", "--signal=USR1", "--batch", job, check=True)
     wait_for(lambda: slurm.job(job).get("Restarts") == "1", 60)
     stopped = RunFolder(tmp_path / "run").read()
     assert stopped.outcome == "interrupted"
-    assert len(stopped.epochs) < 400
+    assert len(stopped.epochs) < 100
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     slurm.run("scontrol", "release", job)
     record = ended(slurm, job, tmp_path)
-    assert len(record.epochs) == 400
+    assert len(record.epochs) == 100
     assert record.resumed_from_epoch is not None
