@@ -103,7 +103,7 @@ class Slurm:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if len(self._daemons) == len(_DAEMONS):  # or a job of a test that failed would outlive it
-            self.run("scancel", "--full", "--signal=KILL", f"--user={os.getuid()}")
+            self.run("scancel", f"--user={os.getuid()}")
             with contextlib.suppress(AssertionError):
                 _until(lambda: not self.run("squeue", "-h").strip(), 15)
         for daemon in reversed(self._daemons):
