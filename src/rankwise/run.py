@@ -14,7 +14,7 @@ from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Dataset
 from rankwise.data.feed import feed
-from rankwise.data.selection import at_most, select
+from rankwise.data.selection import Selection, at_most, select
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.faults import Faults, NoFaults, parse
 from rankwise.keeper import Keeper
@@ -61,14 +61,16 @@ def run(
     spares = standing_by(config, world, threads)
     torch.backends.mkldnn.set_flags(config.onednn)  # type: ignore[no-untyped-call]
     machine.keep_freed_memory()
-    replica = _make_replica(config, dataset)  # also of a spare, which then is there at once when it is needed
+    chosen = select(config, dataset)
+    # Also of a spare, which then is there at once when it is needed.
+    replica = _make_replica(config, dataset, chosen)
     compiled = compiling.settle(
         config,
         replica,
         world,
         image_shape=dataset.image_shape,
         classes=len(dataset.classes),
-        samples=len(select(config, dataset).train_pool),
+        samples=len(chosen.train_pool),
         say=say,
     )
     config = config.model_copy(update={"compile": "on" if compiled else "off"})
@@ -88,7 +90,7 @@ def run(
             arrival = stand_by(world)
             if arrival is None:
                 return folder.read()
-        job = _make_job(config, dataset, replica, world, folder, arrival)
+        job = _make_job(config, dataset, chosen, replica, world, folder, arrival)
         books = arrival.books if arrival else None
         keeper = Keeper(config, world, folder, job, threads, hosts, spares, start, books, say)
         return _train(job, keeper, world, dog, start, arrival, folder)
@@ -200,13 +202,13 @@ def _take_seats(config: TrainConfig, world: World, say: Say) -> tuple[int, list[
     return threads[world.rank], hosts
 
 
-def _make_replica(config: TrainConfig, dataset: Dataset) -> Replica:
+def _make_replica(config: TrainConfig, dataset: Dataset, chosen: Selection) -> Replica:
     with _SEEDING:
         torch.manual_seed(config.seed)
         model = models.build(config.model, dataset.image_shape, len(dataset.classes))
     if config.whitening:
-        chosen = at_most(select(config, dataset).train_pool, config.whitening, config.seed)
-        whiten(model, (images for images, _ in feed(dataset.train, chosen, WHITENING_BATCH)))
+        seen = at_most(chosen.train_pool, config.whitening, config.seed)
+        whiten(model, (images for images, _ in feed(dataset.train, seen, WHITENING_BATCH)))
     if config.memory_format == "contiguous":
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     else:
@@ -217,12 +219,12 @@ def _make_replica(config: TrainConfig, dataset: Dataset) -> Replica:
 def _make_job(
     config: TrainConfig,
     dataset: Dataset,
+    chosen: Selection,
     replica: Replica,
     world: World,
     folder: RunFolder,
     arrival: Arrival | None = None,
 ) -> Job:
-    chosen = select(config, dataset)
     return Job(
         config=config,
         synchroniser=assemble(

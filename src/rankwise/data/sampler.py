@@ -156,15 +156,15 @@ class Sampler:
         empty."""
         rounds = self.rounds(epoch)
         batch_size = self._batch_size(self._rank)
-        longest = np.array([self._in_batches(round.sizes).max() for round in rounds])
+        longest = self._in_batches(np.array([round.sizes for round in rounds])).max(axis=1)
         over = np.concatenate([[0], np.cumsum(longest)])
         steps = np.concatenate([[0], np.cumsum(np.ceil(longest))])
         for number, round in enumerate(rounds[first_round:], start=first_round):
             sizes = round.sizes
             weights = sizes / sizes.sum()
             mine, done = round.left(self._rank), round.done[self._rank]
-            left = self._in_batches([len(round.left(rank)) for rank in range(self._size)])
-            turns = max(1, int(np.ceil(left.max() if self._in_lockstep else left[self._rank])))
+            together = range(self._size) if self._in_lockstep else (self._rank,)
+            turns = max(1, *(self._turns(round, rank) for rank in together))
             for turn in range(turns):
                 ends = turn == turns - 1
                 indices = mine[turn * batch_size : (turn + 1) * batch_size]
@@ -256,8 +256,12 @@ class Sampler:
             sizes = [max(1, round(self._global_batch * size / sum(sizes))) for size in sizes]
         return tuple(sizes)
 
+    def _turns(self, round: Round, rank: int) -> int:
+        """Steps that a rank has still to make in a round."""
+        return -(-len(round.left(rank)) // self._batch_size(rank))
+
     def _in_batches(self, samples: Sequence[int] | NDArray[np.float64]) -> NDArray[np.float64]:
-        """How many batches of its rank each of these numbers of samples [ranks] is."""
+        """How many batches of its rank each of these numbers of samples [..., ranks] is."""
         sizes = [self._batch_size(rank) for rank in range(self._size)]
         return np.asarray(samples, np.float64) / np.array(sizes, np.float64)
 
