@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -85,12 +84,12 @@ def sizes_by_speed(batch_size: int, step_s: Sequence[float]) -> list[int]:
 
 
 def _step_s(config: TrainConfig, replica: Replica, image_shape: tuple[int, int, int], classes: int) -> float:
-    """The median time of forward and backward pass, in seconds."""
-    from rankwise.models.blank import blank_batch, make_gradients, seconds_of
+    """What a step of this rank takes, in seconds; the replica is as before."""
+    from rankwise.models.blank import blank_batch, median_step_s
 
     before = replica.snapshot()
     batch = blank_batch(image_shape, classes, config.batch_size)
-    times = seconds_of(lambda: make_gradients(replica.module, replica.optimizer, batch, config.precision))
+    took_s = median_step_s(replica.module, replica.optimizer, batch, config.precision)
     before.restore()
     replica.optimizer.zero_grad()
-    return statistics.median(times)
+    return took_s

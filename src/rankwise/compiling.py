@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 
 from rankwise.config import TrainConfig
 from rankwise.errors import one_line
-from rankwise.models.blank import blank_batch, make_gradients, seconds_of
+from rankwise.models.blank import blank_batch, make_gradients, median_step_s
 from rankwise.models.replica import Replica
 from rankwise.world import World
 
@@ -59,11 +58,7 @@ def settle(
     batches = [blank_batch(image_shape, classes, size) for size in sizes]
 
     def step_s() -> float:
-        return statistics.median(
-            seconds_of(
-                lambda: make_gradients(replica.module, replica.optimizer, batches[0], config.precision)
-            )
-        )
+        return median_step_s(replica.module, replica.optimizer, batches[0], config.precision)
 
     mine = _Trial(step_s() if trains else 0.0)
     plain_s = max(trial.plain_s for trial in world.allgather_object(mine))

@@ -368,17 +368,19 @@ def explain(error: ValidationError) -> str:
     return f"--{field.replace('_', '-')}: {first['input']!r} was given, expected {expected}"
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The options in a TOML file, unchecked (TrainConfig checks them). Dashes and underscores are one."""
+def read_table(path: Path, kind: str) -> dict[str, Any]:
+    """What a TOML file holds; `kind` is what the user calls such a file. Raises ConfigError, one line."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
-    try:
-        table = tomllib.loads(text)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    options = {key.replace("-", "_"): value for key, value in table.items()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the {kind} file {path}: {error}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The options in a TOML file, unchecked (TrainConfig checks them). Dashes and underscores are one."""
+    options = {key.replace("-", "_"): value for key, value in read_table(path, "configuration").items()}
     for key in options:
         if key not in TrainConfig.model_fields:
             raise ConfigError(f"{path}: {unknown_name('option', key, TrainConfig.model_fields)}")

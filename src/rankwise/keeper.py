@@ -49,8 +49,7 @@ class _Tally:
 class Books:
     """What all keepers of a run know alike: the epochs so far and their tallies by number; the rows of ranks
     that stand by, of all when they were told last, and of those that were lost; the losses, of which the
-    first `told` are known to be over; and when the run was asked
-    for and began."""
+    first `told` are known to be over; and when the run was asked for and began."""
 
     epochs: list[Epoch]
     tallies: dict[int, _Tally]

@@ -139,21 +139,26 @@ def check(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
     Raises LaunchError, one line, unless all answer, have the same versions, and see the folder.
     """
     answers = ask(hosts, folder)
-    here = versions_here()
     for host, answer in zip(hosts, answers, strict=True):
         if answer.trouble:
             raise LaunchError(f"host {host.name} cannot be used: {answer.trouble}")
-        for (name, theirs), (_, ours) in zip(answer.versions, here, strict=True):
-            if theirs != ours:
-                raise LaunchError(
-                    f"host {host.name} has {name} {theirs}, and this one {ours}: install the same everywhere"
-                )
+        for difference in differences(host, answer):
+            raise LaunchError(difference)
         if not answer.sees_folder:
             raise LaunchError(
                 f"host {host.name} does not see the run folder {folder}: choose an --out on a file system "
                 "that all hosts share"
             )
     return {host.name: answer.name for host, answer in zip(hosts, answers, strict=True)}
+
+
+def differences(host: Host, answer: Answer) -> list[str]:
+    """What a host has in another version than this one, a line each."""
+    return [
+        f"host {host.name} has {name} {theirs}, and this one {ours}: install the same everywhere"
+        for (name, theirs), (_, ours) in zip(answer.versions, versions_here(), strict=True)
+        if theirs != ours
+    ]
 
 
 def answering(hosts: Sequence[Host], folder: Path, say: Callable[[str], None]) -> list[Host]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import LaunchError
-from rankwise.launch.hosts import Host, ask, versions_here
+from rankwise.launch.hosts import Host, ask, differences
 from rankwise.launch.mpiexec import command_line
 from rankwise.launch.supervision import supervise
 from rankwise.world.surroundings import find_mpiexec
@@ -63,17 +63,11 @@ def survey(hosts: Sequence[Host], say: Callable[[str], None]) -> dict[str, Any]:
         ],
         "links": links,
         "slowest": slowest["hosts"] if slowest else None,
-        "problems": [*_differences(hosts, [dict(answer.versions) for answer in answers]), *_clocks(links)],
+        "problems": [
+            *(line for pair in zip(hosts, answers, strict=True) for line in differences(*pair)),
+            *_clocks(links),
+        ],
     }
-
-
-def _differences(hosts: Sequence[Host], versions: Sequence[dict[str, str]]) -> list[str]:
-    return [
-        f"host {host.name} has {name} {theirs[name]}, and this one {ours}: install the same everywhere"
-        for host, theirs in zip(hosts, versions, strict=True)
-        for name, ours in versions_here()
-        if theirs[name] != ours
-    ]
 
 
 def _clocks(links: Sequence[dict[str, Any]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -34,6 +35,16 @@ def make_gradients(
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     loss.item()
+
+
+def median_step_s(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    precision: Literal["fp32", "bf16"],
+) -> float:
+    """The median time of forward and backward pass, in seconds."""
+    return statistics.median(seconds_of(lambda: make_gradients(model, optimizer, batch, precision)))
 
 
 def seconds_of(action: Callable[[], object], *, at_least_s: float = 0.3, repeats: int = 5) -> list[float]:

@@ -8,11 +8,11 @@ at most alpha / 2 and taken as that (LogGP: Alexandrov et al. 1995, doi:10.1145/
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankwise.config import read_table
 from rankwise.errors import ConfigError, unknown_name
 from rankwise.prediction.collectives import Hop
 
@@ -60,12 +60,7 @@ def read_network(name: str) -> Network:
     path = Path(name)
     if not path.suffix and not path.exists():
         raise ConfigError(unknown_name("--network", name, [*NETWORKS, "FILE.toml"]))
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the network file {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    table = read_table(path, "network")
     for key in table:
         if key not in _KEYS:
             raise ConfigError(f"{path}: {unknown_name('key', key, _KEYS)}")

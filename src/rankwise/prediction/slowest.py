@@ -20,9 +20,12 @@ def expected_maximum(samples: Seconds, count: int) -> float:
     It has the distribution function F**count, so that the i-th smallest sample is the largest draw with
     probability (i / n)**count - ((i - 1) / n)**count.
     """
-    ordered = np.sort(samples)
-    powers = np.linspace(0, 1, len(ordered) + 1) ** count
-    return float(ordered @ np.diff(powers))
+    return float(np.sort(samples) @ chances_of_largest(len(samples), count))
+
+
+def chances_of_largest(samples: int, count: int) -> NDArray[np.float64]:
+    """With what probability each of the sorted samples [samples] is the largest of `count` draws."""
+    return np.diff(np.linspace(0, 1, samples + 1) ** count)
 
 
 def quantile_of_maximum(samples: Seconds, count: int, fraction: float) -> float:

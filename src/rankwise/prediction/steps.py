@@ -9,7 +9,7 @@ import numpy as np
 
 from rankwise.config import TrainConfig
 from rankwise.prediction.network import Cluster
-from rankwise.prediction.slowest import SEED, Seconds, sums
+from rankwise.prediction.slowest import SEED, Seconds, chances_of_largest, sums
 from rankwise.prediction.source import Compute, Source
 
 SLICE_S = 0.003
@@ -44,9 +44,8 @@ def rounds_s(
     host, and how many such times are independent."""
     if config.strategy == "two-level" and here > 1:  # those of a host meet in every step
         step_s = np.sort(sums(step_s, 1, SEED))
-        powers = np.linspace(0, 1, len(step_s) + 1) ** here
         random = np.random.default_rng(SEED)
-        slowest = random.choice(step_s, len(step_s), p=np.diff(powers))
+        slowest = random.choice(step_s, len(step_s), p=chances_of_largest(len(step_s), here))
         return sums(step_s, terms, SEED), sums(slowest * max(crowd, 1), terms, SEED), len(cluster.hosts)
     alone = sums(step_s, terms, SEED)
     if crowd <= 1:
