@@ -48,7 +48,7 @@ class Hosts:
             _call("ip", "link", "add", bridge, "type", "bridge")
             _call("ip", "link", "set", bridge, "up")
             for name, address, rate in zip(self.names, self.addresses, self._rates, strict=True):
-                outside = f"rwv{self._mark}{name[-1]}"
+                outside = self._outside(name)
                 _call("ip", "netns", "add", name)
                 _call("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
                 _call("ip", "link", "set", outside, "master", bridge, "up")
@@ -130,11 +130,18 @@ class Hosts:
         )
         agent.chmod(0o755)
 
+    def _outside(self, name: str) -> str:
+        """The bridge's end of a host's link."""
+        return f"rwv{self._mark}{name[-1]}"
+
     def _remove(self) -> None:
         for host in range(len(self.names)):
             for pid in self.processes(host):
                 subprocess.run(["kill", "-9", str(pid)], check=False, capture_output=True)
         for name in self.names:
+            # Both ends of a link go with one, at once; with a namespace they would go some time later, and
+            # their names might still be taken when the next hosts are made.
+            subprocess.run(["ip", "link", "del", self._outside(name)], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", f"rwb{self._mark}"], check=False, capture_output=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
