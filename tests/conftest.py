@@ -154,6 +154,11 @@ class Finished:
         return f"code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
     @property
+    def told(self) -> list[str]:
+        """What rankwise told the user; mpiexec may have put words of its own before it on the line."""
+        return [line for line in self.err.splitlines() if "rankwise: " in line]
+
+    @property
     def json(self) -> Any:
         """What stands on stdout, which must be JSON and nothing else."""
         return json.loads(self.out)

@@ -29,6 +29,7 @@ import rankwise.training
 from rankwise.config import TrainConfig
 from rankwise.data import prepare
 from rankwise.data.feed import Feed
+from rankwise.data.selection import select
 from rankwise.ledger import PHASES
 from rankwise.models.replica import Replica
 from rankwise.record import RunFolder
@@ -98,7 +99,9 @@ def main(topology: str, *cases: str) -> None:
             train_limit=8 * ROUNDS * (world.size - (topology == "master")),
         )
     )
-    job = _make_job(config, dataset, _make_replica(config, dataset), world, RunFolder(Path(".")))
+    chosen = select(config, dataset)
+    replica = _make_replica(config, dataset, chosen)
+    job = _make_job(config, dataset, chosen, replica, world, RunFolder(Path(".")))
     train_epoch(job, 1, Losses())  # warms up
     for case in cases:
         kind, rank, length_s = case.split(":")

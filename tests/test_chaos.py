@@ -278,9 +278,8 @@ def test_all_ranks_raise(command: Command, tmp_path: Path) -> None:
     faults = [word for rank in range(3) for word in ("--fault", f"crash:rank={rank},epoch=1,step=1")]
     done = command.rankwise("train", *SMALL, "--ranks", "3", "--epochs", "2", *faults, "--out", "run")
     assert done.code == 1, done
-    told = [line for line in done.err.splitlines() if line.startswith("rankwise: ")]
-    assert len(told) == 1
-    assert "InjectedCrash" in told[0]
+    assert len(done.told) == 1
+    assert "InjectedCrash" in done.told[0]
     assert "starting again" not in done.err
     assert RunFolder(tmp_path / "run").read().outcome == "failed"
 

@@ -285,6 +285,7 @@ class RunFolder:
         """Leave word of why a rank ends that the others go on without. The first one counts."""
         content = {"kind": kind, "message": message, "silent_s": silent_s, **more}
         with suppress(OSError):
+            self.last_words.mkdir(exist_ok=True)
             _create(self._words_of(rank), content)
 
     def leave_failure(self, content: dict[str, Any]) -> bool:
@@ -399,7 +400,6 @@ class RunFolder:
 
 def _create(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is not there yet: several ranks may want to at once, and the first is the cause."""
-    path.parent.mkdir(exist_ok=True)
     with path.open("x") as file:
         json.dump(content, file, indent=1)
 

@@ -75,7 +75,11 @@ def open_folder(order: Order, config: TrainConfig) -> tuple[RunFolder, list[Path
 def discard(new: list[Path]) -> None:
     """Remove new folders in which no run came about."""
     if new:
-        shutil.rmtree(new[0], ignore_errors=True)
+        # Away under its name at once: a rank that fails a moment later must not find it half empty.
+        away = new[0].with_name(f".{new[0].name}.discarded")
+        with contextlib.suppress(OSError):
+            new[0].rename(away)
+        shutil.rmtree(away, ignore_errors=True)
         with contextlib.suppress(OSError):  # "runs", say, if by now another run is in it
             for parent in new[1:]:
                 parent.rmdir()
