@@ -1,17 +1,20 @@
 """Predicts epochs first, then runs them, and prints every error.
 
-    python benchmarks/prediction.py [--quick] [--data-dir DIR] [--links]
+    python benchmarks/prediction.py [--quick] [--data-dir DIR] [--links] [--out DIR]
 
 The fit sees two ranks with batches of 16, and one with 64; the points that it has not seen are 2 to 8 ranks,
 both topologies, five strategies and three batch sizes. Sources and points are run in turn, and medians of the
 repeats are compared, as the machine drifts. With --links also three hosts, network namespaces on this machine
-on links of 50, 100 and 1000 Mbit/s, for which root is needed.
+on links of 50, 100 and 1000 Mbit/s, for which root is needed. Runs stay in --out, if it is given: started
+again there, it measures what is missing, and predicts all anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,10 +34,11 @@ LINK_LATENCY_US = 50
 """Of a bridge on one machine, about; what a message takes in software is in the source."""
 
 SOURCES = {
-    "alone": ("--ranks", 1, "--strategy", "single", "--batch-size", 16, "--threads", 1),
-    "alone 64": ("--ranks", 1, "--strategy", "single", "--batch-size", 64, "--threads", 1),
     "pair": ("--ranks", 2, "--strategy", "allreduce", "--batch-size", 16, "--threads", 1),
+    "alone": ("--ranks", 1, "--strategy", "single", "--batch-size", 16, "--threads", 1),
+    "alone-64": ("--ranks", 1, "--strategy", "single", "--batch-size", 64, "--threads", 1),
 }
+"""The first says the options of what is predicted."""
 
 
 @dataclass(frozen=True)
@@ -92,28 +96,30 @@ def linked(quick: bool) -> list[Case]:
     return [Case(3, *pair, 16, rate) for rate in rates for pair in pairs]
 
 
-def epoch_s(folder: Path) -> float:
-    """The median over the epochs after the first."""
-    return statistics.median(row["wall_s"] for row in common.record_of(folder)["epochs"][1:])
+def run(arguments: argparse.Namespace, options: list[object], out: Path, mbit_s: int = 0) -> float:
+    """The median of the epochs after the first; a run that is there is not made again."""
+    words = ["--epochs", 3, "--train-limit", arguments.limit, *options]
+    if not finished(out):
+        shutil.rmtree(out, ignore_errors=True)
+        if mbit_s:
+            run_linked(arguments, words, out, f"{mbit_s}mbit")
+        else:
+            common.finish(common.start(common.command(arguments, *words, out=out)))
+    return statistics.median(row["wall_s"] for row in common.record_of(out)["epochs"][1:])
 
 
-def run(arguments: argparse.Namespace, options: list[object], out: Path) -> float:
-    short = ("--epochs", 3, "--train-limit", arguments.limit)
-    common.finish(common.start(common.command(arguments, *short, *options, out=out)))
-    return epoch_s(out)
+def finished(out: Path) -> bool:
+    return (out / "record.json").exists() and common.record_of(out)["outcome"] == "completed"
 
 
-def run_linked(arguments: argparse.Namespace, case: Case, out: Path) -> float:
-    rate = f"{case.mbit_s}mbit"
-    short = ("--epochs", 3, "--train-limit", arguments.limit)
+def run_linked(arguments: argparse.Namespace, options: list[object], out: Path, rate: str) -> None:
+    """On three hosts, each on a link of this rate."""
     with Hosts(rate, rate, rate) as hosts:
         where = ",".join(f"{address}:1" for address in hosts.addresses)
-        words = common.command(arguments, *short, *case.options, "--hosts", where, out=out)
-        process = hosts.start(*words)
+        process = hosts.start(*common.command(arguments, *options, "--hosts", where, out=out))
         _, error = process.communicate()
         if process.returncode:
             sys.exit(error)
-    return epoch_s(out)
 
 
 def predicted_s(case: Case, sources: list[Path], scratch: Path) -> float:
@@ -138,6 +144,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--limit", type=int, default=10_000, help="training samples an epoch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
     parser.add_argument("--links", action="store_true", help="also three hosts on slow links (root)")
     parser.add_argument("--quick", action="store_true", help="two points, once")
     arguments = parser.parse_args()
@@ -146,21 +153,21 @@ def main() -> None:
     chosen = cases(arguments.quick) + (linked(arguments.quick) if arguments.links else [])
     predictions: dict[Case, list[float]] = {case: [] for case in chosen}
     measured: dict[Case, list[float]] = {case: [] for case in chosen}
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = arguments.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for turn in range(arguments.repeats):
-            scratch = Path(folder) / f"turn-{turn}"
-            scratch.mkdir()
-            sources = [scratch / name.replace(" ", "-") for name in ("pair", "alone", "alone 64")]
-            for out in sources:
-                run(arguments, list(SOURCES[out.name.replace("-", " ")]), out)
+            scratch = folder / f"turn-{turn}"
+            scratch.mkdir(parents=True, exist_ok=True)
+            sources = [scratch / name for name in SOURCES]
+            for name, options in SOURCES.items():
+                run(arguments, list(options), scratch / name)
             for case in chosen:
                 predictions[case].append(predicted_s(case, sources, scratch))
-            for number, case in enumerate(chosen):
-                out = scratch / f"point-{number}"
-                seconds = (
-                    run_linked(arguments, case, out) if case.mbit_s else run(arguments, case.options, out)
-                )
-                measured[case].append(seconds)
+            for number, case in enumerate(chosen, start=1):
+                out = scratch / case.name.replace(" ", "-").replace("/", "-")
+                measured[case].append(run(arguments, case.options, out, case.mbit_s))
+                print(f"\rturn {turn + 1}, point {number} of {len(chosen)}", end="", file=sys.stderr)
+        print(file=sys.stderr)
     print(f"{'point':52} {'predicted s':>12} {'measured s':>24} {'error':>8}")
     errors: dict[bool, list[float]] = {False: [], True: []}
     for case in chosen:

@@ -246,9 +246,10 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_stopping_one_rank(command: Command, tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C and SIGTERM end a run of one rank with code 130, a valid record and a checkpoint to resume."""
+    """Ctrl-C, SIGTERM and SIGUSR1 end a run of one rank with code 130, a valid record and a checkpoint to
+    resume."""
     words = ["train", "--dataset", "digits", "--model", "mlp", "--epochs", "1000", "--out", "run"]
     process = command.start(sys.executable, "-m", "rankwise", *words)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 2)

@@ -233,15 +233,15 @@ def test_a_killed_rank_ends_the_job(command: Command, tmp_path: Path) -> None:
     [
         (2, "allreduce", "parameter-averaging", signal.SIGINT),
         (3, "allreduce", "parameter-averaging", signal.SIGTERM),
-        (3, "master", "paper-stopwatch", signal.SIGINT),
+        (3, "master", "paper-stopwatch", signal.SIGUSR1),
         (5, "master", "parameter-averaging", signal.SIGTERM),
     ],
 )
 def test_stopping_several_ranks(
     command: Command, tmp_path: Path, ranks: int, topology: str, strategy: str, number: signal.Signals
 ) -> None:
-    """Ctrl-C and SIGTERM end all ranks in order, in the middle of an epoch too: code 130, one message, the
-    record `interrupted` with closed ledgers, and a checkpoint from which the run goes on."""
+    """Ctrl-C, SIGTERM and SIGUSR1 end all ranks in order, in the middle of an epoch too: code 130, one
+    message, the record `interrupted` with closed ledgers, and a checkpoint from which the run goes on."""
     words = ["--dataset", "synthetic:20000", "--epochs", "100", "--ranks", str(ranks), "--topology", topology]
     process = command.start(sys.executable, *train(*words, "--strategy", strategy, "--out", "run"))
     wait_for(lambda: (tmp_path / "run/.progress").exists())

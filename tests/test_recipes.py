@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from rankwise import data, models, synchronise
 from rankwise.config import TrainConfig
-from rankwise.data.feed import as_input
+from rankwise.data import resizing
+from rankwise.data.feed import Feed, as_input
 from rankwise.errors import ConfigError, ModelError
 from rankwise.launch import preflight
 from rankwise.models.airbench import Airbench
@@ -38,7 +39,7 @@ ALL: dict[str, Any] = {
     "dataset": "synthetic:600", "model": "tests.test_recipes:Small", "train_limit": 96, "val_limit": 20,
     "batch_size": 4, "lr": 0.1, "nesterov": True, "weight_decay": 1e-3, "norm_bias_lr_scale": 8,
     "label_smoothing": 0.2, "flip": "alternating", "translate": 2, "cutout": 8, "tta": "flip+shift",
-    "whitening": 50, "schedule": "triangular", "averaged_weights": "lookahead",
+    "whitening": 50, "schedule": "triangular", "averaged_weights": "lookahead", "resize": "24:1",
 }  # fmt: skip
 """Every option of a recipe, on few images."""
 
@@ -198,6 +199,55 @@ def test_whitening_takes_what_filters_there_are() -> None:
     assert torch.equal(many.weight[24:], before[1][24:])
     with pytest.raises(ModelError, match="--whitening"):
         whiten(nn.Linear(3, 3), [blurred()])
+
+
+# ── smaller images ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_stages_of_smaller_images(config: Make) -> None:
+    """Stages follow each other for their epochs; after the last one images are as they are."""
+    staged = config(resize="16:1,24:2")
+    assert [resizing.height_in(staged, epoch) for epoch in range(1, 6)] == [16, 24, 24, None, None]
+    assert resizing.height_in(config(), 1) is None
+
+
+def test_halved_images_are_weighted_means() -> None:
+    """Scaling by half weighs the four pixels of each row and column that are nearest 1:3:3:1, inside the
+    frame; an image of one colour stays one; labels and order stay theirs."""
+    split = data.prepare("synthetic:300").train
+    order = np.arange(5)
+    images, labels = Feed(split, order, height=16).take(order)
+    whole, same = Feed(split, order).take(order)
+    assert images.shape == (5, 3, 16, 16)
+    assert torch.equal(labels, same)
+    weights = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    kernel = torch.outer(weights, weights).expand(3, 1, 4, 4)
+    expected = F.conv2d(whole, kernel, stride=2, padding=1, groups=3)
+    assert torch.allclose(images[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1], atol=1e-5)
+    grey = resizing.scaled(torch.full((1, 1, 32, 20), 0.3), 24)
+    assert torch.allclose(grey, torch.full((1, 1, 24, 15), 0.3))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"resize": "24"}, "HEIGHT:EPOCHS"),
+        ({"resize": "24:0"}, "HEIGHT:EPOCHS"),
+        ({"resize": "0:2"}, "HEIGHT:EPOCHS"),
+        ({"resize": "24:1,x:2"}, "HEIGHT:EPOCHS"),
+        ({"resize": "32:1"}, "height of 32"),
+    ],
+)
+def test_sizes_that_do_not_fit(config: Make, given: dict[str, Any], told: str) -> None:
+    """What is no stage, or no smaller image, is refused before a rank is started."""
+    with pytest.raises(ConfigError, match=told):
+        preflight.prepare(preflight.check(config(dataset="synthetic:300", **given)))
+
+
+def test_a_network_for_one_size_refuses_another(config: Make, train_in_threads: Train) -> None:
+    """A network whose size of images is fixed says so before it trains."""
+    with pytest.raises(ModelError, match=r"paper-cnn cannot take images of shape \(3, 24, 24\)"):
+        train_in_threads(config(dataset="synthetic:300", model="paper-cnn", resize="24:1"))
 
 
 # ── networks and optimisers ───────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ from rankwise.errors import ConfigError
 from rankwise.launch.order import Order, to_arguments
 from rankwise.submit import Kubernetes, Slurm, Work, work_of
 
-from .conftest import Command, Finished
+from .conftest import Finished
 from .mpijob import SCHEMA
 from .test_cli import call, wait_for
 
@@ -244,21 +244,3 @@ def test_the_image_is_in_order() -> None:
     path = Path(__file__).parent.parent / "Containerfile"
     done = subprocess.run([str(linter), str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_notice_leaves_a_checkpoint(
-    command: Command, tmp_path: Path, number: signal.Signals, ranks: int
-) -> None:
-    """SIGUSR1 and SIGTERM leave an interrupted record with code 130, and a resumed run completes it."""
-    words = ["--dataset", "digits", "--model", "mlp", "--ranks", str(ranks), "--epochs", "2000"]
-    process = command.start(sys.executable, "-m", "rankwise", "train", *words, "--out", "run")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=40)
-    assert process.returncode == 130, err
-    epochs = str(metrics.read_bytes().count(b"\n") + 1)
-    assert command.rankwise("train", "--resume", "run", "--epochs", epochs).code == 0

@@ -199,6 +199,11 @@ class TrainConfig(BaseModel):
     cutout: int = Field(
         0, ge=0, le=64, description="Cut a square of this many pixels out of training images, at random."
     )
+    resize: str = Field(
+        "none",
+        description="Train the first epochs on smaller images, HEIGHT:EPOCHS,...: 16:1,24:3 is one epoch on "
+        "images of 16 pixels and three of 24, before those of full size.",
+    )
     label_smoothing: float = Field(
         0.0,
         ge=0,

@@ -12,6 +12,7 @@ from rankwise import balance, compiling, data, machine, models, placement
 from rankwise.accounts import standing_by
 from rankwise.checkpoint import Checkpoint
 from rankwise.config import TrainConfig
+from rankwise.data import resizing
 from rankwise.data.dataset import Dataset
 from rankwise.data.feed import feed
 from rankwise.data.selection import Selection, at_most, select
@@ -205,7 +206,8 @@ def _take_seats(config: TrainConfig, world: World, say: Say) -> tuple[int, list[
 def _make_replica(config: TrainConfig, dataset: Dataset, chosen: Selection) -> Replica:
     with _SEEDING:
         torch.manual_seed(config.seed)
-        model = models.build(config.model, dataset.image_shape, len(dataset.classes))
+        smaller = [resizing.shape_at(height, dataset.image_shape) for height, _ in resizing.stages(config)]
+        model = models.build(config.model, dataset.image_shape, len(dataset.classes), takes=smaller)
     if config.whitening:
         seen = at_most(chosen.train_pool, config.whitening, config.seed)
         whiten(model, (images for images, _ in feed(dataset.train, seen, WHITENING_BATCH)))

@@ -16,6 +16,7 @@ from rankwise.data.augmentation import Augmentation
 from rankwise.data.dataset import Split
 from rankwise.data.feed import Feed, feed
 from rankwise.data.partition import Indices
+from rankwise.data.resizing import height_in
 from rankwise.errors import DivergedError
 from rankwise.models.evaluation import score
 from rankwise.models.precision import autocast
@@ -116,7 +117,12 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
     seed = np.random.SeedSequence([config.seed, epoch, job.worker or 0]).generate_state(1, np.uint64)
     torch.manual_seed(int(seed[0]))
     augmentation = Augmentation(config.seed, epoch, config.flip, config.translate, config.cutout)
-    batches = Feed(job.train, synchroniser.sampler.shard(epoch), augmentation=augmentation)
+    batches = Feed(
+        job.train,
+        synchroniser.sampler.shard(epoch),
+        augmentation=augmentation,
+        height=height_in(config, epoch),
+    )
     arithmetic = autocast(config.precision)
     job.progress.start(epoch)
     model.train()

@@ -12,6 +12,7 @@ from torch import Tensor
 from rankwise.data.augmentation import Augmentation
 from rankwise.data.dataset import Images, Split
 from rankwise.data.partition import Indices
+from rankwise.data.resizing import scaled
 
 CHUNK = 256
 """Samples gathered at once: a small batch is cut from a chunk that is still in the processor's cache."""
@@ -22,13 +23,22 @@ class Feed:
 
     Images are float32 [batch, channels, height, width] in channels-last memory, labels int64 [batch].
     Pixels are scaled to [-1, 1], the paper's mean and deviation of 0.5. `order` are the samples to come, as
-    far as is known. An `augmentation` changes images before; without one they are as they are.
+    far as is known. An `augmentation` changes images before, and at the end they are scaled to a `height`;
+    without these they are as they are.
     """
 
-    def __init__(self, split: Split, order: Indices, *, augmentation: Augmentation | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        order: Indices,
+        *,
+        augmentation: Augmentation | None = None,
+        height: int | None = None,
+    ) -> None:
         self._split = split
         self._order = order
         self._augmentation = augmentation
+        self._height = height
         self._next = self._chunk_start = 0
         self._chunk: tuple[Tensor, Tensor] | None = None
 
@@ -48,7 +58,10 @@ class Feed:
         pixels = np.take(self._split.images, chosen, axis=0)
         if self._augmentation is not None:
             pixels = self._augmentation(pixels, chosen)
-        return as_input(pixels), torch.from_numpy(np.take(self._split.labels, chosen))
+        images = as_input(pixels)
+        if self._height is not None:
+            images = scaled(images, self._height)
+        return images, torch.from_numpy(np.take(self._split.labels, chosen))
 
 
 def as_input(pixels: Images) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rankwise import balance, data, faults, models, schedule, strategies, tracking
 from rankwise.config import TrainConfig
+from rankwise.data import resizing
 from rankwise.data.partition import parse_shards
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError
@@ -34,6 +35,7 @@ def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
             f"--muon-lr {config.muon_lr} was given, but it is for --optimizer muon, not {config.optimizer}"
         )
     parse_shards(config.shards)
+    resizing.stages(config)
     balance.check(config)
     data.check(config.dataset, config.data_dir)
     tracking.check(config.track)
@@ -92,6 +94,7 @@ def prepare(config: TrainConfig, on_progress: Callable[[str, int, int], None] | 
             f"--classes {config.classes} was given, by the recipe or by you, but {config.dataset} has "
             f"{len(dataset.classes)}: use another recipe, or --classes {len(dataset.classes)} to try this one"
         )
+    resizing.check(config, dataset.image_shape)
     samples = len(select(config, dataset).train_pool)
     assert config.strategy is not None
     copies = config.workers if strategies.entry_of(config.strategy).replicates else 1

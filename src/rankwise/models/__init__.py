@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import ModelError, one_line, unknown_name
@@ -9,6 +10,9 @@ from rankwise.importing import import_from
 
 if TYPE_CHECKING:
     from torch import nn
+
+Shape = tuple[int, int, int]
+"""Channels, height and width of an image."""
 
 MODELS = {
     "paper-cnn": ("rankwise.models.paper_cnn:PaperCNN", "the paper's network, 62,006 parameters on 3x32x32"),
@@ -32,12 +36,13 @@ def check(spec: str) -> None:
         raise ModelError(unknown_name("model", spec, [*MODELS, "module:callable"]))
 
 
-def build(spec: str, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+def build(spec: str, image_shape: Shape, classes: int, *, takes: Sequence[Shape] = ()) -> nn.Module:
     """A network for images of `image_shape` (channels, height, width) and `classes` classes.
 
-    It is tried once on a blank pair of images, so that a network that does not fit is refused here,
-    by name, and not in the middle of training. A user's ``module:callable`` is called with
-    (image_shape, classes), or without arguments if it takes none. Raises ModelError.
+    It is tried once on a blank pair of images, and of each other shape that it shall take (`takes`), so that
+    a network that does not fit is refused here, by name, and not in the middle of training. A user's
+    ``module:callable`` is called with (image_shape, classes), or without arguments if it takes none. Raises
+    ModelError.
     """
     import torch
 
@@ -52,6 +57,14 @@ def build(spec: str, image_shape: tuple[int, int, int], classes: int) -> nn.Modu
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"model {spec} gave a {type(model).__name__}, expected a torch.nn.Module")
     model.eval()
+    for shape in (image_shape, *takes):
+        _try(model, spec, shape, classes)
+    return model.train()
+
+
+def _try(model: nn.Module, spec: str, image_shape: Shape, classes: int) -> None:
+    import torch
+
     try:
         with torch.inference_mode():
             scores = model(torch.zeros(2, *image_shape))
@@ -64,7 +77,6 @@ def build(spec: str, image_shape: tuple[int, int, int], classes: int) -> nn.Modu
         raise ModelError(
             f"model {spec} answers two images with {given}, expected scores of shape (2, {classes})"
         )
-    return model.train()
 
 
 def _takes_arguments(maker: Any) -> bool:
