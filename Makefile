@@ -21,7 +21,7 @@ demo: $(VENV)/installed  ## Train the paper's network on 3 ranks, on digits that
 
 test: $(VENV)/installed-dev  ## Run all tests, those under a real mpiexec included
 	$(BIN)/python -m pytest -m "not mpi and not alone" --numprocesses auto --maxprocesses 4 --dist loadgroup
-	$(BIN)/python -m pytest -m "mpi and not alone" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "mpi and not alone" --numprocesses 2 --dist loadgroup
 	$(BIN)/python -m pytest -m alone
 
 chaos: $(VENV)/installed-dev  ## Kill every rank in every phase under every strategy, for real; takes an hour

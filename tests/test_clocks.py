@@ -11,7 +11,7 @@ import pytest
 
 from .conftest import Command, mpiexec_words
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.mpi, pytest.mark.alone, pytest.mark.timeout(120)]
 
 
 def may_unshare_time() -> bool:

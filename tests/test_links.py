@@ -94,6 +94,7 @@ def test_a_doctor_for_hosts_that_cannot_be_reached(command: Command, tmp_path: P
 
 
 @pytest.mark.mpi
+@pytest.mark.alone
 def test_the_slowest_link_is_named(command: Command, tmp_path: Path) -> None:
     """Of three hosts one sits behind 50 Mbit/s: its links have that bandwidth, and one is the slowest."""
     reason = why_not()

@@ -315,6 +315,15 @@ def test_ten_thousand_ranks(source: Source) -> None:
         assert found.points[0].efficiency == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("threads", "ranks", "said"), [(1, 4, False), (2, 1, False), (2, 2, True)])
+def test_what_is_only_a_lower_bound_is_called_one(
+    source: Source, threads: int, ranks: int, said: bool
+) -> None:
+    """Ranks of several threads that share cores are said to take longer than predicted, and no others."""
+    found = predict(source, Wishes(ranks=str(ranks), threads=threads, cores_per_host=2, strategy="allreduce"))
+    assert any("share cores" in remark for remark in found.remarks) == said
+
+
 def test_what_must_grow_grows(source: Source) -> None:
     """A slower network, more bytes, or a core that is shared never make an epoch shorter."""
 

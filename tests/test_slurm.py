@@ -14,7 +14,11 @@ from .slurm import Slurm, why_not
 from .test_cli import call, wait_for
 from .test_mpi import closes
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(420)]  # the first test may have to install Slurm
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.timeout(420),  # the first test may have to install Slurm
+    pytest.mark.xdist_group("slurm"),  # of which a machine has one
+]
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,11 @@ def _remarks(source: Source, points: Sequence[Point], config: TrainConfig) -> tu
             f"the source has no steps on {' or '.join(map(str, lacking))} threads: those on "
             f"{' or '.join(map(str, known))} stand for them"
         )
+    if any(point.threads > 1 and point.parts.cores > 0 for point in points):
+        lines.append(
+            "ranks of several threads that share cores hold each other up far more than their work says: "
+            "take what is told of them for the least they need"
+        )
     batches = {its.batch for its in source.compute}
     if config.batch_size not in batches and len(batches) == 1:
         lines.append(
