@@ -28,11 +28,6 @@ def chances_of_largest(samples: int, count: int) -> NDArray[np.float64]:
     return np.diff(np.linspace(0, 1, samples + 1) ** count)
 
 
-def quantile_of_maximum(samples: Seconds, count: int, fraction: float) -> float:
-    """The quantile of the largest of `count` draws: F's at the count-th root of the fraction."""
-    return float(np.quantile(samples, fraction ** (1 / count)))
-
-
 def sums(samples: Seconds, terms: float, seed: int) -> Seconds:
     """Draws [DRAWS] of the sum of so many independent samples; a fraction counts as one that much shorter.
 
