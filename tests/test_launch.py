@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rankwise import machine
-from rankwise.launch.mpiexec import SURVIVING_BETWEEN_HOSTS, command_line
+from rankwise.launch.mpiexec import SURVIVING_BETWEEN_HOSTS, Pauses, command_line
 from rankwise.launch.supervision import supervise
 from rankwise.world.surroundings import Mpiexec, allocated_hosts
 
@@ -64,6 +64,14 @@ def test_a_batch_job_of_several_hosts_is_left_to_mpiexec(
 def test_other_mpis_get_no_options_of_open_mpi() -> None:
     """MPICH's mpiexec is given the number of ranks alone."""
     assert command_line(MPICH, 3, ["program"]) == ["mpiexec", "-n", "3", "program"]
+
+
+def test_pauses_grow_only_while_nothing_comes_of_it() -> None:
+    """A restart waits a second; twice as long each time that no epoch came to its end since the last one, up
+    to a minute."""
+    pauses = Pauses()
+    assert [pauses.after(epochs) for epochs in (0, 0, 0, 3, 4, 4, 3, 9)] == [1, 2, 4, 1, 1, 2, 4, 1]
+    assert [pauses.after(9) for _ in range(8)][-1] == 60
 
 
 def test_banners_are_held_back_and_the_ranks_words_shown() -> None:

@@ -22,7 +22,7 @@ from rankwise.record import Record, RunFolder
 from rankwise.world.surroundings import Mpiexec, allocated_hosts, find_mpiexec
 
 FIRST_PAUSE_S = 1.0
-"""How long to wait before the first restart; twice as long before each further one, up to a limit."""
+"""How long to wait before a restart."""
 
 LONGEST_PAUSE_S = 60.0
 
@@ -39,6 +39,22 @@ on several hosts (its issues 13915 and 11794); and its daemons find out about a 
 ten seconds instead of never."""
 
 
+class Pauses:
+    """Before each restart: twice as long as before the last one, up to a limit, unless an epoch came to its
+    end since. What fails at once may need time; what trained on for a while does not."""
+
+    def __init__(self) -> None:
+        self._epochs = -1
+        self._pause_s = 0.0
+
+    def after(self, epochs: int) -> float:
+        """Seconds to wait when so many epochs are over."""
+        again = epochs <= self._epochs
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if again else FIRST_PAUSE_S
+        self._epochs = epochs
+        return self._pause_s
+
+
 def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
     """Start the ranks on this machine, show how they fare, and return the final record.
 
@@ -52,6 +68,7 @@ def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
     survives = config.on_failure == "continue"
     live = order.console.is_terminal
     resume = order.resume is not None
+    pauses = Pauses()
     with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
         for restarts in range(config.max_restarts + 1):
             program = [sys.executable, "-m", "rankwise", "train", *_arguments(order, config, folder, resume)]
@@ -68,7 +85,7 @@ def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
                 _note_losses(folder, ending, lost)
                 if lost:
                     config, hosts = fit(config, left), left
-                pause_s = min(FIRST_PAUSE_S * 2**restarts, LONGEST_PAUSE_S)
+                pause_s = pauses.after(len(folder.read().epochs))
                 display.say(
                     f"{error}; starting again in {pause_s:g} s ({restarts + 1} of {config.max_restarts})"
                 )
