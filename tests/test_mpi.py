@@ -232,7 +232,6 @@ def test_a_killed_rank_ends_the_job(command: Command, tmp_path: Path) -> None:
     ("ranks", "topology", "strategy", "number"),
     [
         (2, "allreduce", "parameter-averaging", signal.SIGINT),
-        (3, "allreduce", "parameter-averaging", signal.SIGTERM),
         (3, "master", "paper-stopwatch", signal.SIGUSR1),
         (5, "master", "parameter-averaging", signal.SIGTERM),
     ],
@@ -385,12 +384,11 @@ def test_every_strategy_under_mpi(command: Command, ranks: int) -> None:
     assert done.out.split() == ["ok"]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_ddp_is_allreduce(command: Command, tmp_path: Path, ranks: int) -> None:
+def test_ddp_is_allreduce(command: Command, tmp_path: Path) -> None:
     """PyTorch's DistributedDataParallel ends near the weights of our own allreduce: the same algorithm, but
     for the weight of ragged last batches."""
     for name in ("ddp", "allreduce"):
-        done = command.rankwise("train", *DIGITS, "--ranks", str(ranks), "--strategy", name, "--out", name)
+        done = command.rankwise("train", *DIGITS, "--ranks", "3", "--strategy", name, "--out", name)
         assert done.code == 0, done
         assert closes(record(tmp_path / name))
     one, two = (read_weights(RunFolder(tmp_path / name)) for name in ("ddp", "allreduce"))

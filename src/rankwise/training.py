@@ -109,7 +109,7 @@ class Losses:
 def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
     """One pass over this rank's share, or over what is left of it; adds to the losses."""
     config, synchroniser = job.config, job.synchroniser
-    model, optimizer = synchroniser.model, synchroniser.replica.optimizer
+    model = synchroniser.model
     ledger = synchroniser.world.ledger
 
     ledger.enter("data")
@@ -137,7 +137,7 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
             loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
 
         ledger.enter("backward")
-        optimizer.zero_grad()
+        synchroniser.replica.forget_gradients()
         torch.autograd.backward(loss)
         value = loss.item()
         if not math.isfinite(value):
