@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 
-def command(arguments: argparse.Namespace, *options: object, out: Path) -> list[str]:
+def command(arguments: argparse.Namespace, *options: object, out: Path, val_limit: int = 100) -> list[str]:
     """A run of the command line on the benchmark's dataset, with little evaluation."""
-    words = ["--dataset", arguments.dataset, "--val-limit", 100, *options, "--out", out]
+    words = ["--dataset", arguments.dataset, "--val-limit", val_limit, *options, "--out", out]
     words += ["--data-dir", arguments.data_dir] if arguments.data_dir else []
     return [sys.executable, "-m", "rankwise", "train", *map(str, words)]
 

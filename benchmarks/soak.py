@@ -83,8 +83,7 @@ def run(arguments: argparse.Namespace, out: Path, epochs: int, faults: list[str]
     options += ["--min-ranks", arguments.min_ranks, "--train-limit", arguments.train_limit]
     options += ["--max-restarts", 100, "--hang-timeout", 2, "--schedule", "cosine"]
     options += [word for fault in faults for word in ("--fault", fault)]
-    words = command(arguments, *options, out=out)
-    words[words.index("--val-limit") + 1] = "2000"
+    words = command(arguments, *options, out=out, val_limit=2000)
     started_s = time.monotonic()
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:

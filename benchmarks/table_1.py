@@ -36,8 +36,8 @@ def predicted(arguments: argparse.Namespace, column: str, out: Path) -> dict[int
     """What the command line says of a run of one rank, by number of ranks."""
     _, samples, evaluated, threads = COLUMNS[column]
     words: list[object] = ["--strategy", "single", "--batch-size", 16, "--threads", threads, "--epochs", 3]
-    words += ["--train-limit", 10_000, "--val-limit", evaluated]
-    common.finish(common.start(common.command(arguments, *words, out=out)))
+    words += ["--train-limit", 10_000]
+    common.finish(common.start(common.command(arguments, *words, out=out, val_limit=evaluated)))
     words = [sys.executable, "-m", "rankwise", "predict", "--format", "json", "--ranks", "2-8"]
     words += ["--strategy", "parameter-averaging", "--topology", "master", "--threads", column]
     words += ["--samples", samples, "--from", out]
