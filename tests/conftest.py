@@ -117,7 +117,7 @@ class Command:
         return process
 
     def __call__(
-        self, *words: str, timeout: float = 90, cwd: Path | None = None, **environment: str
+        self, *words: str, timeout: float = 180, cwd: Path | None = None, **environment: str
     ) -> Finished:
         """Run a program to its end."""
         process = self.start(*words, cwd=cwd, **environment)

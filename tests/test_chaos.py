@@ -22,7 +22,7 @@ from .conftest import Command, mpiexec_words
 from .test_cli import count_epochs, wait_for
 from .test_mpi import closes, ranks_of
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
 
 WAYS = [
     ("parameter-averaging", "master"),
@@ -136,7 +136,7 @@ def test_killed_ranks_cost_nothing(
     epochs = max(kill.epoch for kill in kills) + 1
     words = [*SMALL, "--strategy", strategy, "--topology", topology, "--ranks", str(ranks)]
     words += [word for kill in kills for word in ("--fault", str(kill))]
-    done = command.rankwise("train", *words, "--epochs", str(epochs), "--out", "run", timeout=110)
+    done = command.rankwise("train", *words, "--epochs", str(epochs), "--out", "run", timeout=200)
     assert done.code == 0, done
     run = RunFolder(tmp_path / "run").read()
     survives(run, {kill.rank for kill in kills})
@@ -162,7 +162,7 @@ def test_killed_ranks_cost_no_accuracy(
     whole, _, _ = train_in_threads(config(**options), folder="whole")
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--fault", "kill:rank=0,epoch=5,step=2", "--fault", "kill:rank=3,epoch=9,phase=exchange"]
-    done = command.rankwise("train", *words, "--out", "struck", timeout=110)
+    done = command.rankwise("train", *words, "--out", "struck", timeout=200)
     assert done.code == 0, done
     struck = RunFolder(tmp_path / "struck").read()
     survives(struck, {0, 3})
@@ -216,7 +216,7 @@ def test_a_spare_that_died_in_its_sleep(command: Command, tmp_path: Path) -> Non
         os.kill(victim(ranks_of(folder)), signal.SIGKILL)
         wait_for(lambda before=before: count_epochs(folder) >= before + 3, 30)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=40)
+    _, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
     run = RunFolder(folder).read()
     assert (run.outcome, [fault.rank for fault in run.faults]) == ("interrupted", [0])
@@ -245,7 +245,7 @@ def test_a_kill_that_nobody_asked_for(command: Command, tmp_path: Path) -> None:
     before = count_epochs(folder)
     wait_for(lambda: count_epochs(folder) >= before + 3, 30)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=40)
+    _, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
     run = RunFolder(folder).read()
     assert (run.outcome, len(run.faults), run.faults[0].kind) == ("interrupted", 1, "lost")

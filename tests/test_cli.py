@@ -254,7 +254,7 @@ def test_stopping_one_rank(command: Command, tmp_path: Path, number: signal.Sign
     process = command.start(sys.executable, "-m", "rankwise", *words)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 2)
     os.kill(process.pid, number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume run" in err.splitlines()[-1]
     record = RunFolder(tmp_path / "run").read()

@@ -195,7 +195,7 @@ def train(hosts: Hosts, slots: int, tmp_path: Path, *words: str) -> tuple[Record
     program = [sys.executable, "-m", "rankwise", "train", *small, "--hosts", where, "--out", "run", *words]
     process = hosts.start(*program, cwd=tmp_path)
     try:
-        _, err = process.communicate(timeout=110)
+        _, err = process.communicate(timeout=200)
     finally:
         process.kill()
     assert process.returncode == 0, err

@@ -470,7 +470,7 @@ def test_a_network_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_run_predicts_itself(command: Command) -> None:
     """What a real run of two ranks tells predicts its own epochs in the right order of magnitude."""
     words = [
@@ -496,7 +496,7 @@ def test_a_run_predicts_itself(command: Command) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_measuring(command: Command) -> None:
     """Without a run, --measure makes short ones, leaves nothing behind, and predicts the options of train
     that it was given."""

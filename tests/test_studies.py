@@ -221,7 +221,7 @@ def test_a_study_goes_on_after_an_interrupt(command: Command, tmp_path: Path) ->
     assert process.returncode == 130
     assert "same command" in err.splitlines()[-1]
     assert RunFolder(place).read().outcome == "interrupted"
-    done = command.rankwise(*words[2:], timeout=120)
+    done = command.rankwise(*words[2:], timeout=200)
     assert done.code == 0, done
     record = RunFolder(place).read()
     assert (record.outcome, record.resumed_from_epoch) == ("completed", 1)
