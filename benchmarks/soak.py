@@ -7,8 +7,8 @@ of these are deadly as spares and --min-ranks allow, and then one more, after wh
 so on to the end. The same seed gives the same faults. Exit code 1 if a sample is lost or trained twice, a
 ledger does not close, or accuracy is a point below that of the run without faults.
 
-Throughput is told twice: of the epochs that no fault struck, by their median; and
-in all, by the time from launch to end. With --out the runs stay there.
+Throughput is told twice: of the epochs that no fault struck, by their median; and in all, by the time from
+launch to end. With --out the runs stay there.
 """
 
 from __future__ import annotations

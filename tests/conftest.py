@@ -155,8 +155,8 @@ class Finished:
 
     @property
     def told(self) -> list[str]:
-        """What rankwise told the user; mpiexec may have put words of its own before it on the line."""
-        return [line for line in self.err.splitlines() if "rankwise: " in line]
+        """What rankwise told the user; mpiexec's own words end with a NUL, after which its line may begin."""
+        return [line for line in self.err.splitlines() if line.lstrip(" \0").startswith("rankwise: ")]
 
     @property
     def json(self) -> Any:
