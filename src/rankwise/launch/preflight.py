@@ -30,10 +30,15 @@ def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
     config = strategies.resolve(config)
     models.check(config.model)
     schedule.check(config)
-    if config.muon_lr is not None and config.optimizer != "muon":
-        raise ConfigError(
-            f"--muon-lr {config.muon_lr} was given, but it is for --optimizer muon, not {config.optimizer}"
-        )
+    if config.optimizer != "muon":
+        for option, given in (
+            (f"--muon-lr {config.muon_lr}", config.muon_lr is not None),
+            ("--muon-fixed-norm", config.muon_fixed_norm),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{option} was given, but it is for --optimizer muon, not {config.optimizer}"
+                )
     parse_shards(config.shards)
     resizing.stages(config)
     balance.check(config)

@@ -35,7 +35,8 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         return torch.optim.SGD(groups, **common, **momentum, fused=True)
     if config.optimizer == "muon":
         if hidden:
-            groups.append({"params": hidden, "lr": config.muon_lr or MUON_LR, "orthogonalise": True})
+            own = {"lr": config.muon_lr or MUON_LR, "fixed_norm": config.muon_fixed_norm}
+            groups.append({"params": hidden, **own, "orthogonalise": True})
         return Muon(groups, **common, **momentum)
     adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return adam(groups, **common, fused=True)
