@@ -21,7 +21,7 @@ def whiten(model: nn.Module, batches: Iterable[Tensor]) -> None:
     With v the eigenvectors and s the eigenvalues of the patches' covariance, the filters are v / sqrt(s) for
     the largest, and the same with the other sign (Page 2018; Jordan 2024, arXiv:2404.00498). If there are
     fewer filters than that they hold as many pairs as fit; what is over keeps its values. The filters are
-    frozen, a bias is not. Raises ModelError for a model that has no such convolution.
+    frozen, and so is a bias, at 0. Raises ModelError for a model that has no such convolution.
     """
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None or (first.groups, first.dilation) != (1, (1, 1)) or first.out_channels < 2:
@@ -34,9 +34,11 @@ def whiten(model: nn.Module, batches: Iterable[Tensor]) -> None:
     # The largest come last.
     scaled = directions / (variances + EPSILON * variances.mean()).sqrt()
     filters = scaled.T.flip(0)[:pairs].reshape(pairs, -1, *first.kernel_size)
-    with torch.no_grad():
-        first.weight[: 2 * pairs] = torch.cat([filters, -filters]).to(first.weight.dtype)
-    first.weight.requires_grad_(False)
+    first.requires_grad_(False)
+    first.weight[: 2 * pairs] = torch.cat([filters, -filters]).to(first.weight.dtype)
+    if first.bias is not None:
+        # Trained, it alone would ask for gradients of what goes into the second layer, the largest of all.
+        first.bias.zero_()
 
 
 def patch_covariance(batches: Iterable[Tensor], size: tuple[int, ...]) -> Tensor:
