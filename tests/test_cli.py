@@ -49,6 +49,8 @@ BAD_INPUT = [
     (["train", *DIGITS, "--lr", "fast"], ["--lr", "fast", "number"]),
     (["train", *DIGITS, "--lr", "nan"], ["--lr", "nan"]),
     (["train", *DIGITS, "--muon-lr", "0.1"], ["--muon-lr 0.1", "--optimizer muon"]),
+    (["train", *DIGITS, "--muon-fixed-norm"], ["--muon-fixed-norm", "--optimizer muon"]),
+    (["train", *DIGITS, "--tta-below", "1.5"], ["--tta-below", "1.5", "1"]),
     (["train", *DIGITS, "--peak-at", "0.1"], ["--peak-at 0.1", "constant", "triangular"]),
     (["train", *DIGITS, "--flip", "maybe"], ["--flip", "maybe", "alternating"]),
     (["train", *DIGITS, "--model", "mlp", "--whitening", "9"], ["--whitening", "convolution", "leave"]),

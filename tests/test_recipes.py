@@ -23,7 +23,7 @@ from rankwise.launch import preflight
 from rankwise.models.airbench import Airbench
 from rankwise.models.average import Average
 from rankwise.models.evaluation import score
-from rankwise.models.muon import Muon, orthogonalised
+from rankwise.models.muon import COEFFICIENTS, STEPS, Muon, orthogonalised
 from rankwise.models.optimizers import hidden_matrices, make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.models.whitening import whiten
@@ -80,6 +80,26 @@ def test_views_are_those_of_a_loop(tta: str) -> None:
                 view = view[:, :, ::-1] if mirrored else view
                 expected += weight * model(torch.from_numpy(view.copy())[None])[0]
             assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("tta", ["none", "flip", "flip+shift"])
+def test_clear_images_are_looked_at_once(tta: str) -> None:
+    """Images whose likeliest class has the probability that was asked for keep the scores of one pass, the
+    others have those of all views, and only these are looked at again."""
+    torch.manual_seed(0)
+    images = torch.randn(40, 3, 6, 7)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(80, 3))
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    with torch.inference_mode():
+        once, views = score(model, images, "none"), score(model, images, tta)  # type: ignore[arg-type]
+        likeliest = once.softmax(1).amax(1)
+        below = float(likeliest.quantile(0.7))
+        seen.clear()
+        found = score(model, images, tta, below)  # type: ignore[arg-type]
+    assert torch.allclose(found, torch.where(likeliest[:, None] >= below, once, views), atol=1e-6)
+    again = {"none": 0, "flip": 1, "flip+shift": 5}[tta]
+    assert seen == [40, *[28] * again]
 
 
 # ── averaged weights ──────────────────────────────────────────────────────────────────────────────
@@ -174,7 +194,6 @@ def test_whitened_patches_have_the_identity_as_covariance() -> None:
     the second half is the same with the other sign. Found in parts it is the same."""
     images = blurred()
     layer = nn.Conv2d(3, 24, 2)
-    nn.init.zeros_(layer.bias)
     whiten(nn.Sequential(layer), images.split(128))
     with torch.inference_mode():
         out = layer(images).transpose(0, 1).flatten(1).double()
@@ -182,7 +201,7 @@ def test_whitened_patches_have_the_identity_as_covariance() -> None:
     covariance = torch.cov(out[:12])
     assert torch.allclose(covariance, torch.eye(12, dtype=torch.float64), atol=0.02)
     assert not layer.weight.requires_grad
-    assert layer.bias.requires_grad
+    assert not layer.bias.requires_grad
     variances = 1 / layer.weight[:12].flatten(1).square().sum(1)
     assert (variances.diff() < 0).all()
 
@@ -290,6 +309,36 @@ def test_orthogonalisation_brings_singular_values_near_one() -> None:
         assert torch.allclose(core, core.diagonal().diag(), atol=1e-3)
         assert core.diagonal().min() > 0.65
         assert core.diagonal().max() < 1.25
+
+
+@pytest.mark.parametrize("shape", [(8, 17), (24, 216), (216, 24)])
+def test_the_short_way_of_wide_matrices_is_the_iteration(shape: tuple[int, int]) -> None:
+    """A matrix at least twice as wide as high, or turned, becomes what the iteration makes of it in float64,
+    singular values of next to nothing included."""
+    torch.manual_seed(0)
+    low = min(shape)
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrix = left @ torch.logspace(0, -6, low, dtype=torch.float64).diag() @ right
+    expected = matrix / matrix.norm()
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        gram = expected @ expected.T
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    assert torch.allclose(orthogonalised(matrix.float()).double(), expected, atol=1e-3)
+
+
+def test_hidden_matrices_keep_the_norm_of_orthogonal_ones() -> None:
+    """With fixed_norm a step begins by scaling the matrix to the norm of an orthogonal one, the square root
+    of its rows, so that a rate of 1 is a step as large as the weights; other parameters are not scaled."""
+    torch.manual_seed(0)
+    matrix, vector = torch.randn(6, 20, requires_grad=True), torch.randn(6, requires_grad=True)
+    matrix.grad, vector.grad = torch.randn(6, 20), torch.randn(6)
+    scaled = matrix.detach() / matrix.detach().norm() * 6**0.5
+    moved = vector.detach() - 0.5 * vector.grad
+    groups = [{"params": [matrix], "orthogonalise": True, "fixed_norm": True}, {"params": [vector]}]
+    Muon(groups, lr=0.5, momentum=0.0).step()
+    assert torch.allclose(matrix, scaled - 0.5 * orthogonalised(matrix.grad), atol=1e-5)
+    assert torch.allclose(vector, moved)
 
 
 def test_muon_is_torchs_on_a_matrix() -> None:

@@ -102,6 +102,11 @@ class TrainConfig(BaseModel):
     muon_lr: float | None = Field(
         None, gt=0, description="muon: learning rate of the hidden matrices. By default 0.02."
     )
+    muon_fixed_norm: bool = Field(
+        False,
+        description="muon: keep each hidden matrix as large as an orthogonal one, for networks that "
+        "normalise what it makes.",
+    )
     norm_bias_lr_scale: float = Field(
         1.0,
         gt=0,
@@ -235,6 +240,13 @@ class TrainConfig(BaseModel):
     )
     tta_from_epoch: int = Field(
         1, ge=1, description="First epoch that is evaluated so; those before take one pass an image."
+    )
+    tta_below: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Leave it at one pass for images whose likeliest class has at least this probability "
+        "after it; 1 looks at all from all sides.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
     threads: PositiveInt | Literal["auto", "all"] = Field(

@@ -173,7 +173,7 @@ def evaluate(job: Job, epoch: int) -> tuple[float, int]:
         model.eval()
         for images, labels in feed(job.validation, mine, EVALUATION_BATCH):
             world.ledger.enter("evaluation")  # a sign of life
-            scores = score(model, images, tta)
+            scores = score(model, images, tta, job.config.tta_below)
             loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
             correct += int((scores.argmax(1) == labels).sum())
     return loss_sum, correct
