@@ -16,6 +16,7 @@ from rankwise.record import (
     Efficiency,
     Environment,
     Epoch,
+    Evaluated,
     Host,
     Rank,
     Record,
@@ -69,7 +70,7 @@ def rank(
 def epochs(count: int, *, train_samples: int = 10_000, wall_s: float = 2.0) -> list[Epoch]:
     """Epochs that learn: loss falls and accuracy rises from one to the next."""
     return [
-        Epoch(
+        Evaluated(
             epoch=number,
             train_loss=2.0 / number,
             val_loss=2.1 / number,

@@ -282,6 +282,36 @@ def test_more_workers_than_samples_are_refused(config: Make, tmp_path: Path) -> 
         run_in_threads(5, lambda world: run(config(ranks=5, train_limit=3), world, folder, say=print))
 
 
+@pytest.mark.parametrize("team", [TEAMS[0], TEAMS[2]], ids=str)
+def test_epochs_between_are_not_evaluated(
+    config: Make, train_in_threads: Train, team: dict[str, Any]
+) -> None:
+    """With --evaluate-every 2 the second, the fourth and the last epoch are evaluated, to the same figures as
+    where all are; the others say that they were not, and training itself is the same to the bit."""
+    options = {**team, "epochs": 5, "train_limit": 200}
+    all_of_them, _, weights = train_in_threads(config(**options))
+    some, folder, weights_of_some = train_in_threads(config(**options, evaluate_every=2), folder="some")
+    assert same(weights, weights_of_some)
+    assert [row.epoch for row in some.evaluated] == [2, 4, 5]
+    for row, whole in zip(some.epochs, all_of_them.epochs, strict=True):
+        assert row.train_loss == whole.train_loss
+        told = (None, None) if row.epoch in (1, 3) else (whole.val_loss, whole.val_accuracy)
+        assert (row.val_loss, row.val_accuracy) == told
+    assert [line["val_accuracy"] for line in folder.read_metrics()] == [
+        row.val_accuracy for row in some.epochs
+    ]
+    assert RunFolder(folder.path).read() == some
+
+
+def test_a_target_is_met_where_it_is_looked_for(config: Make, train_in_threads: Train) -> None:
+    """Only an evaluated epoch can end a run at its target accuracy."""
+    record, _, _ = train_in_threads(
+        config(epochs=30, evaluate_every=7, target_accuracy=0.5, checkpoint_every=30)
+    )
+    assert record.target is not None
+    assert record.target.epoch == len(record.epochs) == 7
+
+
 def test_target_accuracy_ends_the_run(config: Make, train_in_threads: Train) -> None:
     """The run stops after the first epoch that reaches the target, and counts only what it trained."""
     options = {"epochs": 30, "ranks": 2, "topology": "allreduce", "checkpoint_every": 30}

@@ -233,6 +233,9 @@ class TrainConfig(BaseModel):
         description="ema, lookahead: part of the average that stays at a step (or synchronisation of "
         "weights). By default 0.99 and 0.95.",
     )
+    evaluate_every: int = Field(
+        1, ge=1, description="Epochs between evaluations; after the last one there always is one."
+    )
     tta: Literal["none", "flip", "flip+shift"] = Field(
         "none",
         description="Evaluate the mean of the scores of each image and its mirror image, and of both moved "

@@ -6,7 +6,7 @@ import time
 from dataclasses import astuple, dataclass, field
 from importlib import metadata
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from rankwise import accounts, losses, machine
 from rankwise.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from rankwise.record import (
     SCHEMA_VERSION,
     Clock,
     Epoch,
+    Evaluated,
     Fault,
     Host,
     Outcome,
@@ -45,13 +46,16 @@ class _Tally:
     lost: int = 0
 
 
+_EPOCHS = TypeAdapter(list[Evaluated | Epoch])
+
+
 @dataclass
 class Books:
     """What all keepers of a run know alike: the epochs so far and their tallies by number; the rows of ranks
     that stand by, of all when they were told last, and of those that were lost; the losses, of which the
     first `told` are known to be over; and when the run was asked for and began."""
 
-    epochs: list[Epoch]
+    epochs: list[Evaluated | Epoch]
     tallies: dict[int, _Tally]
     spares: dict[int, Rank]
     losses: list[Fault]
@@ -105,7 +109,7 @@ class Keeper:
         survived = [_recovered(fault) for fault in faults if fault.action in ("continue", "restart")]
         try:
             return Books(
-                epochs=[Epoch.model_validate(row) for row in notes["epochs"]],
+                epochs=_EPOCHS.validate_python(notes["epochs"]),
                 tallies={0: _Tally(**notes["samples"])},
                 spares={row.rank: row for row in spares},
                 losses=survived,

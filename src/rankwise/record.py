@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -55,8 +56,8 @@ class Epoch(_Row):
     train_loss: float | None = Field(
         description="mean over the samples that ranks trained which are still there; None if none of them is"
     )
-    val_loss: float
-    val_accuracy: float = Field(ge=0, le=1)
+    val_loss: float | None = Field(default=None, description="None: --evaluate-every left this epoch out")
+    val_accuracy: float | None = Field(default=None, ge=0, le=1)
     train_samples: int
     steps: int = Field(description="of the worker with the most")
     learning_rate: float
@@ -71,6 +72,13 @@ class Epoch(_Row):
     def samples_per_s(self) -> float:
         """Samples that all ranks together trained a second, without evaluation and checkpoint."""
         return self.train_samples / self.train_s
+
+
+class Evaluated(Epoch):
+    """One after which the network was evaluated."""
+
+    val_loss: float
+    val_accuracy: float = Field(ge=0, le=1)
 
 
 def _all_phases(phases_ns: dict[str, int]) -> dict[str, int]:
@@ -165,13 +173,13 @@ class Target(_Row):
     evaluation_s: float | None = Field(default=None, description="part of both that went to evaluations")
 
     @classmethod
-    def of(cls, accuracy: float | None, epochs: list[Epoch], first_step_s: float | None) -> Target | None:
+    def of(cls, accuracy: float | None, epochs: Sequence[Epoch], first_step_s: float | None) -> Target | None:
         """What the epochs so far say about an accuracy, None if none was asked for; `first_step_s` is from
         launch to first step."""
         if accuracy is None:
             return None
         for place, row in enumerate(epochs, start=1):
-            if row.val_accuracy >= accuracy:
+            if row.val_accuracy is not None and row.val_accuracy >= accuracy:
                 told = [one.evaluation_s for one in epochs[:place]]
                 launch_s = row.since_launch_s
                 return cls(
@@ -215,7 +223,7 @@ class Record(_Row):
     resumed_from_epoch: int | None = Field(description="the epoch after which this sitting went on")
     config: Annotated[dict[str, Any], AfterValidator(_options)]
     environment: Environment
-    epochs: list[Epoch]
+    epochs: list[Evaluated | Epoch]
     target: Target | None = Field(default=None, description="None without --target-accuracy")
     ranks: list[Rank]
     clock: Clock
@@ -230,10 +238,15 @@ class Record(_Row):
         return sitting_s + max(self.elapsed_s - self.wall_s, 0.0)
 
     @property
-    def best(self) -> Epoch:
+    def evaluated(self) -> list[Evaluated]:
+        """The epochs after which the network was evaluated."""
+        return [row for row in self.epochs if isinstance(row, Evaluated)]
+
+    @property
+    def best(self) -> Evaluated:
         """The epoch with the highest validation accuracy, the first of them. Raises ValueError without
-        epochs, as the two below do."""
-        return max(self.epochs, key=lambda row: row.val_accuracy)
+        evaluated epochs, as the two below do without epochs."""
+        return max(self.evaluated, key=lambda row: row.val_accuracy)
 
     @property
     def median_epoch_s(self) -> float:
@@ -386,7 +399,7 @@ class RunFolder:
             return []
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
-    def keep_metrics(self, epochs: list[Epoch]) -> None:
+    def keep_metrics(self, epochs: Sequence[Epoch]) -> None:
         """Make metrics.jsonl hold these epochs."""
         self.require_part()
         write_atomically(self.metrics, "".join(e.model_dump_json() + "\n" for e in epochs).encode())

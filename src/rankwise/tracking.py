@@ -69,8 +69,8 @@ def open_tracker(config: TrainConfig, folder: RunFolder, done: Sequence[Epoch], 
 
 def epoch_metrics(row: Epoch) -> dict[str, float]:
     """What trackers get of an epoch, by name with unit."""
-    known = {} if row.train_loss is None else {"train_loss": row.train_loss}
-    return known | {
+    values = {
+        "train_loss": row.train_loss,
         "val_loss": row.val_loss,
         "val_accuracy": row.val_accuracy,
         "samples_per_s": row.samples_per_s,
@@ -78,6 +78,7 @@ def epoch_metrics(row: Epoch) -> dict[str, float]:
         "train_s": row.train_s,
         "wall_s": row.wall_s,
     }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def run_metrics(record: Record) -> dict[str, float]:

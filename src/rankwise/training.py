@@ -21,7 +21,7 @@ from rankwise.errors import DivergedError
 from rankwise.models.evaluation import score
 from rankwise.models.precision import autocast
 from rankwise.progress import Progress
-from rankwise.record import Epoch
+from rankwise.record import Epoch, Evaluated
 from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.world import World
 
@@ -88,7 +88,7 @@ def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float]
         def whole_epoch(number: int = number, losses: Losses = losses, start_s: float = start_s) -> bool:
             train_epoch(job, number, losses)
             train_s = time.monotonic() - start_s
-            evaluation = evaluate(job, number)
+            evaluation = evaluate(job, number) if is_evaluated(job.config, number) else None
             evaluation_s = time.monotonic() - start_s - train_s
             result = summarise(job, number, losses, evaluation, train_s, evaluation_s)
             after_epoch(result, start_s)
@@ -155,6 +155,11 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
         job.progress.add(len(batch), value * len(batch))
 
 
+def is_evaluated(config: TrainConfig, epoch: int) -> bool:
+    """Whether the network is evaluated after an epoch."""
+    return epoch % config.evaluate_every == 0 or epoch == config.epochs
+
+
 def evaluate(job: Job, epoch: int) -> tuple[float, int]:
     """Sum of the losses and number of right answers on this rank's share of the validation samples, after an
     epoch."""
@@ -183,13 +188,13 @@ def summarise(
     job: Job,
     epoch: int,
     losses: Losses,
-    evaluation: tuple[float, int],
+    evaluation: tuple[float, int] | None,
     train_s: float,
     evaluation_s: float,
 ) -> EpochResult:
-    """Add up what all ranks did in the epoch."""
+    """Add up what all ranks did in the epoch; without an `evaluation` none was due."""
     world = job.synchroniser.world
-    val_loss_sum, correct = evaluation
+    val_loss_sum, correct = evaluation or (0.0, 0)
     sums = np.array([losses.total, losses.samples, val_loss_sum, correct], np.float64)
     world.allreduce(sums)
     expected = job.expected(epoch)
@@ -202,8 +207,6 @@ def summarise(
     row = Epoch(
         epoch=epoch,
         train_loss=sums[0] / sums[1] if sums[1] else None,  # all that trained in it were lost since
-        val_loss=sums[2] / len(job.val_pool),
-        val_accuracy=sums[3] / len(job.val_pool),
         train_samples=trained,
         steps=job.synchroniser.sampler.steps(epoch),
         learning_rate=job.synchroniser.replica.optimizer.param_groups[0]["lr"],
@@ -211,8 +214,11 @@ def summarise(
         train_s=float(slowest[0]),
         evaluation_s=float(slowest[1]),
     )
-    target = job.config.target_accuracy
-    last = epoch == job.config.epochs or (target is not None and row.val_accuracy >= target)
+    last = epoch == job.config.epochs
+    if evaluation is not None:
+        n, target = len(job.val_pool), job.config.target_accuracy
+        row = Evaluated(**{**dict(row), "val_loss": sums[2] / n, "val_accuracy": sums[3] / n})
+        last = last or (target is not None and row.val_accuracy >= target)
     return EpochResult(row, duplicated, lost, last)
 
 

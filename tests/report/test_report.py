@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from rankwise.cli import main
-from rankwise.record import Efficiency
+from rankwise.record import Efficiency, Epoch
 from rankwise.report.page import Block, Chart, Notice, Page, Row, Table
 from rankwise.report.run_page import run_page
 from rankwise.report.runs import read_runs
-from tests.records import rank, record, run_folder
+from tests.records import epochs, rank, record, run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -150,8 +150,20 @@ def test_a_failed_run() -> None:
     told = notices(page)
     assert "Run run failed: rank 1 failed: the loss is nan." in told
     assert "Rank 1 of run died after 7.5 s" in told
-    assert "No epoch was completed" in told
+    assert "No epoch was evaluated" in told
     assert any("Seconds of each rank" in caption for caption in charts(page))
+
+
+def test_epochs_that_were_not_evaluated() -> None:
+    """Curves and comparison leave out epochs that were not evaluated; a run without others says so."""
+    first = Epoch(**{**dict(epochs(1)[0]), "val_loss": None, "val_accuracy": None})
+    run_folder(Path("some"), record(1, epochs=[first, *epochs(2)[1:]]))
+    run_folder(Path("none"), record(1, epochs=[first], outcome="interrupted"))
+    texts = [block.alt for block in blocks(page_of("some")) if isinstance(block, Chart)]
+    assert "Accuracy over epochs, at best 60.00% in epoch 2 of some." in texts
+    assert "No epoch was evaluated" in notices(page_of("none"))
+    assert not any("Accuracy" in caption for caption in charts(page_of("none")))
+    assert call("some", "none") == 0
 
 
 def test_runs_of_different_datasets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,7 +209,7 @@ def _epoch(
     master_s = rounds * serve_s if its.served_bytes and has_master else 0.0
     waiting_s = max(0.0, outcome.worker_wait_s - master_s) + met_s
     transfer_s = max(0.0, outcome.makespan_s - compute_s - crowded_s - master_s - waiting_s)
-    evaluation_s = compute.evaluation_s
+    evaluation_s = compute.evaluation_s / config.evaluate_every
     if not has_master:
         evaluation_s *= shared / config.ranks
     parts = Parts(

@@ -144,10 +144,10 @@ def _read(path: Path) -> Source:
         per_sample_s=(parts["forward"] + parts["backward"]) / config.batch_size,
         backward_s=parts["backward"],
         optimizer_s=parts["optimizer"],
-        evaluation_s=_of_epochs(lines, "evaluation", sum),
+        evaluation_s=_of_epochs(lines, "evaluation", sum, config.evaluate_every),
         epochs_spread=float((train_s.max() - train_s.min()) / 2 / np.median(train_s)),
     )
-    checkpoint_s = _of_epochs(lines, "checkpoint", max) * config.checkpoint_every
+    checkpoint_s = _of_epochs(lines, "checkpoint", max, config.checkpoint_every)
     return Source(
         name=path.name,
         config=config,
@@ -211,10 +211,13 @@ def _steps(record: Record, lines: list[RankTimeline], batch: int) -> tuple[Secon
     return np.concatenate(times) / 1e9, {phase: value / len(times) for phase, value in parts.items()}
 
 
-def _of_epochs(lines: list[RankTimeline], phase: str, over_ranks: Any) -> float:
-    """Seconds of a phase in an epoch: the median over the epochs after the first, where there are any."""
+def _of_epochs(lines: list[RankTimeline], phase: str, over_ranks: Any, every: int) -> float:
+    """Seconds of a phase in one of `every` epochs, of which the last one is one: the median over them without
+    the first epoch, where there are any."""
     table = np.array([line.epochs[phase] for line in lines if len(line.epochs) == len(lines[0].epochs)])
-    later = table[:, 1:] if table.shape[1] > 1 else table
+    epochs = lines[0].epochs["epoch"]
+    due = (epochs % every == 0) | (epochs == epochs[-1])
+    later = table[:, due & (epochs > epochs[0])] if len(epochs) > 1 else table
     return float(median(over_ranks(column) for column in later.T.tolist())) / 1e9
 
 

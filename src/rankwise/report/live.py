@@ -79,7 +79,8 @@ class Display:
 
     def _poll(self) -> None:
         for row in self._new_epochs():
-            self._accuracy = f"accuracy {row['val_accuracy']:.1%}"
+            if row["val_accuracy"] is not None:
+                self._accuracy = f"accuracy {row['val_accuracy']:.1%}"
             if not self._bar:
                 self.say(epoch_line(row, self._epochs))
         if self._bar:
@@ -111,9 +112,12 @@ class Display:
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """An epoch in one line of text."""
+    evaluated = ""
+    if row["val_loss"] is not None:
+        evaluated = f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  "
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train loss {words.loss(row['train_loss'])}  "
-        f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  {row['wall_s']:.1f} s  "
+        f"{evaluated}{row['wall_s']:.1f} s  "
         f"{row['train_samples'] / row['train_s']:,.0f} samples/s"
     )
 

@@ -104,13 +104,13 @@ def _diagnosis(record: Record) -> Iterable[Block]:
 
 
 def _learning(runs: Sequence[Run]) -> Iterable[Block]:
-    trained = _trained(runs)
-    if not trained:
-        yield Notice("No epoch was completed, so there are no learning curves.")
+    evaluated = [run for run in runs if run.record.evaluated]
+    if not evaluated:
+        yield Notice("No epoch was evaluated, so there are no learning curves.")
         return
-    yield Row((learning.accuracy(trained), learning.loss(trained)))
+    yield Row((learning.accuracy(evaluated), learning.loss(evaluated)))
     if len(runs) > 1:
-        yield learning.accuracy_over_time(trained)
+        yield learning.accuracy_over_time(evaluated)
 
 
 def _times(record: Record) -> Iterable[Block]:

@@ -28,10 +28,11 @@ MOST_WAITED_FOR = 8
 def numbers(record: Record) -> Numbers:
     """The few numbers of a run that come first."""
     found = [Number("wall time", f"{record.wall_s:,.1f} s", "start-up included")]
-    if record.epochs:
+    if record.evaluated:
         best = record.best
         where = f"in epoch {best.epoch} of {record.epochs[-1].epoch}"
         found.insert(0, Number("best accuracy", f"{best.val_accuracy:.2%}", where))
+    if record.epochs:
         found.append(
             Number("samples a second", f"{record.median_samples_per_s:,.0f}", "median of the epochs")
         )
@@ -66,7 +67,7 @@ def overview(runs: Sequence[Run]) -> Table:
                 strategy(record),
                 len(record.ranks),
                 record.outcome,
-                f"{record.best.val_accuracy:.2%}" if trained else None,
+                f"{record.best.val_accuracy:.2%}" if record.evaluated else None,
                 record.wall_s,
                 record.median_epoch_s if trained else None,
                 record.median_samples_per_s if trained else None,

@@ -48,9 +48,9 @@ def _headline(record: Record) -> str:
         f"{record.outcome}: {config['model']} on {config['dataset']}, {config['strategy']}{topology}, "
         f"{words.count(config['ranks'], 'rank')}{spares}, {record.wall_s:.1f} s"
     )
+    if record.evaluated:
+        text += f"; best accuracy {record.best.val_accuracy:.2%} in epoch {record.best.epoch}"
     if record.epochs:
-        best = record.best
-        text += f"; best accuracy {best.val_accuracy:.2%} in epoch {best.epoch}"
         if record.target:
             text += f"; {_target(record.target)}"
         text += f"; samples lost {record.samples.lost}, trained twice {record.samples.duplicated}"
@@ -71,8 +71,8 @@ def _epochs(record: Record, most: int = 8) -> Table:
         table.add_row(
             str(row.epoch),
             words.loss(row.train_loss),
-            f"{row.val_loss:.4f}",
-            f"{row.val_accuracy:.2%}",
+            "" if row.val_loss is None else f"{row.val_loss:.4f}",
+            "" if row.val_accuracy is None else f"{row.val_accuracy:.2%}",
             f"{row.wall_s:.2f}",
             f"{row.samples_per_s:,.0f}",
         )

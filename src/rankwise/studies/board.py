@@ -82,16 +82,16 @@ class Board:
         if standing is None:
             return
         trained = (standing.epoch - 1) * samples_per_epoch + standing.samples
-        epochs_done = folder.read_metrics()
+        evaluated = [row for row in folder.read_metrics() if row["val_accuracy"] is not None]
         state = f"{name}: epoch {standing.epoch}/{epochs}"
-        state += f", accuracy {epochs_done[-1]['val_accuracy']:.1%}" if epochs_done else ""
+        state += f", accuracy {evaluated[-1]['val_accuracy']:.1%}" if evaluated else ""
         self._show(state, min(1.0, trained / (epochs * samples_per_epoch)))
 
     def finish(self, name: str, record: Record) -> None:
         """The running run is finished."""
         took_s = time.monotonic() - self._began_s
         self._count(took_s)
-        best = max((row.val_accuracy for row in record.epochs), default=0.0)
+        best = max((row.val_accuracy for row in record.evaluated), default=0.0)
         self._tell(f"{name}: best accuracy {best:.2%}, {took_s:.0f} s")
 
     def fail(self, name: str, message: str) -> None:

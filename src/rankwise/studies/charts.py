@@ -62,7 +62,7 @@ def accuracy_by_epoch(runs: Mapping[str, Record]) -> Chart:
     values = [
         {"run": name, "epoch": row.epoch, "accuracy": row.val_accuracy}
         for name, record in runs.items()
-        for row in record.epochs
+        for row in record.evaluated
     ]
     return _accuracy(values, "epoch", "The same number of epochs: more processes are behind.")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rankwise.record import Record
 from rankwise.studies.plan import Options
+from rankwise.studies.results import last_accuracy
 from rankwise.studies.statistics import Estimate, estimate
 
 WORKERS = 4
@@ -132,7 +133,7 @@ QUICK_COURSES = (
 
 def best_rate(tuned: Mapping[float, Record]) -> float:
     """The rate whose short run was the most accurate in the end."""
-    return max(tuned, key=lambda rate: tuned[rate].epochs[-1].val_accuracy)
+    return max(tuned, key=lambda rate: last_accuracy(tuned[rate]))
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def scores(
                 entrant,
                 rate,
                 records,
-                accuracy=estimate([record.epochs[-1].val_accuracy for record in records]),
+                accuracy=estimate([last_accuracy(record) for record in records]),
                 in_time=_estimate([_accuracy_after(record, limit_s) for record in records]),
                 bytes_sent=_bytes_sent(entrant, first),
                 epoch_s=first.median_epoch_s,
@@ -204,7 +205,8 @@ def _estimate(values: Sequence[float | None]) -> Estimate | None:
 def _accuracy_after(record: Record, limit_s: float) -> float | None:
     """The best accuracy of the epochs that were over after so many seconds, if any was."""
     done = zip(record.epochs, _epochs_s(record), strict=True)
-    return max((row.val_accuracy for row, seconds in done if seconds <= limit_s * (1 + 1e-9)), default=None)
+    in_time = [row for row, seconds in done if seconds <= limit_s * (1 + 1e-9)]
+    return max((row.val_accuracy for row in in_time if row.val_accuracy is not None), default=None)
 
 
 def _scaled_epoch_s(link: Record, full: Record) -> float:

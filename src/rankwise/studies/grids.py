@@ -19,6 +19,7 @@ from rankwise.studies.results import (
     best_accuracy,
     cpu_percent,
     last_accuracy,
+    last_loss,
     loss_gap,
     lowest_loss,
     total_s,
@@ -171,7 +172,7 @@ def figure_1(results: Results) -> Grid:
     """Figure 1: one process, epoch by epoch, the mean over seeds."""
     records = results.of(results.scale.alone())
     rows = []
-    for epochs in zip(*(record.epochs for record in records), strict=True):
+    for epochs in zip(*(record.evaluated for record in records), strict=True):
         n = len(epochs)
         accuracy = 100 * sum(row.val_accuracy for row in epochs) / n
         rows.append(
@@ -244,7 +245,7 @@ def mechanism(results: Results) -> Grid:
             sum(row.steps for row in records[0].epochs),
             results.estimate(trial, lambda record: 100 * best_accuracy(record)),
             results.estimate(trial, lambda record: train_loss(record.epochs[-1])),
-            results.estimate(trial, lambda record: record.epochs[-1].val_loss),
+            results.estimate(trial, last_loss),
             results.estimate(trial, loss_gap),
         )
         for trial in trials

@@ -20,12 +20,17 @@ def best_accuracy(record: Record) -> float:
 
 def last_accuracy(record: Record) -> float:
     """The validation accuracy after the last epoch (fraction)."""
-    return record.epochs[-1].val_accuracy
+    return record.evaluated[-1].val_accuracy
 
 
 def lowest_loss(record: Record) -> float:
     """The lowest validation loss of all epochs."""
-    return min(row.val_loss for row in record.epochs)
+    return min(row.val_loss for row in record.evaluated)
+
+
+def last_loss(record: Record) -> float:
+    """The validation loss after the last epoch."""
+    return record.evaluated[-1].val_loss
 
 
 def train_loss(row: Epoch) -> float:
@@ -35,7 +40,7 @@ def train_loss(row: Epoch) -> float:
 
 def loss_gap(record: Record) -> float:
     """By how much the validation loss is above the training loss in the last epoch: overfitting."""
-    return record.epochs[-1].val_loss - train_loss(record.epochs[-1])
+    return last_loss(record) - train_loss(record.epochs[-1])
 
 
 def total_s(record: Record) -> float:

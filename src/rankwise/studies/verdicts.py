@@ -257,7 +257,7 @@ def _undecided(evidence: str) -> Finding:
 def _until(results: Results) -> str:
     """When replication is first as accurate as one process at its best, with the first seed."""
     goal = best_accuracy(results.of(results.scale.alone())[0])
-    for row in results.of(results.scale.replication())[0].epochs:
+    for row in results.of(results.scale.replication())[0].evaluated:
         if row.val_accuracy >= goal:
             return f"in epoch {row.epoch}"
     return "in none of its epochs"

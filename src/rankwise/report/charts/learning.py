@@ -18,12 +18,12 @@ def accuracy(runs: Sequence[Run]) -> Chart:
     values: list[dict[str, Any]] = [
         {"run": run.name, "epoch": row.epoch, "accuracy": row.val_accuracy}
         for run in runs
-        for row in run.record.epochs
+        for row in run.record.evaluated
     ]
     best = max(values, key=lambda value: value["accuracy"])
     return Chart(
         line_chart(values, "epoch", "accuracy", "run", "~%"),
-        "Accuracy on the validation samples after each epoch.",
+        "Accuracy on the validation samples, after each epoch that was evaluated.",
         f"Accuracy over epochs, at best {best['accuracy']:.2%} in epoch {best['epoch']} of {best['run']}.",
     )
 
@@ -36,6 +36,7 @@ def accuracy_over_time(runs: Sequence[Run]) -> Chart:
         for row, seconds in zip(
             run.record.epochs, accumulate(row.wall_s for row in run.record.epochs), strict=True
         )
+        if row.val_accuracy is not None
     ]
     return Chart(
         line_chart(values, "seconds", "accuracy", "run", "~%"),
