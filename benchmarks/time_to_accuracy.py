@@ -43,7 +43,8 @@ def main() -> None:
             ]
             finish(start(words))
             record = record_of(out)
-            target, best = record["target"], max(row["val_accuracy"] for row in record["epochs"])
+            target = record["target"]
+            best = max(row["val_accuracy"] or 0.0 for row in record["epochs"])  # None: not evaluated
             told = "not reached"
             if target["reached"]:
                 reached.append(target)

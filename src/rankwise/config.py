@@ -222,6 +222,11 @@ class TrainConfig(BaseModel):
         description="Make the first convolution whiten its patches, as found in this many training images, "
         "and do not train it; 0 leaves it alone.",
     )
+    freeze: str = Field(
+        "none",
+        description="NAME:EPOCH,...: from this epoch on parameters whose names begin so stay as they are, e.g. "
+        "blocks.0:6, which spares the backward pass of a network's first layers.",
+    )
     averaged_weights: Literal["none", "ema", "lookahead"] = Field(
         "none",
         description="Evaluate a moving average of the weights; with lookahead training goes on from it, too.",

@@ -19,6 +19,7 @@ from rankwise.data.selection import Selection, at_most, select
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.faults import Faults, NoFaults, parse
 from rankwise.keeper import Keeper
+from rankwise.models import freezing
 from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.models.whitening import whiten
@@ -215,6 +216,7 @@ def _make_replica(config: TrainConfig, dataset: Dataset, chosen: Selection) -> R
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     else:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
+    freezing.check(config, [name for name, value in model.named_parameters() if value.requires_grad])
     return make_replica(config, model, make_optimizer(config, model))
 
 

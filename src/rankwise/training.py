@@ -19,6 +19,7 @@ from rankwise.data.partition import Indices
 from rankwise.data.resizing import height_in
 from rankwise.errors import DivergedError
 from rankwise.models.evaluation import score
+from rankwise.models.freezing import frozen_in
 from rankwise.models.precision import autocast
 from rankwise.progress import Progress
 from rankwise.record import Epoch, Evaluated
@@ -126,6 +127,7 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
     arithmetic = autocast(config.precision)
     job.progress.start(epoch)
     model.train()
+    synchroniser.replica.freeze(frozen_in(config, epoch))
 
     ledger.enter("other")
     for step, batch in enumerate(synchroniser.batches(epoch), start=1):

@@ -11,6 +11,7 @@ from rankwise.data import resizing
 from rankwise.data.partition import parse_shards
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError
+from rankwise.models import freezing
 from rankwise.world.surroundings import survives_failures
 
 
@@ -41,6 +42,7 @@ def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
                 )
     parse_shards(config.shards)
     resizing.stages(config)
+    freezing.stages(config)
     balance.check(config)
     data.check(config.dataset, config.data_dir)
     tracking.check(config.track)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import ModelError
 from rankwise.models.average import Average
+from rankwise.models.freezing import is_under
 
 
 class Replica:
@@ -45,7 +46,8 @@ class Replica:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.average = average
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.parameters = list(self._trained.values())
         _create_state(optimizer)
         tensors = [*model.parameters(), *model.buffers()]
         if any(tensor.is_complex() for tensor in tensors):
@@ -80,6 +82,11 @@ class Replica:
         """Those of the parameters as `pack` lays them out; what else it packs comes behind."""
         return self._weights.layout.shapes[: len(self.parameters)]
 
+    def freeze(self, prefixes: Collection[str]) -> None:
+        """Leave trained parameters whose names begin so as they are from here on, and train all others."""
+        for name, parameter in self._trained.items():
+            parameter.requires_grad_(not is_under(name, prefixes))
+
     def forget_gradients(self) -> None:
         """As `optimizer.zero_grad()` does, without the record for a profiler that it makes each time, which
         costs a small network more than a layer."""
@@ -87,7 +94,10 @@ class Replica:
             parameter.grad = None
 
     def step(self) -> None:
-        """The optimiser's step with the gradients that are there."""
+        """The optimiser's step with the gradients that are there, but for frozen parameters."""
+        for parameter in self.parameters:
+            if not parameter.requires_grad:
+                parameter.grad = None  # an exchange leaves zeros, by which momentum would still move it
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()

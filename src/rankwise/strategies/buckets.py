@@ -66,7 +66,7 @@ class Buckets:
         self._share = share
         self._sends = sends and len(self._buckets) > 1
         for bucket in self._buckets:
-            bucket.missing = len(self._parameters[bucket.places])
+            bucket.missing = sum(p.requires_grad for p in self._parameters[bucket.places])
 
     def add(self) -> None:
         """Take in the gradients of the batch that was expected."""
