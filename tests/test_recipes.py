@@ -40,6 +40,7 @@ ALL: dict[str, Any] = {
     "batch_size": 4, "lr": 0.1, "nesterov": True, "weight_decay": 1e-3, "norm_bias_lr_scale": 8,
     "label_smoothing": 0.2, "flip": "alternating", "translate": 2, "cutout": 8, "tta": "flip+shift",
     "whitening": 50, "schedule": "triangular", "averaged_weights": "lookahead", "resize": "24:1",
+    "freeze": "blocks.0:2",
 }  # fmt: skip
 """Every option of a recipe, on few images."""
 
@@ -426,6 +427,63 @@ def test_resume_to_the_bit_with_everything_on(
     first = safetensors.torch.load_file(whole[1].checkpoints / "epoch-0001" / "model.safetensors")
     assert torch.equal(first["whitening.weight"], whole[2]["whitening.weight"])
     assert [e.val_loss for e in whole[0].epochs] == [e.val_loss for e in parts[0].epochs]
+
+
+FREEZING = [
+    {"ranks": 1, "momentum": 0.9, "weight_decay": 0.1},
+    {"ranks": 1, "optimizer": "adamw", "weight_decay": 0.1},
+    {"ranks": 2, "strategy": "allreduce", "bucket_mb": 0.01, "momentum": 0.9},
+    {"ranks": 3, "strategy": "allreduce", "compress": "topk:0.1", "optimizer": "muon"},
+    {"ranks": 3, "strategy": "gradient-server", "momentum": 0.9},
+    {"ranks": 3, "strategy": "local-sgd", "sync_every": 3, "momentum": 0.9},
+    {"ranks": 3, "strategy": "parameter-averaging", "topology": "master", "optimizer": "adam"},
+]
+
+
+@pytest.mark.parametrize("team", FREEZING, ids=str)
+def test_frozen_parameters_stay(config: Make, train_in_threads: Train, team: dict[str, Any]) -> None:
+    """From the epoch that --freeze names its parameters keep their bits, whatever momentum, weight decay or
+    an exchange left behind, and all others go on learning."""
+    _, folder, last = train_in_threads(
+        config(**team, epochs=3, train_limit=300, checkpoint_keep=3, freeze="1:2,3:3")
+    )
+    first, second = (
+        safetensors.torch.load_file(folder.checkpoints / f"epoch-000{epoch}" / "model.safetensors")
+        for epoch in (1, 2)
+    )
+    for name in last:
+        assert torch.equal(first[name], second[name]) == name.startswith("1."), name
+        assert torch.equal(second[name], last[name]) == name.startswith(("1.", "3.")), name
+
+
+def test_ranks_freeze_as_one_process_does(config: Make, train_in_threads: Train) -> None:
+    """With frozen parameters N ranks that agree on gradients learn what one process learns."""
+    options = {"epochs": 3, "train_limit": 288, "freeze": "1:2", "momentum": 0.9}
+    _, _, one = train_in_threads(config(**options, batch_size=48), folder="one")
+    for ranks in (2, 3):
+        team = {"ranks": ranks, "strategy": "allreduce", "batch_size": 48 // ranks, "bucket_mb": 0.01}
+        _, _, many = train_in_threads(config(**options, **team), folder=f"of-{ranks}")
+        assert all(torch.allclose(one[name], many[name], atol=1e-5) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"freeze": "1"}, "NAME:EPOCH"),
+        ({"freeze": "1:0"}, "NAME:EPOCH"),
+        ({"freeze": ":2"}, "NAME:EPOCH"),
+        ({"freeze": "1:2,"}, "NAME:EPOCH"),
+        ({"freeze": "head:2"}, r"no parameter whose name begins with head; it trains 1\.weight"),
+        ({"freeze": "1:2,3:2,5:2"}, "leaves nothing of mlp"),
+        ({"freeze": "1:2", "ranks": 2, "strategy": "ddp"}, "--strategy ddp"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(
+    config: Make, train_in_threads: Train, given: dict[str, Any], told: str
+) -> None:
+    """A stage that is none, a name that fits nothing, a network of which nothing is left, one clear line."""
+    with pytest.raises(ConfigError, match=told):
+        train_in_threads(preflight.check(config(**given)))
 
 
 def test_what_is_evaluated_is_the_average(config: Make, train_in_threads: Train) -> None:

@@ -224,8 +224,8 @@ class TrainConfig(BaseModel):
     )
     freeze: str = Field(
         "none",
-        description="NAME:EPOCH,...: from this epoch on parameters whose names begin so stay as they are, e.g. "
-        "blocks.0:6, which spares the backward pass of a network's first layers.",
+        description="NAME:EPOCH,...: from this epoch on parameters whose names begin so stay as they are, "
+        "e.g. blocks.0:6, which spares the backward pass of a network's first layers.",
     )
     averaged_weights: Literal["none", "ema", "lookahead"] = Field(
         "none",

@@ -1,5 +1,7 @@
-"""Parameters that are not trained in the last epochs, which spares their backward pass (FreezeOut: Brock et al.
-2017, arXiv:1706.04983)."""
+"""Parameters that are not trained in the last epochs, which spares their backward pass.
+
+FreezeOut: Brock et al. 2017, arXiv:1706.04983.
+"""
 
 from __future__ import annotations
 
