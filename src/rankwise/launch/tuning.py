@@ -38,7 +38,17 @@ SHORT_S = 300.0
 FIRST_STEPS = 40
 """Steps an epoch of the run that finds out how long trials must be."""
 
-UNTOLD = ("out", "seed", "data_dir", "cache_dir", "track", "fault", "checkpoint_every", "checkpoint_keep")
+UNTOLD = (
+    "out",
+    "seed",
+    "data_dir",
+    "cache_dir",
+    "track",
+    "fault",
+    "evaluate_every",
+    "checkpoint_every",
+    "checkpoint_keep",
+)
 """Options that say nothing about speed."""
 
 

@@ -17,7 +17,7 @@ from rankwise.prediction.network import Cluster, Link, Network
 from rankwise.prediction.simulation import Outcome, gossip, serve_all
 from rankwise.prediction.slowest import SEED, Seconds, expected_maximum
 from rankwise.prediction.source import Source
-from rankwise.prediction.steps import compute_at, rounds_s, spread_of_mean
+from rankwise.prediction.steps import SLICE_S, compute_at, rounds_s, spread_of_mean
 from rankwise.prediction.traffic import ASYNCHRONOUS, Traffic, traffic
 
 
@@ -200,8 +200,11 @@ def _epoch(
     else:
         slowest_s = expected_maximum(round_s, units)
         waited_s = rounds * (max(slowest_s - float(round_s.mean()), 0.0) + serve_s)
-        train_s = rounds * (slowest_s + pack_s * shared + exchange_s + serve_s)
-        train_s += math.ceil(steps) * cluster.seconds(its.each_step.hops)
+        # Whom a message wakes gets a core when another rank has had its turn.
+        turn_s = SLICE_S if crowd > 1 else 0.0
+        train_s = rounds * (slowest_s + pack_s * shared + exchange_s + turn_s + serve_s)
+        if its.each_step.hops:
+            train_s += math.ceil(steps) * (cluster.seconds(its.each_step.hops) + turn_s)
         outcome = Outcome(train_s, waited_s, rounds * slowest_s)
     compute_s, longer_s = rounds * float(alone.mean()), rounds * float(round_s.mean() - alone.mean())
     # Beside others a rank takes longer because cores are shared, or for whom it meets in each step.
