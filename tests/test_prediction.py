@@ -24,7 +24,7 @@ from rankwise.prediction.predict import predict, read_ranks
 from rankwise.prediction.simulation import gossip, serve_all
 from rankwise.prediction.slowest import expected_maximum, sums
 from rankwise.prediction.source import Source, read_source
-from rankwise.prediction.steps import compute_at
+from rankwise.prediction.steps import SLICE_S, compute_at
 from rankwise.prediction.traffic import SUMMARY, Network, traffic
 from rankwise.prediction.wishes import Wishes
 from rankwise.record import Record, RunFolder
@@ -288,6 +288,38 @@ def source(train_in_threads: Train, config: Make) -> Source:
     """What a short run of one rank tells."""
     _, folder, _ = train_in_threads(config(ranks=1, epochs=2, batch_size=16))
     return read_source([folder.path])
+
+
+def test_what_not_every_epoch_has(train_in_threads: Train, config: Make) -> None:
+    """Evaluations and checkpoints are read from the epochs that have one, and shared out among those that
+    one is for; that steps were not all alike is said."""
+    options = {"ranks": 1, "epochs": 7, "batch_size": 16, "train_limit": 320}
+    _, folder, _ = train_in_threads(config(**options, evaluate_every=3, checkpoint_every=3, freeze="1:6"))
+    source = read_source([folder.path])
+    record = RunFolder(folder.path).read()
+    told = {row.epoch: row.evaluation_s or 0.0 for row in record.epochs}
+    (compute,) = source.compute
+    assert compute.evaluation_s == pytest.approx(sorted(told[epoch] for epoch in (3, 6, 7))[1], rel=0.3)
+    assert source.checkpoint_s > 0
+    found = predict(source, Wishes(ranks="1"))
+    assert found.points[0].parts.evaluation == pytest.approx(compute.evaluation_s / 3)
+    assert any("frozen parameters" in remark for remark in found.remarks)
+
+
+def test_a_turn_of_another_rank(source: Source) -> None:
+    """Where ranks share cores each exchange waits for a turn of another one: as much more an epoch as it has
+    rounds more."""
+
+    def turns_s(every: int) -> float:
+        wishes = {"ranks": "4", "strategy": "local-sgd", "threads": 1, "sync_every": every}
+        crowded, free = (
+            predict(source, Wishes(**wishes, cores_per_host=cores)).points[0].parts.transfer
+            for cores in (2, 4)
+        )
+        return crowded - free
+
+    steps = -(-source.samples // (4 * 16))
+    assert turns_s(1) - turns_s(steps) == pytest.approx((steps - 1) * SLICE_S, rel=0.3)
 
 
 def test_ten_thousand_ranks(source: Source) -> None:

@@ -133,6 +133,8 @@ def _read(path: Path) -> Source:
         on = sum(sum(row.phases_ns[p] for p in ("forward", "backward")) for row in workers)
         steps = steps * (1 - off / max(on, 1))
         remarks += (f"{path} had more threads than cores: its steps are taken without the time off them",)
+    if (config.resize, config.freeze) != ("none", "none"):
+        remarks += (f"{path} had epochs of smaller images or frozen parameters: its mean step is taken",)
     if len(hosts) > 1:
         remarks += (f"{path} ran on {len(hosts)} hosts: its messages stand for those inside a host too",)
     later = record.epochs[1:] or record.epochs
