@@ -456,14 +456,18 @@ def test_frozen_parameters_stay(config: Make, train_in_threads: Train, team: dic
         assert torch.allclose(second[name], last[name], 1e-6, 1e-8) == name.startswith(("1.", "3.")), name
 
 
-def test_ranks_freeze_as_one_process_does(config: Make, train_in_threads: Train) -> None:
-    """With frozen parameters N ranks that agree on gradients learn what one process learns."""
-    options = {"epochs": 3, "train_limit": 288, "freeze": "1:2", "momentum": 0.9}
-    _, _, one = train_in_threads(config(**options, batch_size=48), folder="one")
-    for ranks in (2, 3):
-        team = {"ranks": ranks, "strategy": "allreduce", "batch_size": 48 // ranks, "bucket_mb": 0.01}
-        _, _, many = train_in_threads(config(**options, **team), folder=f"of-{ranks}")
-        assert all(torch.allclose(one[name], many[name], atol=1e-5) for name in one)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_freezing_is_the_same_by_master_and_in_buckets(
+    config: Make, train_in_threads: Train, workers: int
+) -> None:
+    """With frozen parameters, workers whose gradients go out in buckets during the backward pass learn what
+    they learn by a master that gets all gradients at once."""
+    options = {"epochs": 3, "train_limit": 288, "freeze": "1:2", "momentum": 0.9, "weight_decay": 0.01}
+    buckets = {"strategy": "allreduce", "ranks": workers, "bucket_mb": 0.01}
+    master = {"strategy": "gradient-server", "ranks": workers + 1}
+    _, _, one = train_in_threads(config(**options, **buckets), folder="buckets")
+    _, _, two = train_in_threads(config(**options, **master), folder="master")
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
 @pytest.mark.parametrize(
