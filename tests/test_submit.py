@@ -76,7 +76,7 @@ def every_option() -> dict[str, Any]:
         "compress": "topk:0.01", "optimizer": "adamw", "optimizer_state": "average", "schedule": "cosine",
         "lr_scaling": "sqrt", "threads": "all", "on_failure": "restart", "on_shrink": "keep-global-batch",
         "fault": ("kill:rank=1", "nan:p=0.5"), "track": "mlflow", "balance": "24,8", "flip": "random",
-        "tta": "flip", "averaged_weights": "ema", "precision": "bf16", "resize": "24:1", "freeze": "1:2", "freeze": "1:2",
+        "tta": "flip", "averaged_weights": "ema", "precision": "bf16", "resize": "24:1", "freeze": "1:2",
         "compile": "on", "memory_format": "contiguous",
     }  # fmt: skip
     for name, field in TrainConfig.model_fields.items():
