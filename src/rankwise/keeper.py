@@ -16,8 +16,7 @@ from rankwise.faults import DEADLY, read_marks
 from rankwise.record import (
     SCHEMA_VERSION,
     Clock,
-    Epoch,
-    Evaluated,
+    EpochRow,
     Fault,
     Host,
     Outcome,
@@ -35,6 +34,8 @@ from rankwise.tracking import NoTracker, Say, open_tracker
 from rankwise.training import EpochResult, Job
 from rankwise.world import World
 
+_EPOCHS = TypeAdapter(list[EpochRow])
+
 
 @dataclass
 class _Tally:
@@ -46,16 +47,13 @@ class _Tally:
     lost: int = 0
 
 
-_EPOCHS = TypeAdapter(list[Evaluated | Epoch])
-
-
 @dataclass
 class Books:
     """What all keepers of a run know alike: the epochs so far and their tallies by number; the rows of ranks
     that stand by, of all when they were told last, and of those that were lost; the losses, of which the
     first `told` are known to be over; and when the run was asked for and began."""
 
-    epochs: list[Evaluated | Epoch]
+    epochs: list[EpochRow]
     tallies: dict[int, _Tally]
     spares: dict[int, Rank]
     losses: list[Fault]

@@ -81,6 +81,9 @@ class Evaluated(Epoch):
     val_accuracy: float = Field(ge=0, le=1)
 
 
+EpochRow = Evaluated | Epoch
+
+
 def _all_phases(phases_ns: dict[str, int]) -> dict[str, int]:
     return dict.fromkeys(PHASES, 0) | phases_ns
 
@@ -223,7 +226,7 @@ class Record(_Row):
     resumed_from_epoch: int | None = Field(description="the epoch after which this sitting went on")
     config: Annotated[dict[str, Any], AfterValidator(_options)]
     environment: Environment
-    epochs: list[Evaluated | Epoch]
+    epochs: list[EpochRow]
     target: Target | None = Field(default=None, description="None without --target-accuracy")
     ranks: list[Rank]
     clock: Clock

@@ -42,7 +42,11 @@ def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
                 )
     parse_shards(config.shards)
     resizing.stages(config)
-    freezing.stages(config)
+    if freezing.stages(config) and config.strategy == "ddp":
+        raise ConfigError(
+            f"--freeze {config.freeze} was given, but --strategy ddp waits for the gradients of all "
+            "parameters: leave it out"
+        )
     balance.check(config)
     data.check(config.dataset, config.data_dir)
     tracking.check(config.track)

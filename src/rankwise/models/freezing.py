@@ -29,11 +29,6 @@ def stages(config: TrainConfig) -> list[tuple[str, int]]:
                 "parameters of blocks.0 that stay as they are from epoch 6 on"
             )
         found.append((prefix, int(first)))
-    if config.strategy == "ddp":
-        raise ConfigError(
-            f"--freeze {config.freeze} was given, but --strategy ddp waits for the gradients of all "
-            "parameters: leave it out"
-        )
     return found
 
 

@@ -48,6 +48,7 @@ class Replica:
         self.average = average
         self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.parameters = list(self._trained.values())
+        self._paused: list[Tensor] = []
         _create_state(optimizer)
         tensors = [*model.parameters(), *model.buffers()]
         if any(tensor.is_complex() for tensor in tensors):
@@ -86,6 +87,7 @@ class Replica:
         """Leave trained parameters whose names begin so as they are from here on, and train all others."""
         for name, parameter in self._trained.items():
             parameter.requires_grad_(not is_under(name, prefixes))
+        self._paused = [parameter for parameter in self.parameters if not parameter.requires_grad]
 
     def forget_gradients(self) -> None:
         """As `optimizer.zero_grad()` does, without the record for a profiler that it makes each time, which
@@ -95,9 +97,8 @@ class Replica:
 
     def step(self) -> None:
         """The optimiser's step with the gradients that are there, but for frozen parameters."""
-        for parameter in self.parameters:
-            if not parameter.requires_grad:
-                parameter.grad = None  # an exchange leaves zeros, by which momentum would still move it
+        for parameter in self._paused:
+            parameter.grad = None  # an exchange leaves zeros, by which momentum would still move it
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()
