@@ -1,12 +1,13 @@
 """Predicts epochs first, then runs them, and prints every error.
 
-    python benchmarks/prediction.py [--quick] [--data-dir DIR] [--links] [--out DIR]
+    python benchmarks/prediction.py [--quick] [--data-dir DIR] [--links] [--match TEXT] [--out DIR]
 
 The fit sees two ranks with batches of 16, and one with 64; the points that it has not seen are 2 to 8 ranks,
 both topologies, five strategies and three batch sizes. Sources and points are run in turn, and medians of the
-repeats are compared, as the machine drifts. With --links also three hosts, network namespaces on this machine
-on links of 50, 100 and 1000 Mbit/s, for which root is needed. Runs stay in --out, if it is given: started
-again there, it measures what is missing, and predicts all anew.
+repeats are compared, as the machine drifts. With --links also two and three hosts, network namespaces on this
+machine on links of 50, 100 and 1000 Mbit/s, for which root is needed. With --match only points whose name
+holds the text, such as easgd. Runs stay in --out, if it is given: started again there, it measures what is
+missing, and predicts all anew.
 """
 
 from __future__ import annotations
@@ -91,18 +92,26 @@ def cases(quick: bool) -> list[Case]:
 
 
 def linked(quick: bool) -> list[Case]:
+    """Each rank on a host of its own.
+
+    The hosts share this machine's cores, which no prediction can know: so three of them have a master, which
+    rests while the two others train, and without a master there are two.
+    """
     rates = RATES[1:2] if quick else RATES
-    pairs = (("allreduce", "allreduce"), ("parameter-averaging", "master"), ("local-sgd", "allreduce"))
-    return [Case(3, *pair, 16, rate) for rate in rates for pair in pairs]
+    return [
+        Case(3 if topology == "master" else 2, strategy, topology, 16, rate)
+        for rate in rates
+        for strategy, topology in FAMILIES
+    ]
 
 
-def run(arguments: argparse.Namespace, options: list[object], out: Path, mbit_s: int = 0) -> float:
+def run(arguments: argparse.Namespace, options: list[object], out: Path, case: Case | None = None) -> float:
     """The median of the epochs after the first; a run that is there is not made again."""
     words = ["--epochs", 3, "--train-limit", arguments.limit, *options]
     if not finished(out):
         shutil.rmtree(out, ignore_errors=True)
-        if mbit_s:
-            run_linked(arguments, words, out, f"{mbit_s}mbit")
+        if case and case.mbit_s:
+            run_linked(arguments, words, out, case.ranks, f"{case.mbit_s}mbit")
         else:
             common.finish(common.start(common.command(arguments, *words, out=out)))
     return statistics.median(row["wall_s"] for row in common.record_of(out)["epochs"][1:])
@@ -112,9 +121,11 @@ def finished(out: Path) -> bool:
     return (out / "record.json").exists() and common.record_of(out)["outcome"] == "completed"
 
 
-def run_linked(arguments: argparse.Namespace, options: list[object], out: Path, rate: str) -> None:
-    """On three hosts, each on a link of this rate."""
-    with Hosts(rate, rate, rate) as hosts:
+def run_linked(
+    arguments: argparse.Namespace, options: list[object], out: Path, ranks: int, rate: str
+) -> None:
+    """Each rank on a host of its own, on a link of this rate."""
+    with Hosts(*[rate] * ranks) as hosts:
         where = ",".join(f"{address}:1" for address in hosts.addresses)
         process = hosts.start(*common.command(arguments, *options, "--hosts", where, out=out))
         _, error = process.communicate()
@@ -130,7 +141,6 @@ def predicted_s(case: Case, sources: list[Path], scratch: Path) -> float:
     if case.mbit_s:
         network = scratch / "link.toml"
         network.write_text(f"latency_us = {LINK_LATENCY_US}\nbandwidth_gbit_s = {case.mbit_s / 1000}\n")
-        # The hosts are one machine, whose cores their ranks share.
         words += ["--network", str(network), "--ranks-per-host", "1", "--cores-per-host", "1"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -146,11 +156,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
     parser.add_argument("--links", action="store_true", help="also three hosts on slow links (root)")
+    parser.add_argument("--match", default="", help="only points whose name holds this text")
     parser.add_argument("--quick", action="store_true", help="two points, once")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.repeats, arguments.limit = 1, min(arguments.limit, 2000)
     chosen = cases(arguments.quick) + (linked(arguments.quick) if arguments.links else [])
+    chosen = [case for case in chosen if arguments.match in case.name]
+    if not chosen:
+        parser.error(f"--match {arguments.match}: no point's name holds that")
     predictions: dict[Case, list[float]] = {case: [] for case in chosen}
     measured: dict[Case, list[float]] = {case: [] for case in chosen}
     with contextlib.ExitStack() as stack:
@@ -165,7 +179,7 @@ def main() -> None:
                 predictions[case].append(predicted_s(case, sources, scratch))
             for number, case in enumerate(chosen, start=1):
                 out = scratch / case.name.replace(" ", "-").replace("/", "-")
-                measured[case].append(run(arguments, case.options, out, case.mbit_s))
+                measured[case].append(run(arguments, case.options, out, case))
                 print(f"\rturn {turn + 1}, point {number} of {len(chosen)}", end="", file=sys.stderr)
         print(file=sys.stderr)
     print(f"{'point':52} {'predicted s':>12} {'measured s':>24} {'error':>8}")
