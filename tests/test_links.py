@@ -28,6 +28,7 @@ def test_all_pairs_are_measured_and_all_know(ranks: int) -> None:
     assert [link.ranks for link in found[0]] == list(itertools.combinations(range(ranks), 2))
     assert all(links == found[0] for links in found)
     assert all(link.latency_s >= 0 and link.bytes_per_s > 0 for link in found[0])
+    assert all(link.both_bytes_per_s > 0 for link in found[0])
 
 
 def test_clocks_that_are_apart() -> None:
@@ -44,8 +45,9 @@ def test_clocks_that_are_apart() -> None:
 
 
 def test_bandwidth_is_that_of_large_messages() -> None:
-    """On an injected clock a link that takes a ms a message and a second a MiB has just that bandwidth, and
-    messages grow no further than they must."""
+    """On an injected clock a link that takes a ms a message and a second a MiB has just that bandwidth, half
+    of it for each of two that pass each other, as one waits there for the other, and messages grow no further
+    than they must."""
     sizes: list[int] = []
 
     def program(world: World) -> list[Link]:
@@ -71,6 +73,7 @@ def test_bandwidth_is_that_of_large_messages() -> None:
     (link,) = run_in_threads(2, program)[0]
     assert link.latency_s == pytest.approx(0.001, rel=0.01)
     assert link.bytes_per_s == pytest.approx(2**20, rel=0.02)
+    assert link.both_bytes_per_s == pytest.approx(2**19, rel=0.02)
     assert max(sizes) < MOST_BYTES
 
 

@@ -446,6 +446,7 @@ def test_bad_wishes(source: Source, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "empty").mkdir()
     (tmp_path / "slow.toml").write_text("latency_us = 5\n")
     (tmp_path / "odd.toml").write_text("latency_us = 5\nbandwidth_gbit_s = 0\n")
+    (tmp_path / "empty.json").write_text('{"links": []}')
     (tmp_path / "more.toml").write_text("latency_us = 5\nbandwidth_gbit_s = 1\nlatency = 3\n")
     run = ["--from", str(tmp_path / "run")]
     for words, expected in (
@@ -463,6 +464,8 @@ def test_bad_wishes(source: Source, tmp_path: Path, capsys: pytest.CaptureFixtur
         ([*run, "--network", str(tmp_path / "odd.toml")], "above 0"),
         ([*run, "--network", str(tmp_path / "more.toml")], "latency_us"),
         ([*run, "--network", str(tmp_path / "none.toml")], "cannot read"),
+        ([*run, "--network", str(tmp_path / "empty.json")], "doctor --hosts"),
+        ([*run, "--network", str(tmp_path / "none.json")], "cannot read"),
         ([*run, "--ranks-per-host", "2"], "--network"),
         ([*run, "--dataset", "digits"], "--measure"),
         (["--from", str(tmp_path / "empty")], "record.json"),
@@ -495,6 +498,39 @@ def test_a_network_file(tmp_path: Path) -> None:
     assert found.link.latency_s == pytest.approx(50e-6)
     assert found.link.s_per_byte == pytest.approx(1e-9)
     assert found.reduce_s_per_byte == pytest.approx(0.25e-9)
+
+
+def test_a_network_that_was_measured(tmp_path: Path) -> None:
+    """What `rankwise doctor --hosts` printed serves as a network file: the slowest of its links counts."""
+    links = [
+        {"latency_s": 2e-5, "bytes_per_s": 1e9, "both_bytes_per_s": 9e8},
+        {"latency_s": 5e-5, "bytes_per_s": 5e8, "both_bytes_per_s": 4e8},
+    ]
+    path = tmp_path / "hosts.json"
+    path.write_text(json.dumps({"links": links}))
+    found = read_network(str(path))
+    assert (found.name, found.reduce_s_per_byte) == ("hosts", None)
+    assert found.link.latency_s == pytest.approx(5e-5)
+    assert found.link.message_s(1e6, one_way=True) == pytest.approx(5e-5 + 1e6 / 5e8)
+    assert found.link.message_s(1e6, one_way=False) == pytest.approx(5e-5 + 1e6 / 4e8)
+
+
+def test_only_messages_that_pass_each_other_go_at_the_speed_of_both_ways() -> None:
+    """Sums in pairs and circles pay the bandwidth that is left while both sides send; gathers, broadcasts and
+    trees the whole one. Between hosts the slower of network and software counts, either way."""
+    link = Link(0.0, 1e-9, 3e-9)
+    plain = Cluster(8, 1, 1, LINK, Link(0.0, 1e-9), 0.0)
+    slow = Cluster(8, 1, 1, LINK, link, 0.0)
+    for hops, times in (
+        (collectives.ring(8, 8000), 3),
+        (collectives.allreduce(8, 10**6), 3),
+        (collectives.allgather(8, 10**6), 3),
+        (collectives.gather(8, 10**6), 1),
+        (collectives.broadcast(8, 10**6), 1),
+        (collectives.background_allreduce(8, 10**6), 1),
+    ):
+        assert slow.seconds(hops) == pytest.approx(times * plain.seconds(hops))
+    assert link.behind(Link(1.0, 2e-9)) == Link(1.0, 2e-9, 3e-9)
 
 
 @pytest.mark.mpi

@@ -109,13 +109,14 @@ def hosts_page(facts: dict[str, Any]) -> RenderableType:
         versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
         hosts.add_row(host["name"], host["calls_itself"], versions)
     links = Table("between", title="what lies between them")
-    for head in ("latency, us", "bandwidth, Mbit/s", "second clock ahead, ms", ""):
+    for head in ("latency, us", "Mbit/s", "both ways, Mbit/s each", "second clock ahead, ms", ""):
         links.add_column(head, justify="right")
     for link in facts["links"]:
         links.add_row(
             " - ".join(link["hosts"]),
             f"{link['latency_s'] * 1e6:,.0f}",
             f"{link['bytes_per_s'] * 8 / 1e6:,.0f}",
+            f"{link['both_bytes_per_s'] * 8 / 1e6:,.0f}",
             f"{link['ahead_s'] * 1e3:,.2f} +- {link['ahead_error_s'] * 1e3:.2f}",
             "slowest" if link["hosts"] == facts["slowest"] else "",
         )

@@ -213,7 +213,7 @@ def command_line(
         crowded = ranks > sum(host.slots for host in hosts)
         command += ["--host", ",".join(map(str, hosts))]
         command += ["--map-by", "slot:OVERSUBSCRIBE" if crowded else "slot", "--bind-to", "none"]
-        command += ["--mca", "mpi_yield_when_idle", str(int(crowded))]
+        command += ["--mca", "mpi_yield_when_idle", "1"] if crowded else []
         command += ["--mca", "btl", "self,sm,tcp", *SURVIVING_BETWEEN_HOSTS]
         for variable in passed_on():
             command += ["-x", variable]

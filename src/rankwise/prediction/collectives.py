@@ -21,9 +21,9 @@ ITEM_BYTES = 4
 class Hop:
     """`count` messages one after the other, of `bytes` each; `reduced` bytes are added up after each.
 
-    All ranks exchange with one that is `distance` places away, in pairs or along a tree, or with `ring` all
-    with their next. With `fan` all `count` messages go through one rank's port at a time: their latencies
-    overlap.
+    All ranks exchange with one that is `distance` places away, or with `ring` all with their next; `one_way`
+    messages, as along a tree, meet none that come back. With `fan` all `count` messages go through one rank's
+    port at a time, one way: their latencies overlap.
     """
 
     count: float
@@ -32,6 +32,7 @@ class Hop:
     distance: int = 1
     ring: bool = False
     fan: bool = False
+    one_way: bool = False
 
 
 Hops = tuple[Hop, ...]
@@ -147,7 +148,7 @@ def broadcast(ranks: int, size: int) -> Hops:
     """`size` bytes of one rank to all others."""
     if ranks <= 4:
         return gather(ranks, size)
-    return tuple(Hop(1, size, distance=step) for step in _powers(ranks))
+    return tuple(Hop(1, size, distance=step, one_way=True) for step in _powers(ranks))
 
 
 def ring(ranks: int, size: int) -> Hops:
@@ -172,8 +173,8 @@ def _rabenseifner(ranks: int, size: int) -> Hops:
 
 def _trees(ranks: int, size: int) -> Hops:
     """Up a binomial tree and down again."""
-    up = tuple(Hop(1, size, size, distance=step) for step in _powers(ranks))
-    return (*up, *(Hop(1, size, distance=step) for step in reversed(_powers(ranks))))
+    up = tuple(Hop(1, size, size, distance=step, one_way=True) for step in _powers(ranks))
+    return (*up, *(Hop(1, size, distance=step, one_way=True) for step in reversed(_powers(ranks))))
 
 
 def _left_over(ranks: int, *hops: Hop) -> Hops:

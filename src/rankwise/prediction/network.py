@@ -7,10 +7,12 @@ at most alpha / 2 and taken as that (LogGP: Alexandrov et al. 1995, doi:10.1145/
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rankwise.config import read_table
 from rankwise.errors import ConfigError, unknown_name
@@ -19,15 +21,32 @@ from rankwise.prediction.collectives import Hop
 
 @dataclass(frozen=True)
 class Link:
-    """What a message takes: `latency_s`, and `s_per_byte`."""
+    """What a message takes: `latency_s`, and `s_per_byte`, or `both_s_per_byte` while another one passes it
+    the other way, None for as much."""
 
     latency_s: float
     s_per_byte: float
+    both_s_per_byte: float | None = None
 
     @classmethod
-    def of(cls, latency_us: float, bandwidth_gbit_s: float) -> Link:
+    def of(cls, latency_us: float, bandwidth_gbit_s: float, both_ways_gbit_s: float | None = None) -> Link:
         """As networks are described."""
-        return cls(latency_us / 1e6, 8e-9 / bandwidth_gbit_s)
+        both = None if both_ways_gbit_s is None else 8e-9 / both_ways_gbit_s
+        return cls(latency_us / 1e6, 8e-9 / bandwidth_gbit_s, both)
+
+    def behind(self, local: Link) -> Link:
+        """This link with what a message takes in the software of a host, `local`, besides."""
+        both = self.s_per_byte if self.both_s_per_byte is None else self.both_s_per_byte
+        return Link(
+            local.latency_s + self.latency_s,
+            max(local.s_per_byte, self.s_per_byte),
+            max(local.s_per_byte, both),
+        )
+
+    def message_s(self, size: float, *, one_way: bool) -> float:
+        """Seconds of `size` bytes."""
+        both = self.both_s_per_byte
+        return self.latency_s + size * (self.s_per_byte if one_way or both is None else both)
 
 
 @dataclass(frozen=True)
@@ -49,18 +68,19 @@ NETWORKS = {
 """Round figures: nominal bandwidths, with latencies as they are usual between two processes over TCP
 (Ethernet) and over InfiniBand HDR. A file says what yours has."""
 
-_KEYS = {"latency_us": True, "bandwidth_gbit_s": True, "reduce_gb_s": False}
+_KEYS = {"latency_us": True, "bandwidth_gbit_s": True, "both_ways_gbit_s": False, "reduce_gb_s": False}
 """Keys of a network file, and whether each must be there."""
 
 
 def read_network(name: str) -> Network:
-    """A network by its name, or from a TOML file. Raises ConfigError, one line."""
+    """A network by its name, or from a TOML file, or as `rankwise doctor --hosts --format json` found it.
+    Raises ConfigError, one line."""
     if name in NETWORKS:
         return NETWORKS[name]
     path = Path(name)
     if not path.suffix and not path.exists():
-        raise ConfigError(unknown_name("--network", name, [*NETWORKS, "FILE.toml"]))
-    table = read_table(path, "network")
+        raise ConfigError(unknown_name("--network", name, [*NETWORKS, "FILE.toml", "FILE.json"]))
+    table = _slowest_found(path) if path.suffix == ".json" else read_table(path, "network")
     for key in table:
         if key not in _KEYS:
             raise ConfigError(f"{path}: {unknown_name('key', key, _KEYS)}")
@@ -74,9 +94,28 @@ def read_network(name: str) -> Network:
     reduce_gb_s = table.get("reduce_gb_s")
     return Network(
         path.stem,
-        Link.of(table["latency_us"], table["bandwidth_gbit_s"]),
+        Link.of(table["latency_us"], table["bandwidth_gbit_s"], table.get("both_ways_gbit_s")),
         None if reduce_gb_s is None else 1e-9 / reduce_gb_s,
     )
+
+
+def _slowest_found(path: Path) -> dict[str, Any]:
+    """The slowest of the links that `rankwise doctor` measured, for which all wait, in a network file's
+    terms."""
+    try:
+        links = json.loads(path.read_text("utf-8"))["links"]
+        slowest = min(links, key=lambda link: float(link["bytes_per_s"]))
+        return {
+            "latency_us": slowest["latency_s"] * 1e6,
+            "bandwidth_gbit_s": slowest["bytes_per_s"] * 8e-9,
+            "both_ways_gbit_s": slowest["both_bytes_per_s"] * 8e-9,
+        }
+    except OSError as error:
+        raise ConfigError(f"cannot read the network {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{path} holds no links: expected what rankwise doctor --hosts A,B --format json prints"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -115,10 +154,10 @@ class Cluster:
         if not crosses:
             # To copy and to add takes a core.
             crowd = max(1.0, min(self.ranks, here) / self.cores_per_host)
-            message_s = self.local.latency_s + hop.bytes * self.local.s_per_byte
+            message_s = self.local.message_s(hop.bytes, one_way=hop.one_way)
             return crowd * (hop.count * message_s + added_s)
         flows = min(hop.distance, here)  # that share the host's port
-        return hop.count * (self.between.latency_s + flows * hop.bytes * self.between.s_per_byte) + added_s
+        return hop.count * self.between.message_s(flows * hop.bytes, one_way=hop.one_way) + added_s
 
 
 def coefficients(hops: Iterable[Hop]) -> tuple[float, float, float]:

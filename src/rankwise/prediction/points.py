@@ -13,7 +13,7 @@ from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 from rankwise.prediction import codec
-from rankwise.prediction.network import Cluster, Link, Network
+from rankwise.prediction.network import Cluster, Network
 from rankwise.prediction.simulation import Outcome, gossip, serve_all
 from rankwise.prediction.slowest import SEED, Seconds, expected_maximum
 from rankwise.prediction.source import Source
@@ -94,9 +94,7 @@ class Place:
         own = self.network.reduce_s_per_byte if self.network else None
         local = between = source.messages.local
         if self.network:  # what a message takes in this host's software it takes there too
-            link = self.network.link
-            latency_s = local.latency_s + link.latency_s
-            between = Link(latency_s, max(local.s_per_byte, link.s_per_byte))
+            between = self.network.link.behind(local)
         return Cluster(
             ranks,
             here,

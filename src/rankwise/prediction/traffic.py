@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -199,7 +199,7 @@ def _compressed_in_a_circle(config: TrainConfig, network: Network, size: int) ->
 
 def _far(hop: Hop, ranks_per_host: int) -> Hop:
     """The same between leaders of hosts, one of which is on each."""
-    return Hop(hop.count, hop.bytes, hop.reduced, ranks_per_host if not hop.ring else hop.distance, hop.ring)
+    return replace(hop, distance=hop.distance if hop.ring else ranks_per_host)
 
 
 def _closing(config: TrainConfig, network: Network, ranks: int) -> Exchange:
@@ -236,4 +236,4 @@ def _broadcast(ranks: int, size: int) -> Exchange:
 
 def _messages(count: int, size: int) -> Exchange:
     """Of one worker and the master, to and fro."""
-    return Exchange(count * size, (Hop(count, size),))
+    return Exchange(count * size, (Hop(count, size, one_way=True),))

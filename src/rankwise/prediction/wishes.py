@@ -34,8 +34,9 @@ class Wishes(BaseModel):
     )
     network: str | None = Field(
         None,
-        description="Between hosts: 1gbe, 10gbe, 100gbe, hdr, or a TOML file with latency_us, "
-        "bandwidth_gbit_s and, if you like, reduce_gb_s. By default all ranks are on one host.",
+        description="Between hosts: 1gbe, 10gbe, 100gbe or hdr; FILE.json, as doctor --hosts --format json "
+        "printed it; FILE.toml with latency_us, bandwidth_gbit_s and, if you like, both_ways_gbit_s and "
+        "reduce_gb_s. By default all ranks are on one host.",
     )
     ranks_per_host: int | None = Field(
         None, ge=1, description="Ranks of a host. By default all, with --network one a core."
