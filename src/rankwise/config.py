@@ -34,10 +34,21 @@ def _flip_of_old(value: object) -> object:
     return {True: "random", False: "none"}[value] if isinstance(value, bool) else value
 
 
-class TrainConfig(BaseModel):
-    """One training run. The defaults are the paper's."""
+class CheckedOptions(BaseModel):
+    """Options of a command, which do not change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        """Raises ConfigError, one line, for an unknown name or a value out of range."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+
+
+class TrainConfig(CheckedOptions):
+    """One training run. The defaults are the paper's."""
 
     ranks: int = Field(1, ge=1, description="MPI processes in all, a master included.")
     hosts: str | None = Field(
@@ -341,13 +352,6 @@ class TrainConfig(BaseModel):
     checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints.")
     checkpoint_keep: int = Field(2, ge=2, description="Checkpoints kept, the newest ones.")
     out: _PathAsText | None = Field(None, description="Run folder; otherwise runs/<time>-<name>.")
-
-    def __init__(self, **values: Any) -> None:
-        """Raises ConfigError, one line, for an unknown name or a value out of range."""
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(explain(error)) from None
 
     @property
     def has_master(self) -> bool:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt
 
-from rankwise.config import explain
-from rankwise.errors import ConfigError
+from rankwise.config import CheckedOptions
 
 
-class Wishes(BaseModel):
+class Wishes(CheckedOptions):
     """What is to be predicted; None is as in the source."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ranks: str = Field("1-8", description="Numbers of ranks, a master included: 1,2,4 or 1-8, up to 10000.")
     samples: int | None = Field(
@@ -45,10 +42,3 @@ class Wishes(BaseModel):
     threads: PositiveInt | Literal["auto", "all"] | None = Field(
         None, description="Arithmetic threads a rank, as in train. By default as in the source."
     )
-
-    def __init__(self, **values: Any) -> None:
-        """Raises ConfigError, one line, for an unknown name or a value out of range."""
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(explain(error)) from None
