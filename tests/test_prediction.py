@@ -183,12 +183,17 @@ def test_sums_of_steps() -> None:
 
 def test_an_asynchronous_master() -> None:
     """With constant steps the simulation is what can be said by hand: workers that seldom come do not wait,
-    and a master that is always busy sets the pace."""
+    and a master that is always busy sets the pace, with all it does or, where answers go out behind its back,
+    without these."""
     idle = serve_all(1, 10, np.array([1.0]), transfer_s=0.1, serve_s=0.05, seed=0)
     assert idle.makespan_s == pytest.approx(10 * 1.25)
     assert idle.master_wait_s == pytest.approx(10.0)
     busy = serve_all(50, 10, np.array([1.0]), transfer_s=0.1, serve_s=0.05, seed=0)
     assert busy.makespan_s == pytest.approx(1 + 500 * 0.25)
+    behind = serve_all(50, 10, np.array([1.0]), transfer_s=0.1, serve_s=0.05, seed=0, answers_behind=True)
+    assert behind.makespan_s == pytest.approx(1 + 500 * 0.15 + 0.1)
+    slow = serve_all(1, 10, np.array([1.0]), transfer_s=0.1, serve_s=0.05, seed=0, answers_behind=True)
+    assert slow.makespan_s == pytest.approx(10 * 1.25)
     tight = serve_all(4, 20, np.array([1.0, 5.0]), transfer_s=0, serve_s=0, seed=0, max_staleness=0)
     loose = serve_all(4, 20, np.array([1.0, 5.0]), transfer_s=0, serve_s=0, seed=0)
     assert tight.worker_wait_s > loose.worker_wait_s == pytest.approx(0)

@@ -194,7 +194,7 @@ def _epoch(
     if config.strategy == "gradient-server" and has_master:
         serve_s += compute.optimizer_s
     if config.strategy in ASYNCHRONOUS or config.strategy == "gossip":
-        outcome = _simulate(config, round_s, rounds, exchange_s, pack_s * shared, serve_s)
+        outcome = _simulate(config, cluster, round_s, rounds, exchange_s, pack_s * shared, serve_s)
     else:
         slowest_s = expected_maximum(round_s, units)
         waited_s = rounds * (max(slowest_s - float(round_s.mean()), 0.0) + serve_s)
@@ -242,7 +242,13 @@ def _two_halves(
 
 
 def _simulate(
-    config: TrainConfig, round_s: Seconds, rounds: int, exchange_s: float, pack_s: float, serve_s: float
+    config: TrainConfig,
+    cluster: Cluster,
+    round_s: Seconds,
+    rounds: int,
+    exchange_s: float,
+    pack_s: float,
+    serve_s: float,
 ) -> Outcome:
     if config.strategy == "gossip":
         topology = config.topology or "ring"
@@ -255,6 +261,7 @@ def _simulate(
         transfer_s=exchange_s / 2,
         serve_s=serve_s,
         seed=SEED,
+        answers_behind=len(cluster.hosts) > 1,
         max_staleness=config.max_staleness,
     )
 

@@ -40,19 +40,21 @@ def serve_all(
     transfer_s: float,
     serve_s: float,
     seed: int,
+    answers_behind: bool = False,
     max_staleness: int | None = None,
 ) -> Outcome:
     """Workers that compute a round (drawn from `round_s` [n]), send to a master, and wait for its answer.
 
-    The master takes one message after the other, each for `serve_s` and two transfers through its port. With
-    `max_staleness` it lets nobody be ahead of the slowest by more exchanges.
+    The master takes one message after the other, each for `serve_s` and two transfers through its port, or
+    one if answers go out behind its back (`answers_behind`), one after the other too. With `max_staleness` it
+    lets nobody be ahead of the slowest by more exchanges.
     """
     simulated = max(1, min(rounds, MOST_EXCHANGES // workers))
     random = np.random.default_rng(seed)
     env = simpy.Environment()
-    master = simpy.Resource(env, capacity=1)
+    master, port = simpy.Resource(env, capacity=1), simpy.Resource(env, capacity=1)
     desk = _Desk([0] * workers)
-    busy_s = 2 * transfer_s + serve_s
+    busy_s = (1 if answers_behind else 2) * transfer_s + serve_s
     waited = np.zeros(workers)
 
     def admitted(worker: int) -> simpy.Event:
@@ -78,6 +80,12 @@ def serve_all(
                 yield turn
                 waited[worker] += env.now - came_s + serve_s
                 yield env.timeout(busy_s)
+            if answers_behind:
+                served_s = env.now
+                with port.request() as turn:
+                    yield turn
+                    waited[worker] += env.now - served_s
+                    yield env.timeout(transfer_s)
             desk.done[worker] += 1
             if max_staleness is not None:
                 let_go()
@@ -86,10 +94,8 @@ def serve_all(
         env.process(work(worker, random.choice(round_s, simulated)))
     env.run()
     longer = rounds / simulated
-    served_s = workers * simulated * busy_s
-    return Outcome(
-        float(env.now) * longer, float(waited.mean()) * longer, (float(env.now) - served_s) * longer
-    )
+    idle_s = float(env.now) - workers * simulated * busy_s
+    return Outcome(float(env.now) * longer, float(waited.mean()) * longer, idle_s * longer)
 
 
 def gossip(

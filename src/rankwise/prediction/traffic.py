@@ -73,7 +73,9 @@ def traffic(config: TrainConfig, network: Network, hosts: Sequence[int]) -> Traf
     if ranks == 1:
         return Traffic(NOTHING, NOTHING, closing, 0, 0, 0)
     if name in ASYNCHRONOUS:
-        return Traffic(NOTHING, _messages(2, plain), closing, plain, plain, plain)
+        # Between hosts the system sends an answer while the master takes the next message.
+        each = _messages(2, plain, one_way=len(hosts) == 1 or ranks == 2)
+        return Traffic(NOTHING, each, closing, plain, plain, plain)
     if name == "gossip":
         many = neighbours(config.topology or "ring", ranks)
         each = Exchange(ranks * many * plain, (Hop(many, plain, distance=1, ring=True),))
@@ -234,6 +236,6 @@ def _broadcast(ranks: int, size: int) -> Exchange:
     return Exchange((ranks - 1) * size, collectives.broadcast(ranks, size))
 
 
-def _messages(count: int, size: int) -> Exchange:
+def _messages(count: int, size: int, *, one_way: bool) -> Exchange:
     """Of one worker and the master, to and fro."""
-    return Exchange(count * size, (Hop(count, size, one_way=True),))
+    return Exchange(count * size, (Hop(count, size, one_way=one_way),))
