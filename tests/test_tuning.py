@@ -182,6 +182,34 @@ def test_it_is_remembered(tmp_path: Path, trials: list[TrainConfig], monkeypatch
     assert len(trials) > count
 
 
+def test_trials_are_on_whole_images_and_all_parameters(tmp_path: Path) -> None:
+    """What a run does at one time only is left out of trials, which would be all that or nothing of it; what
+    it does all the time is in them."""
+    given = order(
+        tmp_path, resize="4:2", freeze="layers.0:2", target_accuracy=0.9, fault=["kill:rank=1"], flip="random"
+    )
+    trial = tuning._Trials(given, given.config, 1000).config_of({"threads": 2}, 500, tmp_path / "run")
+    assert (trial.resize, trial.freeze, trial.target_accuracy, trial.fault) == ("none", "none", None, ())
+    assert (trial.flip, trial.threads, trial.train_limit) == ("random", 2, 500)
+
+
+def test_trials_of_a_large_network_are_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial has no more steps than it must, however long each takes; fast ones take a second or two."""
+    sizes: dict[float, set[int]] = {}
+    for sample_s in (1.0, 1e-5):
+        taken: list[int] = []
+
+        def run(trials: Any, options: Options, samples: int, s: float = sample_s, t: Any = taken) -> Record:
+            t.append(samples)
+            rows = records.epochs(3, train_samples=samples)
+            return records.record(epochs=[row.model_copy(update={"train_s": s * samples}) for row in rows])
+
+        monkeypatch.setattr(tuning._Trials, "_run", run)
+        tuning.tuned(order(tmp_path / str(sample_s), batch_size=10, threads=1))
+        sizes[sample_s] = set(taken[1:])
+    assert sizes == {1.0: {10 * tuning.LEAST_STEPS}, 1e-5: {150_000}}
+
+
 def test_a_run_that_does_not_work_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the run as given fails, its reason is the error."""
 

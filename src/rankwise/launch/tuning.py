@@ -35,8 +35,15 @@ EPOCHS = 3
 SHORT_S = 300.0
 """Runs this short are not tried compiled: compiling alone would take a good part of them."""
 
-FIRST_STEPS = 40
+FIRST_STEPS = 8
 """Steps an epoch of the run that finds out how long trials must be."""
+
+LEAST_STEPS = 4
+"""Of an epoch of a trial, however long a step takes: a large network is not to be tuned for longer than it
+trains."""
+
+OF_ONE_TIME = ("fault", "target_accuracy", "resize", "freeze")
+"""Options that trials leave out: what they do at some time of a run would be all or nothing of a trial."""
 
 UNTOLD = (
     "out",
@@ -143,13 +150,24 @@ class _Trials:
         """What the whole run would take with these options: start, warming up, and all its epochs."""
         if not self._size:
             rate_s = _pace(self._run({}, FIRST_STEPS * self._batch))[1]
-            steps = max(FIRST_STEPS // 2, round(EPOCH_S / rate_s / self._batch))
+            steps = max(LEAST_STEPS, round(EPOCH_S / rate_s / self._batch))
             self._size = steps * self._batch
         start_s, rate_s = _pace(self._run(options, self._size))
         return start_s + rate_s * self._samples * self._epochs
 
     def _run(self, options: Options, samples: int) -> Record:
-        given = {k: v for k, v in self._order.config.given().items() if k not in ("fault", "target_accuracy")}
+        with tempfile.TemporaryDirectory(prefix="rankwise-tune-") as scratch:
+            place = Path(scratch) / "run"
+            config = self.config_of(options, samples, place)
+            words = [sys.executable, "-m", "rankwise", "train", *to_arguments(Order(config))]
+            ended = subprocess.run(words, capture_output=True, text=True, check=False)
+            if ended.returncode:
+                raise TrialFailed((ended.stderr.strip().splitlines() or ["it ended without a word"])[-1])
+            return RunFolder(place).read()
+
+    def config_of(self, options: Options, samples: int, out: Path) -> TrainConfig:
+        """Of a trial: what was given, but short."""
+        given = {k: v for k, v in self._order.config.given().items() if k not in OF_ONE_TIME}
         short = {
             "epochs": EPOCHS,
             "train_limit": min(samples, self._samples),
@@ -157,14 +175,7 @@ class _Trials:
             "track": "none",
             "checkpoint_every": EPOCHS,
         }
-        with tempfile.TemporaryDirectory(prefix="rankwise-tune-") as scratch:
-            place = Path(scratch) / "run"
-            config = TrainConfig(**{**given, **options, **short, "out": place})
-            words = [sys.executable, "-m", "rankwise", "train", *to_arguments(Order(config))]
-            ended = subprocess.run(words, capture_output=True, text=True, check=False)
-            if ended.returncode:
-                raise TrialFailed((ended.stderr.strip().splitlines() or ["it ended without a word"])[-1])
-            return RunFolder(place).read()
+        return TrainConfig(**{**given, **options, **short, "out": out})
 
     def tell(self, tried: list[Tried], winner: Tried) -> None:
         """Say how contenders did, and keep it."""
