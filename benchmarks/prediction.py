@@ -3,8 +3,9 @@
     python benchmarks/prediction.py [--quick] [--data-dir DIR] [--links] [--match TEXT] [--out DIR]
 
 The fit sees two ranks with batches of 16, and one with 64; the points that it has not seen are 2 to 8 ranks,
-both topologies, five strategies and three batch sizes. As the machine drifts, the sources run again before
-every fourth point, and medians of the repeats are compared. With --links also two and three hosts, network
+both topologies, five strategies and three batch sizes. As the machine drifts, the sources run again after
+every fourth point, each point is predicted from those before it and once more from those behind it, and
+medians over the repeats are compared. With --links also two and three hosts, network
 namespaces on this machine on links of 50, 100 and 1000 Mbit/s, for which root is needed. With --match only
 points whose name holds the text, such as easgd. Runs stay in --out, if it is given: started again there, it
 measures what is missing, and predicts all anew.
@@ -111,7 +112,7 @@ def linked(quick: bool) -> list[Case]:
 
 def run(arguments: argparse.Namespace, options: list[object], out: Path, case: Case | None = None) -> float:
     """The median of the epochs after the first; a run that is there is not made again."""
-    words = ["--epochs", 3, "--train-limit", arguments.limit, *options]
+    words = ["--epochs", arguments.epochs, "--train-limit", arguments.limit, *options]
     if not finished(out):
         shutil.rmtree(out, ignore_errors=True)
         if case and case.mbit_s:
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--limit", type=int, default=10_000, help="training samples an epoch")
+    parser.add_argument("--epochs", type=int, default=6, help="of a run; the first is left out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="keep the runs here, and go on with those that are there")
     parser.add_argument("--links", action="store_true", help="also three hosts on slow links (root)")
@@ -189,19 +191,23 @@ def main() -> None:
     measured: dict[Case, list[float]] = {case: [] for case in chosen}
     with contextlib.ExitStack() as stack:
         folder = arguments.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        groups = [chosen[start : start + GROUP] for start in range(0, len(chosen), GROUP)]
         for turn in range(arguments.repeats):
-            for start in range(0, len(chosen), GROUP):
-                group = chosen[start : start + GROUP]
-                scratch = folder / f"turn-{turn}" / group[0].file_name
+            before: list[Case] = []
+            for group in [*groups, []]:
+                name = group[0].file_name if group else "end"
+                scratch = folder / f"turn-{turn}" / name
                 scratch.mkdir(parents=True, exist_ok=True)
-                sources = [scratch / name for name in SOURCES]
+                sources = [scratch / source for source in SOURCES]
                 for path, options in zip(sources, SOURCES.values(), strict=True):
                     run(arguments, list(options), path)
-                for case in group:
+                for case in (*before, *group):
                     predictions[case].append(predicted_s(case, sources, scratch))
-                for number, case in enumerate(group, start=start + 1):
+                for case in group:
                     measured[case].append(run(arguments, case.options, scratch / case.file_name, case))
+                    number = chosen.index(case) + 1
                     print(f"\rturn {turn + 1}, point {number} of {len(chosen)}", end="", file=sys.stderr)
+                before = group
         print(file=sys.stderr)
     print(f"{'point':52} {'predicted s':>12} {'measured s':>24} {'error':>8}")
     errors: dict[bool, list[float]] = {False: [], True: []}
