@@ -5,7 +5,9 @@
 1. An epoch of 50,000 images on one thread against its arithmetic floor: 195 GFLOP at the peak of a float32
    matrix product, which is measured right before each run.
 2. Two ranks of one thread under `allreduce` against one process of two threads, 64 images a step together.
-3. What a step of the first kind is made of, by torch.profiler.
+3. Steps of cifar10-94's network in bfloat16 while the process keeps the memory that it frees, as ranks do,
+   and while it gives it back.
+4. What a step of the first kind is made of, by torch.profiler.
 
 Nothing else may run beside it. Without --data-dir it trains on made images of CIFAR-10's shape.
 """
@@ -13,14 +15,20 @@ Nothing else may run beside it. Without --data-dir it trains on made images of C
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
+import statistics
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from common import command, finish, images_per_s, record_of, spread, start, turns_of
 
+from rankwise import machine
 from rankwise.config import TrainConfig
+from rankwise.models.airbench import Airbench
 from rankwise.models.blank import blank_batch, make_gradients, seconds_of
 from rankwise.models.optimizers import make_optimizer
 from rankwise.models.paper_cnn import PaperCNN
@@ -69,6 +77,47 @@ def ranks(arguments: argparse.Namespace, scratch: Path) -> None:
     print(f"two ranks against one process: {spread([row[two] / row[one] for row in turns])}")
 
 
+def step_in_memory(*, kept: bool) -> tuple[float, int]:
+    """Seconds of a step of 1,024 images on all cores, and the pages that it has to ask the kernel for."""
+    if kept:
+        machine.keep_freed_memory()
+    torch.set_num_threads(machine.usable_cores())
+    model = Airbench().to(memory_format=torch.channels_last)
+    model.whitening.requires_grad_(False)
+    optimizer = make_optimizer(TrainConfig(), model)
+    images = blank_batch((3, 32, 32), 10, 1024)
+    asked: list[int] = []
+
+    def step() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        make_gradients(model, optimizer, images, "bf16")
+        asked.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    seconds = seconds_of(step, repeats=9)
+    return statistics.median(seconds), round(statistics.median(asked))
+
+
+def memory(repeats: int) -> None:
+    """Each in a process of its own, as what a process has asked of the allocator is not taken back."""
+    asked: dict[bool, list[int]] = {True: [], False: []}
+
+    def taker(kept: bool) -> Callable[[Path], float]:
+        def take(_: Path) -> float:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                seconds, pages = process.submit(step_in_memory, kept=kept).result()
+            asked[kept].append(pages)
+            return seconds
+
+        return take
+
+    turns = turns_of({"kept": taker(True), "given back": taker(False)}, repeats, Path())
+    print("\nA step of cifar10-94's network, with freed memory kept or given back")
+    for name, kept in (("kept", True), ("given back", False)):
+        seconds = spread([row[name] for row in turns])
+        print(f"{name:>12} {seconds:>22} s, {spread(asked[kept], 0)} new pages")
+    print(f"kept against given back: {spread([row['kept'] / row['given back'] for row in turns])}")
+
+
 def profile(batch: int, most: int = 12) -> None:
     """Operations by their own time, in a step of one thread without its data, the profiler's included."""
     torch.set_num_threads(1)
@@ -102,7 +151,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--only", choices=("floor", "ranks", "profile"))
+    parser.add_argument("--only", choices=("floor", "ranks", "memory", "profile"))
     parser.add_argument(
         "--option", action="append", default=[], help="of every run, e.g. --option=--no-onednn"
     )
@@ -113,6 +162,8 @@ def main() -> None:
             floor(arguments, Path(scratch))
         if arguments.only in (None, "ranks"):
             ranks(arguments, Path(scratch))
+    if arguments.only in (None, "memory"):
+        memory(arguments.repeats)
     if arguments.only in (None, "profile"):
         for batch in (4, 32):
             profile(batch)
