@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rankwise.prediction.network import NETWORKS, Cluster, Link, coefficients, r
 from rankwise.prediction.predict import predict, read_ranks
 from rankwise.prediction.simulation import gossip, serve_all
 from rankwise.prediction.slowest import expected_maximum, sums
-from rankwise.prediction.source import Source, read_source
+from rankwise.prediction.source import Crowd, Source, read_source
 from rankwise.prediction.steps import SLICE_S, compute_at
 from rankwise.prediction.traffic import SUMMARY, Network, traffic
 from rankwise.prediction.wishes import Wishes
@@ -326,8 +327,6 @@ def test_a_turn_of_another_rank(source: Source) -> None:
 def test_ten_thousand_ranks(source: Source) -> None:
     """Whatever strategy, up to 10,000 ranks can be predicted, each number is finite, and shares are
     shares."""
-    from dataclasses import replace
-
     large = replace(source, samples=50_000)
     for strategy in (
         "parameter-averaging",
@@ -433,6 +432,52 @@ def test_several_sources(train_in_threads: Train, config: Make) -> None:
     _, other, _ = train_in_threads(config(ranks=1, dataset="synthetic:3000", epochs=3), folder="other")
     with pytest.raises(UsageError, match="another network or dataset"):
         read_source([first.path, other.path])
+
+
+@pytest.mark.parametrize("strategy", ["allreduce", "local-sgd", "post-local-sgd", "gradient-server"])
+def test_runs_on_shared_cores_tell_how_long_ranks_wait_for_one(
+    source: Source, config: Make, strategy: str
+) -> None:
+    """What each exchange of a run on shared cores took longer than the model says is what others wait on
+    shared cores; where each rank has a core nobody does, and no run makes an exchange shorter."""
+
+    def epoch_s(known: Source, ranks: int, cores: int) -> float:
+        wishes = Wishes(ranks=str(ranks), strategy=strategy, threads=1, cores_per_host=cores)
+        point = predict(known, wishes).points[0]
+        return point.epoch_s - point.parts.evaluation - point.parts.checkpoint
+
+    options = config(ranks=5, strategy=strategy, batch_size=16)
+    known = replace(source, cores=2)
+    without_s = epoch_s(replace(known, crowds=(Crowd(2.0, options, source.samples, 0.0),)), 5, 2)
+    steps = -(-source.samples // (options.workers * 16))
+    assert epoch_s(known, 5, 2) > without_s
+    longer_s = 0.01 * steps
+    told = replace(known, crowds=(Crowd(2.0, options, source.samples, without_s + longer_s),))
+    assert epoch_s(told, 5, 2) == pytest.approx(without_s + longer_s, rel=0.02)
+    assert epoch_s(told, 5, 5) == pytest.approx(epoch_s(known, 5, 5))
+
+
+def test_steps_behind_an_exchange(source: Source) -> None:
+    """Where runs tell what an exchange adds to the next step, that is added to each step of ranks that meet
+    in each, to the first one of a round of others, and to no step of a rank that is alone."""
+    (alone,) = source.compute
+    met = replace(alone, meets=True, steps_s=alone.steps_s + 0.01)
+    larger = replace(alone, batch=64, steps_s=4 * alone.steps_s)
+    both = replace(source, compute=(alone, met, larger))
+    for batch, plain_s in ((16, alone.mean_s), (64, 4 * alone.mean_s), (40, 2.5 * alone.mean_s)):
+        assert compute_at(both, 1, batch)[1].mean() == pytest.approx(plain_s)
+        assert compute_at(both, 1, batch, meets=True)[1].mean() == pytest.approx(plain_s + 0.01)
+
+    def compute_s(known: Source, **wishes: Any) -> float:
+        wishes = {"ranks": "2", "threads": 1, "cores_per_host": 2} | wishes
+        return predict(known, Wishes(**wishes)).points[0].parts.compute
+
+    steps = source.samples / 2 / 16
+    for every, count in ((1, steps), (8, -(-steps // 8))):
+        wishes = {"strategy": "local-sgd", "sync_every": every}
+        more_s = compute_s(both, **wishes) - compute_s(replace(both, compute=(alone, larger)), **wishes)
+        assert more_s == pytest.approx(0.01 * count, rel=0.05)
+    assert compute_s(both, ranks="1") == pytest.approx(compute_s(source, ranks="1"))
 
 
 def test_ranges_of_ranks() -> None:

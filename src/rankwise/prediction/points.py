@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from rankwise.prediction import codec
 from rankwise.prediction.network import Cluster, Network
 from rankwise.prediction.simulation import Outcome, gossip, serve_all
 from rankwise.prediction.slowest import SEED, Seconds, expected_maximum
-from rankwise.prediction.source import Source
-from rankwise.prediction.steps import SLICE_S, compute_at, rounds_s, spread_of_mean
+from rankwise.prediction.source import Source, meets_in_each_step
+from rankwise.prediction.steps import SLICE_S, compute_at, meeting_s, rounds_s, spread_of_mean
 from rankwise.prediction.traffic import ASYNCHRONOUS, Traffic, traffic
 
 
@@ -123,11 +123,8 @@ def predict_point(
     low, high = (_scaled(source, config, threads, parts, side) for side in (-1, 1))
     copies = config.workers if strategies.entry_of(str(config.strategy)).replicates else 1
     images_per_s = source.samples * copies / parts.total
-    steps = source.samples * copies / config.workers / config.batch_size
+    steps = _steps(config, source.samples)
     rounds = _rounds(config, steps)
-    if config.strategy == "post-local-sgd":  # the mean over the epochs before and after
-        part = config.local_after or 0.0
-        rounds = round(part * math.ceil(steps) + (1 - part) * rounds)
     sent = _bytes(config, its, rounds, steps)
     alone = images_per_s if alone_images_per_s is None else alone_images_per_s
     return Point(
@@ -154,35 +151,66 @@ def _bytes(config: TrainConfig, its: Traffic, rounds: int, steps: float) -> int:
     return in_steps + senders * rounds * its.each_round.bytes_sent + its.each_epoch.bytes_sent
 
 
+def _steps(config: TrainConfig, samples: int) -> float:
+    """Of a worker in an epoch; the last one may have less than a batch."""
+    replicates = strategies.entry_of(str(config.strategy)).replicates
+    return samples / (1 if replicates else config.workers) / config.batch_size
+
+
 def _rounds(config: TrainConfig, steps: float) -> int:
+    """Of a worker in an epoch."""
     every = config.sync_every if isinstance(config.sync_every, int) else math.inf
-    return max(1, math.ceil(math.ceil(steps) / every)) if every < math.inf else 1
+    rounds = max(1, math.ceil(math.ceil(steps) / every)) if every < math.inf else 1
+    if config.strategy == "post-local-sgd":  # the mean over the epochs before and after
+        part = config.local_after or 0.0
+        return round(part * math.ceil(steps) + (1 - part) * rounds)
+    return rounds
+
+
+def _turn_s(source: Source, per_core: float) -> float:
+    """How long an exchange takes longer where so many threads share a core, as whom the last message wakes
+    gets one when another rank has had its turn.
+
+    That is what each exchange of a run with about as many took longer than all else that is known of it; or
+    a time slice, if there is no such run.
+    """
+    if per_core <= 1:
+        return 0.0
+    if not source.crowds:
+        return SLICE_S
+    run = min(source.crowds, key=lambda its: abs(math.log(its.per_core / per_core)))
+    place = Place(None, source.cores, None, run.config.threads)
+    cluster = place.cluster(source, run.config.ranks)
+    known = replace(source, samples=run.samples)
+    parts = _epoch(known, run.config, cluster, place, turn_s=0.0)[0]
+    rest_s = run.train_s - (parts.total - parts.evaluation - parts.checkpoint)
+    return max(0.0, rest_s / _rounds(run.config, _steps(run.config, run.samples)))
 
 
 def _epoch(
-    source: Source, config: TrainConfig, cluster: Cluster, place: Place
+    source: Source, config: TrainConfig, cluster: Cluster, place: Place, turn_s: float | None = None
 ) -> tuple[Parts, float, Traffic, int]:
     """The parts of an epoch, seconds of all ranks together in which they wait, what they send, and
-    threads."""
+    threads. `turn_s` is what each exchange waits for a core, otherwise what the source says of that."""
     synchronous = config.local_after
     if config.strategy == "post-local-sgd" and synchronous and synchronous > 0:
-        return _two_halves(source, config, cluster, place, synchronous)
+        return _two_halves(source, config, cluster, place, synchronous, turn_s)
     its = traffic(config, source.network, cluster.hosts)
     has_master = config.has_master and config.ranks > 1
     crowd_of = max(cluster.hosts)
     if has_master and len(cluster.hosts) == 1:
         crowd_of -= 1  # the master rests while the others work
     threads = place.threads_of(crowd_of)
-    compute, step_s = compute_at(source, threads, config.batch_size)
+    meets = meets_in_each_step(config)
+    compute, step_s = compute_at(source, threads, config.batch_size, meets=meets)
     if config.strategy == "gradient-server" and has_master:
         step_s = np.maximum(step_s - compute.optimizer_s, 0)
     crowd = crowd_of * threads / cluster.cores_per_host
     shared = max(crowd, 1.0)
-    replicates = strategies.entry_of(str(config.strategy)).replicates
-    shard = source.samples if replicates else source.samples / config.workers
-    steps = shard / config.batch_size
+    steps = _steps(config, source.samples)
     rounds = _rounds(config, steps)
-    alone, round_s, units = rounds_s(step_s, steps / rounds, config, crowd, crowd_of, cluster)
+    more_s = meeting_s(source, threads) if config.ranks > 1 and not meets else 0.0
+    alone, round_s, units = rounds_s(step_s, steps / rounds, config, crowd, crowd_of, cluster, more_s)
 
     pack_s = source.messages.pack_s_per_byte * its.payload_bytes
     pack_s += codec.seconds(config.compress, source.network, its)
@@ -197,9 +225,10 @@ def _epoch(
         outcome = _simulate(config, cluster, round_s, rounds, exchange_s, pack_s * shared, serve_s)
     else:
         slowest_s = expected_maximum(round_s, units)
+        if crowd > 1:  # sharing cores makes nobody faster
+            slowest_s = max(slowest_s, expected_maximum(alone, config.workers))
         waited_s = rounds * (max(slowest_s - float(round_s.mean()), 0.0) + serve_s)
-        # Whom a message wakes gets a core when another rank has had its turn.
-        turn_s = SLICE_S if crowd > 1 else 0.0
+        turn_s = _turn_s(source, crowd) if turn_s is None else turn_s
         train_s = rounds * (slowest_s + pack_s * shared + exchange_s + turn_s + serve_s)
         if its.each_step.hops:
             train_s += math.ceil(steps) * (cluster.seconds(its.each_step.hops) + turn_s)
@@ -230,12 +259,12 @@ def _epoch(
 
 
 def _two_halves(
-    source: Source, config: TrainConfig, cluster: Cluster, place: Place, part: float
+    source: Source, config: TrainConfig, cluster: Cluster, place: Place, part: float, turn_s: float | None
 ) -> tuple[Parts, float, Traffic, int]:
     """The mean of an epoch that is synchronised every step, and one that is not."""
     local = config.model_copy(update={"strategy": "local-sgd", "local_after": None})
-    first = _epoch(source, local.model_copy(update={"sync_every": 1}), cluster, place)
-    second = _epoch(source, local, cluster, place)
+    first = _epoch(source, local.model_copy(update={"sync_every": 1}), cluster, place, turn_s)
+    second = _epoch(source, local, cluster, place, turn_s)
     pairs = zip(asdict(first[0]).items(), asdict(second[0]).values(), strict=True)
     parts = Parts(**{name: part * one + (1 - part) * other for (name, one), other in pairs})
     return parts, part * first[1] + (1 - part) * second[1], second[2], second[3]

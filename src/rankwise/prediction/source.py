@@ -19,7 +19,7 @@ from rankwise.ledger import PHASES
 from rankwise.prediction.messages import ASSUMED, Messages, fit_messages
 from rankwise.prediction.slowest import Seconds
 from rankwise.prediction.spans import spent_in_steps
-from rankwise.prediction.traffic import Network
+from rankwise.prediction.traffic import ASYNCHRONOUS, Network
 from rankwise.record import Record, RunFolder
 from rankwise.timeline import RankTimeline, read_timeline
 
@@ -31,16 +31,18 @@ _SAVED_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Compute:
-    """Steps of a rank alone, without exchanges, at one batch size and number of threads.
+    """Steps of a rank, without exchanges, at one batch size and number of threads.
 
-    `steps_s` [n] are their times; in the mean `per_sample_s` of each sample (forward and backward),
-    `backward_s` of it the backward pass, and `optimizer_s` the optimiser's step. `evaluation_s` is what one
-    rank would take to evaluate all validation samples. `epochs_spread` is by which part an epoch's time
-    differs from another's.
+    `meets` is whether there was an exchange after each, which empties the caches that the next step then
+    fills again. `steps_s` [n] are their times; in the mean `per_sample_s` of each sample (forward and
+    backward), `backward_s` of it the backward pass, and `optimizer_s` the optimiser's step. `evaluation_s` is
+    what one rank would take to evaluate all validation samples. `epochs_spread` is by which part an epoch's
+    time differs from another's.
     """
 
     threads: int
     batch: int
+    meets: bool
     steps_s: Seconds
     per_sample_s: float
     backward_s: float
@@ -55,9 +57,21 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Crowd:
+    """A run with `per_core` threads of working ranks for each core: its options, samples, and seconds of an
+    epoch's training. From what that took longer than its work follows how long ranks wait for a core."""
+
+    per_core: float
+    config: TrainConfig
+    samples: int
+    train_s: float
+
+
+@dataclass(frozen=True)
 class Source:
     """Everything that a prediction knows. `samples` are those of an epoch, `epoch_s` what an epoch costs
-    besides steps, exchanges, evaluation and checkpoint. `remarks` say what was assumed."""
+    besides steps, exchanges, evaluation and checkpoint. `crowds` are runs whose ranks shared cores, and
+    `remarks` say what was assumed."""
 
     name: str
     config: TrainConfig
@@ -70,18 +84,20 @@ class Source:
     epoch_s: float
     startup_s: float
     rss_bytes: int
+    crowds: tuple[Crowd, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def with_compute_of(self, other: Source) -> Source:
-        """This source, with the steps that another has at other batch sizes or threads, and its messages if
-        this one has none."""
-        mine = {(its.threads, its.batch) for its in self.compute}
-        new = tuple(its for its in other.compute if (its.threads, its.batch) not in mine)
+        """This source, with the steps that another has at other batch sizes or threads, or with exchanges
+        where this one has none or the other way, and its messages if this one has none."""
+        mine = {(its.threads, its.batch, its.meets) for its in self.compute}
+        new = tuple(its for its in other.compute if (its.threads, its.batch, its.meets) not in mine)
         messages = self.messages if self.messages.measured else other.messages
         remarks = tuple(dict.fromkeys((*self.remarks, *other.remarks)))
         if messages.measured:
             remarks = tuple(line for line in remarks if line != NO_MESSAGES)
-        return replace(self, compute=self.compute + new, messages=messages, remarks=remarks)
+        crowds = self.crowds + other.crowds
+        return replace(self, compute=self.compute + new, messages=messages, crowds=crowds, remarks=remarks)
 
 
 NO_MESSAGES = (
@@ -128,7 +144,14 @@ def _read(path: Path) -> Source:
     copies = len(workers) if strategies.entry_of(config.strategy).replicates else 1
     remarks: tuple[str, ...] = () if messages.measured else (NO_MESSAGES,)
     cores = max(host.cores for host in hosts)
-    if sum(row.threads for row in workers) > sum(host.cores for host in hosts):
+    later = record.epochs[1:] or record.epochs
+    train_s = np.array([row.train_s for row in later])
+    samples = later[0].train_samples // copies
+    per_core = sum(row.threads for row in workers) / sum(host.cores for host in hosts)
+    crowds: tuple[Crowd, ...] = ()
+    if per_core > 1:
+        if len(hosts) == 1 and config.strategy not in (*ASYNCHRONOUS, "gossip"):
+            crowds = (Crowd(per_core, config, samples, float(np.median(train_s))),)
         off = sum(sum(row.off_cpu_ns.get(p, 0) for p in ("forward", "backward")) for row in workers)
         on = sum(sum(row.phases_ns[p] for p in ("forward", "backward")) for row in workers)
         steps = steps * (1 - off / max(on, 1))
@@ -137,11 +160,10 @@ def _read(path: Path) -> Source:
         remarks += (f"{path} had epochs of smaller images or frozen parameters: its mean step is taken",)
     if len(hosts) > 1:
         remarks += (f"{path} ran on {len(hosts)} hosts: its messages stand for those inside a host too",)
-    later = record.epochs[1:] or record.epochs
-    train_s = np.array([row.train_s for row in later])
     compute = Compute(
         threads=workers[0].threads,
         batch=config.batch_size,
+        meets=meets_in_each_step(config),
         steps_s=steps,
         per_sample_s=(parts["forward"] + parts["backward"]) / config.batch_size,
         backward_s=parts["backward"],
@@ -154,7 +176,7 @@ def _read(path: Path) -> Source:
         name=path.name,
         config=config,
         network=network,
-        samples=later[0].train_samples // copies,
+        samples=samples,
         cores=cores,
         compute=(compute,),
         messages=messages,
@@ -162,8 +184,14 @@ def _read(path: Path) -> Source:
         epoch_s=_outside_steps(lines, compute.mean_s),
         startup_s=max(row.phases_ns["startup"] for row in record.ranks) / 1e9,
         rss_bytes=max(row.max_rss_bytes for row in workers),
+        crowds=crowds,
         remarks=remarks,
     )
+
+
+def meets_in_each_step(config: TrainConfig) -> bool:
+    """Whether ranks exchange something after each step, in a resolved configuration."""
+    return config.ranks > 1 and (config.sync_every == 1 or config.strategy == "two-level")
 
 
 def _network(folder: RunFolder) -> Network:

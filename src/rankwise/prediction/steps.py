@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -16,43 +17,65 @@ SLICE_S = 0.003
 """Linux lets a task run for about so long before another takes its core."""
 
 
-def compute_at(source: Source, threads: int, batch: int) -> tuple[Compute, Seconds]:
-    """What is known that is nearest to so many threads and this batch, and times [n] of steps there.
+def compute_at(source: Source, threads: int, batch: int, *, meets: bool = False) -> tuple[Compute, Seconds]:
+    """What is known that is nearest to so many threads and this batch, and times [n] of steps there, with an
+    exchange after each if it `meets`.
 
     Between two batch sizes the mean goes along a line; with one alone forward and backward grow with the
-    batch, and the rest of a step does not.
+    batch, and the rest of a step does not. Steps of the other kind stand in where there are more of them,
+    by what an exchange adds to the next step.
     """
-    nearest = min(abs(math.log(its.threads / threads)) for its in source.compute)
-    these = [its for its in source.compute if abs(math.log(its.threads / threads)) == nearest]
-    these.sort(key=lambda its: abs(math.log(its.batch / batch)))
+    there = sorted(_nearest(source, threads), key=lambda its: abs(math.log(its.batch / batch)))
+    own = [its for its in there if its.meets == meets]
+    others = [its for its in there if its.meets != meets]
+    known = own and (own[0].batch == batch or len(own) >= len(others))
+    these, added_s = (own, 0.0) if known else (others, meeting_s(source, threads) * (1 if meets else -1))
     best = these[0]
-    if best.batch == batch:
-        return best, best.steps_s
+    slope = best.per_sample_s
     if len(these) > 1:
         slope = (these[1].mean_s - best.mean_s) / (these[1].batch - best.batch)
-    else:
-        slope = best.per_sample_s
-    mean_s = max(best.mean_s + slope * (batch - best.batch), 0.1 * best.mean_s)
-    factor = mean_s / best.mean_s
-    return replace(best, backward_s=best.backward_s * batch / best.batch), best.steps_s * factor
+    mean_s = max(best.mean_s + slope * (batch - best.batch) + added_s, 0.1 * best.mean_s)
+    steps_s = best.steps_s * (mean_s / best.mean_s)
+    return replace(best, backward_s=best.backward_s * batch / best.batch), steps_s
+
+
+def meeting_s(source: Source, threads: int) -> float:
+    """What an exchange adds to the next step: the difference between steps with and without, where there are
+    both with the same batch; 0 if that is not known."""
+    there = _nearest(source, threads)
+    alone_s = {its.batch: its.mean_s for its in there if not its.meets}
+    more_s = [its.mean_s - alone_s[its.batch] for its in there if its.meets and its.batch in alone_s]
+    return max(0.0, statistics.mean(more_s)) if more_s else 0.0
+
+
+def _nearest(source: Source, threads: int) -> list[Compute]:
+    """What is known on the number of threads that is nearest."""
+    apart = [abs(math.log(its.threads / threads)) for its in source.compute]
+    return [its for its, far in zip(source.compute, apart, strict=True) if far == min(apart)]
 
 
 def rounds_s(
-    step_s: Seconds, terms: float, config: TrainConfig, crowd: float, here: int, cluster: Cluster
+    step_s: Seconds,
+    terms: float,
+    config: TrainConfig,
+    crowd: float,
+    here: int,
+    cluster: Cluster,
+    more_s: float = 0.0,
 ) -> tuple[Seconds, Seconds, int]:
     """Draws of the time that a rank alone would compute in a round, of what it takes beside the others of its
-    host, and how many such times are independent."""
+    host, and how many such times are independent. The first of a round's steps takes `more_s` longer."""
     if config.strategy == "two-level" and here > 1:  # those of a host meet in every step
         step_s = np.sort(sums(step_s, 1, SEED))
         random = np.random.default_rng(SEED)
         slowest = random.choice(step_s, len(step_s), p=chances_of_largest(len(step_s), here))
         return sums(step_s, terms, SEED), sums(slowest * max(crowd, 1), terms, SEED), len(cluster.hosts)
-    alone = sums(step_s, terms, SEED)
+    alone = sums(step_s, terms, SEED) + more_s
     if crowd <= 1:
         return alone, alone, config.workers
     # The cores of a host are shared out: all its work, a time slice more or less, or one rank after the
     # other.
-    work = sums(step_s, terms * here, SEED + 1) * crowd / here
+    work = (sums(step_s, terms * here, SEED + 1) / here + more_s) * crowd
     return alone, np.maximum(alone, np.minimum(alone * math.ceil(crowd), work + SLICE_S)), len(cluster.hosts)
 
 

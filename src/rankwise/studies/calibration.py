@@ -32,7 +32,8 @@ def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -
     """Run shortly what `wishes` need to know, beside the finished runs in `folders`.
 
     Two ranks meet in every step, on one thread each, and one rank alone trains on each number of threads that
-    the ranks will have. All train with the batch that is wished for. Raises UsageError.
+    the ranks will have. Where ranks will share cores, two for each core of this machine meet in every step
+    too. All train with the batch that is wished for. Raises UsageError.
     """
     batch = wishes.batch_size or config.batch_size
     options = {name: value for name, value in config.given().items() if name not in NOT_OF_SHORT_RUNS}
@@ -43,13 +44,17 @@ def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -
         def run(ranks: int, strategy: str, threads: int) -> Source:
             samples = min(flight.samples_per_epoch, STEPS * batch * ranks)
             short = {"ranks": ranks, "strategy": strategy, "threads": threads, "train_limit": samples}
-            out = Path(scratch) / f"{strategy}-{threads}"
+            out = Path(scratch) / f"{strategy}-{ranks}-{threads}"
             order = TrainConfig(**{**options, **short, "epochs": EPOCHS, "batch_size": batch, "out": out})
             return read_source([launch(Order(order)).folder])
 
         source = run(2, "allreduce", 1)
-        for threads in _threads(wishes, flight.samples_per_epoch):
+        cores = machine.usable_cores()
+        places = _places(wishes, flight.samples_per_epoch)
+        for threads in sorted({its for _, its in places if its <= cores}):
             source = source.with_compute_of(run(1, "single", threads))
+        if any(here * threads > (wishes.cores_per_host or cores) for here, threads in places):
+            source = source.with_compute_of(run(2 * cores, "allreduce", 1))
     source = replace(source, name="short runs here", samples=flight.samples_per_epoch, config=one)
     for folder in folders:
         other = read_source([folder])
@@ -59,9 +64,9 @@ def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -
     return source
 
 
-def _threads(wishes: Wishes, samples: int) -> list[int]:
-    """Numbers of threads above 1 that ranks will have, as far as this machine has so many cores."""
-    cores = machine.usable_cores()
-    place = Place(wishes.ranks_per_host, wishes.cores_per_host or cores, None, wishes.threads or "auto")
+def _places(wishes: Wishes, samples: int) -> set[tuple[int, int]]:
+    """Ranks of a host, and threads of each, for all numbers of ranks that are wished for."""
+    cores = wishes.cores_per_host or machine.usable_cores()
+    place = Place(wishes.ranks_per_host, cores, None, wishes.threads or "auto")
     here = [min(ranks, wishes.ranks_per_host or ranks) for ranks in read_ranks(wishes.ranks, samples)]
-    return sorted({threads for threads in map(place.threads_of, here) if 1 < threads <= cores})
+    return {(ranks, place.threads_of(ranks)) for ranks in here}
