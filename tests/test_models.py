@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rankwise import models
+from rankwise.config import TrainConfig
 from rankwise.errors import ModelError
+from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
 
 
@@ -168,6 +172,56 @@ def test_names_cost_no_torch() -> None:
     code = (
         "import rankwise, rankwise.cli, rankwise.launch, rankwise.strategies, rankwise.models, sys;"
         "print([name for name in ('torch', 'mpi4py', 'mpi4py.MPI') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        (
+            {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, fused=True),
+        ),
+        ({"momentum": 0.0}, lambda p: torch.optim.SGD(p, lr=0.1, fused=True)),
+        ({"optimizer": "adam"}, lambda p: torch.optim.Adam(p, lr=0.1, fused=True)),
+        ({"optimizer": "adamw"}, lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0, fused=True)),
+    ],
+    ids=["sgd", "plain-sgd", "adam", "adamw"],
+)
+def test_optimisers_are_torchs(
+    options: dict[str, Any], theirs: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
+) -> None:
+    """A run's optimiser takes the steps of torch's, to the bit, and its hooks are called."""
+    results, hooked = [], []
+    for make in (lambda model: make_optimizer(TrainConfig(lr=0.1, **options), model), None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        optimizer = make(model) if make else theirs(model.parameters())
+        optimizer.register_step_post_hook(lambda *_: hooked.append(1))
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+    assert len(hooked) == 10
+
+
+def test_a_step_loads_no_compiler() -> None:
+    """What torch.compile needs, a third of a rank's start-up, is not loaded by what does not compile."""
+    code = (
+        "import sys, torch;"
+        "from rankwise.config import TrainConfig;"
+        "from rankwise.models.optimizers import make_optimizer;"
+        "from rankwise.models.replica import Replica\n"
+        "for name in ('sgd', 'adam', 'adamw', 'muon'):\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))\n"
+        "    replica = Replica(model, make_optimizer(TrainConfig(optimizer=name), model))\n"
+        "    model(torch.ones(2, 4)).sum().backward()\n"
+        "    replica.step()\n"
+        "print([name for name in ('torch._dynamo', 'sympy', 'scipy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

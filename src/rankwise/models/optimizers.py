@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.config import TrainConfig
-from rankwise.models.muon import Muon
+from rankwise.models import muon
 
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
 
 MUON_LR = 0.02
+
+
+class _Uncompiled:
+    """An optimiser that torch.compile knows nothing of, which is for the model alone.
+
+    torch wraps these methods so that the compiler breaks off where they are called, and to do that imports
+    all of the compiler: a third of a rank's start-up.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+
+
+class SGD(_Uncompiled, torch.optim.SGD):
+    """torch's."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class Adam(_Uncompiled, torch.optim.Adam):
+    """torch's."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
+class AdamW(_Uncompiled, torch.optim.AdamW):
+    """torch's."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(_Uncompiled, muon.Muon):
+    """That of `rankwise.models.muon`."""
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -32,13 +65,13 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     momentum: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, **common, **momentum, fused=True)
+        return SGD(groups, **common, **momentum, fused=True)
     if config.optimizer == "muon":
         if hidden:
             own = {"lr": config.muon_lr or MUON_LR, "fixed_norm": config.muon_fixed_norm}
             groups.append({"params": hidden, **own, "orthogonalise": True})
         return Muon(groups, **common, **momentum)
-    adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    adam = Adam if config.optimizer == "adam" else AdamW
     return adam(groups, **common, fused=True)
 
 
