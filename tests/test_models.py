@@ -101,22 +101,26 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     ]
 
 
+def after_five_steps(make: Callable[[nn.Module], torch.optim.Optimizer]) -> torch.Tensor:
+    """All weights of a small network that an optimiser has trained."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = make(model)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 @pytest.mark.parametrize("kind", range(6))
 def test_state_made_early_changes_nothing(kind: int) -> None:
     """An optimiser whose state a replica created ahead takes the same steps, to the bit."""
-    results = []
-    for early in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        optimizer = optimizers(model)[kind]
-        if early:
-            Replica(model, optimizer)
-        for _ in range(5):
-            optimizer.zero_grad()
-            F.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
-            optimizer.step()
-        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.equal(*results)
+
+    def early(model: nn.Module) -> torch.optim.Optimizer:
+        return Replica(model, optimizers(model)[kind]).optimizer
+
+    assert torch.equal(after_five_steps(lambda model: optimizers(model)[kind]), after_five_steps(early))
 
 
 def batchnorm_replica(share: bool = False) -> Replica:
@@ -194,18 +198,15 @@ def test_optimisers_are_torchs(
     options: dict[str, Any], theirs: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
 ) -> None:
     """A run's optimiser takes the steps of torch's, to the bit, and its hooks are called."""
-    results, hooked = [], []
-    for make in (lambda model: make_optimizer(TrainConfig(lr=0.1, **options), model), None):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        optimizer = make(model) if make else theirs(model.parameters())
+    hooked = []
+
+    def watched(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         optimizer.register_step_post_hook(lambda *_: hooked.append(1))
-        for _ in range(5):
-            optimizer.zero_grad()
-            F.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
-            optimizer.step()
-        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.equal(*results)
+        return optimizer
+
+    config = TrainConfig(lr=0.1, **options)
+    ours = after_five_steps(lambda model: watched(make_optimizer(config, model)))
+    assert torch.equal(ours, after_five_steps(lambda model: watched(theirs(model.parameters()))))
     assert len(hooked) == 10
 
 

@@ -53,7 +53,8 @@ def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -
         places = _places(wishes, flight.samples_per_epoch)
         for threads in sorted({its for _, its in places if its <= cores}):
             source = source.with_compute_of(run(1, "single", threads))
-        if any(here * threads > (wishes.cores_per_host or cores) for here, threads in places):
+        crowded = any(here * threads > (wishes.cores_per_host or cores) for here, threads in places)
+        if crowded and not source.crowds:  # on a single core the first run has told that already
             source = source.with_compute_of(run(2 * cores, "allreduce", 1))
     source = replace(source, name="short runs here", samples=flight.samples_per_epoch, config=one)
     for folder in folders:
