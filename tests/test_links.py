@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.world import World, run_in_threads
-from rankwise.world.links import MOST_BYTES, Link, measure_links
+from rankwise.world.links import SIZES, Link, measure_links
 
 from .conftest import Command
 from .hosts import Hosts, why_not
@@ -27,8 +27,10 @@ def test_all_pairs_are_measured_and_all_know(ranks: int) -> None:
     found = run_in_threads(ranks, program)
     assert [link.ranks for link in found[0]] == list(itertools.combinations(range(ranks), 2))
     assert all(links == found[0] for links in found)
-    assert all(link.latency_s >= 0 and link.bytes_per_s > 0 for link in found[0])
-    assert all(link.both_bytes_per_s > 0 for link in found[0])
+    for link in found[0]:
+        assert link.latency_s >= 0
+        assert [message.bytes for message in link.messages] == list(SIZES[: len(link.messages)])
+        assert all(message.one_way_s > 0 and message.both_ways_s > 0 for message in link.messages)
 
 
 def test_clocks_that_are_apart() -> None:
@@ -44,10 +46,10 @@ def test_clocks_that_are_apart() -> None:
         assert link.ahead_s == pytest.approx(ahead_s[second] - ahead_s[first], abs=link.ahead_error_s + 1e-6)
 
 
-def test_bandwidth_is_that_of_large_messages() -> None:
-    """On an injected clock a link that takes a ms a message and a second a MiB has just that bandwidth, half
-    of it for each of two that pass each other, as one waits there for the other, and messages grow no further
-    than they must."""
+def test_messages_of_growing_size() -> None:
+    """On an injected clock on which a message takes a ms and a second a MiB each takes just that, twice as
+    long where two pass each other, as one waits there for the other, and messages grow no further than they
+    must."""
     sizes: list[int] = []
 
     def program(world: World) -> list[Link]:
@@ -72,9 +74,13 @@ def test_bandwidth_is_that_of_large_messages() -> None:
 
     (link,) = run_in_threads(2, program)[0]
     assert link.latency_s == pytest.approx(0.001, rel=0.01)
+    for message in link.messages:
+        expected_s = 0.001 + message.bytes / 2**20
+        assert message.one_way_s == pytest.approx(expected_s, rel=0.02)
+        assert message.both_ways_s == pytest.approx(2 * expected_s, rel=0.02)
+    assert max(sizes) == link.messages[-1].bytes == 2**16
     assert link.bytes_per_s == pytest.approx(2**20, rel=0.02)
     assert link.both_bytes_per_s == pytest.approx(2**19, rel=0.02)
-    assert max(sizes) < MOST_BYTES
 
 
 def test_a_doctor_for_hosts_that_cannot_be_reached(command: Command, tmp_path: Path) -> None:

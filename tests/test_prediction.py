@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.config import TrainConfig
-from rankwise.errors import UsageError
+from rankwise.errors import ConfigError, UsageError
 from rankwise.prediction import collectives
 from rankwise.prediction.network import NETWORKS, Cluster, Link, coefficients, read_network
 from rankwise.prediction.predict import predict, read_ranks
@@ -551,18 +551,39 @@ def test_a_network_file(tmp_path: Path) -> None:
 
 
 def test_a_network_that_was_measured(tmp_path: Path) -> None:
-    """What `rankwise doctor --hosts` printed serves as a network file: the slowest of its links counts."""
+    """What `rankwise doctor --hosts` printed serves as a network file: the slowest of its links counts.
+    Messages of sizes that were measured take as long as then, those between them what lies between, larger
+    ones by the bandwidth."""
+    messages = [
+        {"bytes": 10_000, "one_way_s": 1e-4, "both_ways_s": 2e-4},
+        {"bytes": 20_000, "one_way_s": 3e-4, "both_ways_s": 3e-4},
+    ]
     links = [
-        {"latency_s": 2e-5, "bytes_per_s": 1e9, "both_bytes_per_s": 9e8},
-        {"latency_s": 5e-5, "bytes_per_s": 5e8, "both_bytes_per_s": 4e8},
+        {"latency_s": 2e-5, "bytes_per_s": 1e9, "both_bytes_per_s": 9e8, "messages": []},
+        {"latency_s": 5e-5, "bytes_per_s": 5e8, "both_bytes_per_s": 4e8, "messages": messages},
     ]
     path = tmp_path / "hosts.json"
     path.write_text(json.dumps({"links": links}))
     found = read_network(str(path))
     assert (found.name, found.reduce_s_per_byte) == ("hosts", None)
     assert found.link.latency_s == pytest.approx(5e-5)
-    assert found.link.message_s(1e6, one_way=True) == pytest.approx(5e-5 + 1e6 / 5e8)
-    assert found.link.message_s(1e6, one_way=False) == pytest.approx(5e-5 + 1e6 / 4e8)
+    for size, one_way_s, both_ways_s in (
+        (0, 5e-5, 5e-5),
+        (5_000, 7.5e-5, 12.5e-5),
+        (10_000, 1e-4, 2e-4),
+        (15_000, 2e-4, 2.5e-4),
+        (1e6, 5e-5 + 1e6 / 5e8, 5e-5 + 1e6 / 4e8),
+    ):
+        assert found.link.message_s(size, one_way=True) == pytest.approx(one_way_s)
+        assert found.link.message_s(size, one_way=False) == pytest.approx(both_ways_s)
+    behind = found.link.behind(Link(1.0, 1e-7))
+    assert behind.message_s(10_000, one_way=True) == pytest.approx(1 + 1e-3)
+    assert behind.message_s(10_000, one_way=False) == pytest.approx(1 + 1e-3)
+    fan = Cluster(4, 1, 1, LINK, found.link, 0.0).seconds(collectives.gather(4, 10_000))
+    assert fan == pytest.approx(2 * 5e-5 + 3 * (1e-4 - 5e-5))
+    path.write_text(json.dumps({"links": [{"latency_s": 1}]}))
+    with pytest.raises(ConfigError, match="holds no links"):
+        read_network(str(path))
 
 
 def test_only_messages_that_pass_each_other_go_at_the_speed_of_both_ways() -> None:

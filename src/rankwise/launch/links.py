@@ -86,7 +86,8 @@ def main() -> None:
     transport = mpi_transport()
     for link in measure_links(transport):
         if transport.rank == 0:
-            print(MARK + json.dumps(asdict(link)), flush=True)
+            rates = {"bytes_per_s": link.bytes_per_s, "both_bytes_per_s": link.both_bytes_per_s}
+            print(MARK + json.dumps(asdict(link) | rates), flush=True)
     transport.close()
 
 

@@ -12,21 +12,26 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from rankwise.config import read_table
 from rankwise.errors import ConfigError, unknown_name
 from rankwise.prediction.collectives import Hop
+from rankwise.world.links import Message
 
 
 @dataclass(frozen=True)
 class Link:
     """What a message takes: `latency_s`, and `s_per_byte`, or `both_s_per_byte` while another one passes it
-    the other way, None for as much."""
+    the other way, None for as much. Where messages of growing size were `measured`, those up to the largest
+    take what lies between the two nearest.
+    """
 
     latency_s: float
     s_per_byte: float
     both_s_per_byte: float | None = None
+    measured: tuple[Message, ...] = ()
 
     @classmethod
     def of(cls, latency_us: float, bandwidth_gbit_s: float, both_ways_gbit_s: float | None = None) -> Link:
@@ -37,16 +42,32 @@ class Link:
     def behind(self, local: Link) -> Link:
         """This link with what a message takes in the software of a host, `local`, besides."""
         both = self.s_per_byte if self.both_s_per_byte is None else self.both_s_per_byte
+
+        def with_software(size: int, time_s: float) -> float:
+            return local.latency_s + max(size * local.s_per_byte, time_s)
+
         return Link(
             local.latency_s + self.latency_s,
             max(local.s_per_byte, self.s_per_byte),
             max(local.s_per_byte, both),
+            tuple(
+                Message(m.bytes, with_software(m.bytes, m.one_way_s), with_software(m.bytes, m.both_ways_s))
+                for m in self.measured
+            ),
         )
 
     def message_s(self, size: float, *, one_way: bool) -> float:
         """Seconds of `size` bytes."""
+        if self.measured and size <= self.measured[-1].bytes:
+            known = ((m.bytes, m.one_way_s if one_way else m.both_ways_s) for m in self.measured)
+            sizes, times_s = zip((0, self.latency_s), *known, strict=True)
+            return float(np.interp(size, sizes, times_s))
         both = self.both_s_per_byte
         return self.latency_s + size * (self.s_per_byte if one_way or both is None else both)
+
+    def port_s(self, size: float) -> float:
+        """Seconds for which `size` bytes one way keep a port busy."""
+        return self.message_s(size, one_way=True) - self.latency_s
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,9 @@ def read_network(name: str) -> Network:
     path = Path(name)
     if not path.suffix and not path.exists():
         raise ConfigError(unknown_name("--network", name, [*NETWORKS, "FILE.toml", "FILE.json"]))
-    table = _slowest_found(path) if path.suffix == ".json" else read_table(path, "network")
+    if path.suffix == ".json":
+        return Network(path.stem, _slowest_found(path))
+    table = read_table(path, "network")
     for key in table:
         if key not in _KEYS:
             raise ConfigError(f"{path}: {unknown_name('key', key, _KEYS)}")
@@ -99,20 +122,17 @@ def read_network(name: str) -> Network:
     )
 
 
-def _slowest_found(path: Path) -> dict[str, Any]:
-    """The slowest of the links that `rankwise doctor` measured, for which all wait, in a network file's
-    terms."""
+def _slowest_found(path: Path) -> Link:
+    """The slowest of the links that `rankwise doctor` measured, for which all wait."""
     try:
         links = json.loads(path.read_text("utf-8"))["links"]
         slowest = min(links, key=lambda link: float(link["bytes_per_s"]))
-        return {
-            "latency_us": slowest["latency_s"] * 1e6,
-            "bandwidth_gbit_s": slowest["bytes_per_s"] * 8e-9,
-            "both_ways_gbit_s": slowest["both_bytes_per_s"] * 8e-9,
-        }
+        messages = tuple(Message(**message) for message in slowest["messages"])
+        rates = 1 / slowest["bytes_per_s"], 1 / slowest["both_bytes_per_s"]
+        return Link(float(slowest["latency_s"]), *rates, messages)
     except OSError as error:
         raise ConfigError(f"cannot read the network {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
         raise ConfigError(
             f"{path} holds no links: expected what rankwise doctor --hosts A,B --format json prints"
         ) from None
@@ -144,11 +164,10 @@ class Cluster:
         here = self.ranks_per_host
         if hop.fan:
             near = min(hop.count, here - 1)
-            link = self.between if hop.count > near else self.local
-            bytes_s = hop.bytes * (
-                near * self.local.s_per_byte + (hop.count - near) * self.between.s_per_byte
-            )
-            return (1 + hop.count) / 2 * link.latency_s + bytes_s + added_s
+            far = hop.count - near
+            latency_s = (self.between if far else self.local).latency_s
+            port_s = near * self.local.port_s(hop.bytes) + far * self.between.port_s(hop.bytes)
+            return (1 + hop.count) / 2 * latency_s + port_s + added_s
         # Of ranks d places apart those of a host that is a power of two stay inside it until d is as large.
         crosses = self.ranks > here and (hop.ring or hop.distance >= here or here & (here - 1) != 0)
         if not crosses:

@@ -182,9 +182,14 @@ def _turn_s(source: Source, per_core: float) -> float:
     place = Place(None, source.cores, None, run.config.threads)
     cluster = place.cluster(source, run.config.ranks)
     known = replace(source, samples=run.samples)
-    parts = _epoch(known, run.config, cluster, place, turn_s=0.0)[0]
-    rest_s = run.train_s - (parts.total - parts.evaluation - parts.checkpoint)
-    return max(0.0, rest_s / _rounds(run.config, _steps(run.config, run.samples)))
+
+    def train_s(turn_s: float) -> float:
+        parts = _epoch(known, run.config, cluster, place, turn_s=turn_s)[0]
+        return parts.total - parts.evaluation - parts.checkpoint
+
+    without_s = train_s(0.0)
+    longer_s = train_s(1.0) - without_s  # for each second that an exchange waits
+    return max(0.0, (run.train_s - without_s) / longer_s) if longer_s > 0 else SLICE_S
 
 
 def _epoch(

@@ -1,4 +1,4 @@
-"""What lies between ranks: latency and bandwidth of each pair, and how far their clocks are apart."""
+"""What lies between ranks: latency and messages of each pair, and how far their clocks are apart."""
 
 from __future__ import annotations
 
@@ -17,29 +17,51 @@ from rankwise.world.watch import Watch
 ROUNDS = 50
 """Messages of 8 bytes there and back, of which the median counts."""
 
-FIRST_BYTES, MOST_BYTES = 2**16, 2**24
+SIZES = tuple(2**power for power in range(14, 25))
 ENOUGH_S = 0.05
-"""Messages grow until one takes this long, or is the largest: on a fast link a small one tells nothing, and
-on a slow one a large one takes for ever."""
+"""Messages grow until one takes this long: on a fast link a small one tells nothing, and on a slow one a
+large one takes for ever."""
 
-REPEATS = 3
+REPEATS = 4
+PASSING, TIMES = 2, 8
+"""Messages that pass each other one after the other, as in the sum of two ranks, and how often. The word that
+a large message may come waits behind another large one now and then, so that some take twice as long, the
+more the longer this goes on: so ranks meet before, as in training, and the mean counts."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """Mean times of messages of `bytes`: `one_way_s` in the slower direction, and `both_ways_s` of each of
+    two that pass each other, as in an allreduce."""
+
+    bytes: int
+    one_way_s: float
+    both_ways_s: float
 
 
 @dataclass(frozen=True)
 class Link:
     """What lies between two ranks, the lower one first.
 
-    `latency_s` is half of what 8 bytes take there and back; `bytes_per_s` is how fast one large message is in
-    the slower direction, `both_bytes_per_s` how fast each of two is that pass each other, as in an allreduce;
-    the second rank's wall clock is `ahead_s` seconds ahead of the first one's, give or take `ahead_error_s`.
+    `latency_s` is half of what 8 bytes take there and back; `messages` are of growing size; the second rank's
+    wall clock is `ahead_s` seconds ahead of the first one's, give or take `ahead_error_s`.
     """
 
     ranks: tuple[int, int]
     latency_s: float
-    bytes_per_s: float
-    both_bytes_per_s: float
+    messages: tuple[Message, ...]
     ahead_s: float
     ahead_error_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How fast the largest message was in the slower direction."""
+        return self.messages[-1].bytes / self.messages[-1].one_way_s
+
+    @property
+    def both_bytes_per_s(self) -> float:
+        """How fast each of two such messages was that passed each other."""
+        return self.messages[-1].bytes / self.messages[-1].both_ways_s
 
 
 def measure_links(
@@ -50,20 +72,45 @@ def measure_links(
 ) -> Iterator[Link]:
     """The links of all pairs, one pair at a time so that none has to share; all ranks go through it."""
     for pair in itertools.combinations(range(transport.size), 2):
-        found = np.zeros(6)
+        found, times_s = np.zeros(3), np.zeros((len(SIZES), 2))
         if transport.rank in pair:
-            first, second = pair
-            low, high = clock_bounds(transport, wall_ns, first, second)
-            there, back = _Way(transport, first, second, timer), _Way(transport, second, first, timer)
-            latency_s, there_per_s, back_per_s = there.latency_s(), there.bytes_per_s(), back.bytes_per_s()
-            both_per_s = there.both_bytes_per_s(latency_s)
-            if transport.rank == first:
-                found[:5] = latency_s, (low + high) / 2e9, (high - low) / 2e9, there_per_s, both_per_s
-            else:
-                found[5] = back_per_s
-        transport.allreduce(found, "sum").wait(Watch())
-        latency_s, ahead_s, error_s, there_per_s, both_per_s, back_per_s = map(float, found)
-        yield Link(pair, latency_s, min(there_per_s, back_per_s), both_per_s, ahead_s, error_s)
+            low, high = clock_bounds(transport, wall_ns, *pair)
+            latency_s, its_times_s = _messages(transport, pair, timer)
+            if transport.rank == pair[0]:
+                found[:] = latency_s, (low + high) / 2e9, (high - low) / 2e9
+                times_s[: len(its_times_s)] = its_times_s
+        for array in (found, times_s):
+            transport.allreduce(array.reshape(-1), "sum").wait(Watch())
+        latency_s, ahead_s, error_s = map(float, found)
+        messages = (
+            Message(size, float(one_s), float(both_s))
+            for size, (one_s, both_s) in zip(SIZES, times_s, strict=True)
+            if one_s > 0
+        )
+        yield Link(pair, latency_s, tuple(messages), ahead_s, error_s)
+
+
+def _messages(
+    transport: Transport, pair: tuple[int, int], timer: Callable[[], float]
+) -> tuple[float, list[tuple[float, float]]]:
+    """The latency, and times of messages of growing size, one way and both ways; the first rank has them."""
+    first, second = pair
+    there, back = _Way(transport, first, second, timer), _Way(transport, second, first, timer)
+    latency_s, times_s = there.latency_s(), []
+    less_s = back.latency_s()
+    told = np.zeros(2)  # how long a message takes back, and whether that is enough
+    for size in SIZES:
+        message = np.zeros(size, np.uint8)
+        one_s, told[0] = there.one_way_s(message, latency_s), back.one_way_s(message, less_s)
+        both_s = there.passing_s(message)
+        there.hand_over(told, back=True)
+        one_s = max(one_s, float(told[0]))
+        times_s.append((one_s, both_s))
+        told[1] = one_s >= ENOUGH_S
+        there.hand_over(told)  # the first rank's times decide for both
+        if told[1]:
+            break
+    return latency_s, times_s
 
 
 class _Way:
@@ -80,24 +127,18 @@ class _Way:
         self._there_and_back(message)  # the first one makes the connection
         return statistics.median(self._there_and_back(message) for _ in range(ROUNDS)) / 2
 
-    def bytes_per_s(self) -> float:
-        back_s = statistics.median(self._there_and_back(np.zeros(1)) for _ in range(REPEATS)) / 2
-        return self._of_a_large_message(self._there_and_back, back_s)
+    def one_way_s(self, message: Buffer, latency_s: float) -> float:
+        took_s = statistics.mean(self._there_and_back(message) for _ in range(REPEATS))
+        return max(took_s - latency_s, 1e-9)
 
-    def both_bytes_per_s(self, latency_s: float) -> float:
-        return self._of_a_large_message(self._to_each_other, latency_s)
+    def passing_s(self, message: Buffer) -> float:
+        took_s = statistics.mean(self._to_each_other(message) for _ in range(TIMES))
+        return max(took_s / PASSING, 1e-9)
 
-    def _of_a_large_message(self, exchange: Callable[[Buffer], float], less_s: float) -> float:
-        """Bytes a second of a message that takes long enough, of whose time `less_s` is no bandwidth's."""
-        size = FIRST_BYTES
-        while True:
-            message = np.zeros(size, np.uint8)
-            took_s = statistics.median(exchange(message) for _ in range(REPEATS)) - less_s
-            self._answer[0] = took_s >= ENOUGH_S or size >= MOST_BYTES
-            self._pass(self._answer, self._source, self._dest)  # the source's times decide for both
-            if self._answer[0]:
-                return size / max(took_s, 1e-9)
-            size *= 2
+    def hand_over(self, values: Buffer, *, back: bool = False) -> None:
+        """From the source to the destination, or back."""
+        ends = (self._dest, self._source) if back else (self._source, self._dest)
+        self._pass(values, *ends)
 
     def _there_and_back(self, message: Buffer) -> float:
         """Seconds from the source's sending to its receiving of 8 bytes in return."""
@@ -107,12 +148,15 @@ class _Way:
         return self._timer() - started_s
 
     def _to_each_other(self, message: Buffer) -> float:
-        """Seconds until a message and one as large from the other side have passed each other."""
-        started_s = self._timer()
+        """Seconds until some messages and as many from the other side have passed each other."""
         other = self._dest if self._transport.rank == self._source else self._source
-        receiving = self._transport.receive(np.empty_like(message), other)
-        self._transport.send(message, other).wait(Watch())
-        receiving.wait(Watch())
+        theirs = np.empty_like(message)
+        self._there_and_back(self._answer)
+        started_s = self._timer()
+        for _ in range(PASSING):
+            receiving = self._transport.receive(theirs, other)
+            self._transport.send(message, other).wait(Watch())
+            receiving.wait(Watch())
         return self._timer() - started_s
 
     def _pass(self, message: Buffer, source: int, dest: int) -> None:
