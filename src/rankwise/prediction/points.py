@@ -189,7 +189,7 @@ def _turn_s(source: Source, per_core: float) -> float:
 
     without_s = train_s(0.0)
     longer_s = train_s(1.0) - without_s  # for each second that an exchange waits
-    return max(0.0, (run.train_s - without_s) / longer_s) if longer_s > 0 else SLICE_S
+    return max(0.0, (run.train_s - without_s) / longer_s)
 
 
 def _epoch(
