@@ -26,7 +26,7 @@ from rankwise.prediction.simulation import gossip, serve_all
 from rankwise.prediction.slowest import expected_maximum, sums
 from rankwise.prediction.source import Crowd, Source, read_source
 from rankwise.prediction.steps import SLICE_S, compute_at
-from rankwise.prediction.traffic import SUMMARY, Network, traffic
+from rankwise.prediction.traffic import SUMMARY, Model, traffic
 from rankwise.prediction.wishes import Wishes
 from rankwise.record import Record, RunFolder
 from rankwise.strategies.assembly import synchronise
@@ -274,8 +274,8 @@ def test_bytes_are_those_of_real_runs(options: dict[str, Any]) -> None:
     from rankwise import strategies
 
     config = strategies.resolve(TrainConfig(ranks=ranks, batch_size=8, momentum=0.9, **options))
-    network = Network(((6, 8), (6,), (6,), (6,), (3, 6), (3,)), buffers=12, integers=1)
-    its = traffic(config, network, [2, 2] if on_hosts else [ranks])
+    model = Model(((6, 8), (6,), (6,), (6,), (3, 6), (3,)), buffers=12, integers=1)
+    its = traffic(config, model, [2, 2] if on_hosts else [ranks])
     shard = -(-samples // config.workers)
     steps = -(-shard // 8)
     every = config.sync_every if isinstance(config.sync_every, int) else steps

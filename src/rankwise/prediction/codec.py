@@ -9,17 +9,17 @@ import numpy as np
 
 from rankwise import compression
 from rankwise.compression import ByPayload
-from rankwise.prediction.traffic import Network, Traffic
+from rankwise.prediction.traffic import Model, Traffic
 
 TRIALS = 5
 
 
-def seconds(compress: str, network: Network, traffic: Traffic) -> float:
+def seconds(compress: str, model: Model, traffic: Traffic) -> float:
     """What a rank takes to compress its values and to unpack what comes: of every rank where all payloads go
     to all. PowerSGD's products are taken as one pass over its payload."""
     if compress == "none" or not traffic.payload_bytes:
         return 0.0
-    encode_s, decode_s = _try(compress, network.parameters)
+    encode_s, decode_s = _try(compress, model.parameters)
     return encode_s + decode_s * max(1.0, traffic.unpacked_bytes / traffic.payload_bytes)
 
 

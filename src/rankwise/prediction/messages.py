@@ -14,7 +14,7 @@ from rankwise.prediction import collectives
 from rankwise.prediction.collectives import Hops
 from rankwise.prediction.network import Link, coefficients
 from rankwise.prediction.spans import spent_in_steps
-from rankwise.prediction.traffic import SUMMARY, Network, traffic
+from rankwise.prediction.traffic import SUMMARY, Model, traffic
 from rankwise.record import Record
 from rankwise.timeline import RankTimeline
 from rankwise.world.waits import Pattern
@@ -39,9 +39,7 @@ ASSUMED = Messages(Link(20e-6, 0.2e-9), 0.1e-9, 0.5e-9, 0.25e-9, 0.5, 2.0, False
 """What a source that exchanged nothing leaves open: ranks that share memory, at some GB/s."""
 
 
-def fit_messages(
-    record: Record, config: TrainConfig, network: Network, lines: list[RankTimeline]
-) -> Messages:
+def fit_messages(record: Record, config: TrainConfig, model: Model, lines: list[RankTimeline]) -> Messages:
     """Latency and bandwidth that fit the exchanges of a run best, by relative error.
 
     Each median transfer time is a sum of latency and bytes times what the hops of the exchange say; adding up
@@ -50,7 +48,7 @@ def fit_messages(
     ranks = len(lines)
     groups = _transfers(lines)
     rows, spread = [], []
-    for key, hops in _known(config, network, record).items():
+    for key, hops in _known(config, model, record).items():
         times_s = groups.get(key, [])
         if len(times_s) >= 3:
             latency, size, reduced = coefficients(hops)
@@ -67,8 +65,8 @@ def fit_messages(
     return Messages(
         Link(float(latency_s), float(s_per_byte) or ASSUMED.local.s_per_byte),
         ASSUMED.reduce_s_per_byte,
-        _packing(lines, config, network) or ASSUMED.pack_s_per_byte,
-        _serving(lines, config, network) or ASSUMED.serve_s_per_byte,
+        _packing(lines, config, model) or ASSUMED.pack_s_per_byte,
+        _serving(lines, config, model) or ASSUMED.serve_s_per_byte,
         float(low),
         float(high),
         True,
@@ -88,12 +86,12 @@ def _transfers(lines: list[RankTimeline]) -> dict[tuple[int, int], list[float]]:
     return found
 
 
-def _known(config: TrainConfig, network: Network, record: Record) -> dict[tuple[int, int], Hops]:
+def _known(config: TrainConfig, model: Model, record: Record) -> dict[tuple[int, int], Hops]:
     """The exchanges whose hops are known, by pattern and bytes."""
     ranks = sum(row.role != "spare" for row in record.ranks)
     if ranks == 1:
         return {}
-    its = traffic(config, network, [ranks])
+    its = traffic(config, model, [ranks])
     known = {(int(Pattern.ALL_TO_ALL), SUMMARY[0]): collectives.allreduce(ranks, SUMMARY[0])}
     size = its.payload_bytes + (config.compress != "none")
     if config.strategy in ("easgd", "downpour", "gossip", "two-level"):
@@ -106,9 +104,9 @@ def _known(config: TrainConfig, network: Network, record: Record) -> dict[tuple[
     return known
 
 
-def _packing(lines: list[RankTimeline], config: TrainConfig, network: Network) -> float:
+def _packing(lines: list[RankTimeline], config: TrainConfig, model: Model) -> float:
     """Seconds a byte of packing, unpacking and keeping what is needed to go back, in rounds of workers."""
-    payload = traffic(config, network, [len(lines)]).payload_bytes
+    payload = traffic(config, model, [len(lines)]).payload_bytes
     columns = [PHASES.index("pack"), PHASES.index("recovery")]
     times = []
     for line in lines:
@@ -118,9 +116,9 @@ def _packing(lines: list[RankTimeline], config: TrainConfig, network: Network) -
     return float(np.median(times)) / 1e9 / payload if times else 0.0
 
 
-def _serving(lines: list[RankTimeline], config: TrainConfig, network: Network) -> float:
+def _serving(lines: list[RankTimeline], config: TrainConfig, model: Model) -> float:
     """Seconds a byte of a master's adding up."""
-    served = traffic(config, network, [len(lines)]).served_bytes
+    served = traffic(config, model, [len(lines)]).served_bytes
     if config.strategy == "gradient-server" or config.compress != "none" or not served:
         return 0.0
     spent = [spent_in_steps(line) for line in lines if line.role == "master"]

@@ -200,7 +200,7 @@ def _epoch(
     synchronous = config.local_after
     if config.strategy == "post-local-sgd" and synchronous and synchronous > 0:
         return _two_halves(source, config, cluster, place, synchronous, turn_s)
-    its = traffic(config, source.network, cluster.hosts)
+    its = traffic(config, source.model, cluster.hosts)
     has_master = config.has_master and config.ranks > 1
     crowd_of = max(cluster.hosts)
     if has_master and len(cluster.hosts) == 1:
@@ -218,7 +218,7 @@ def _epoch(
     alone, round_s, units = rounds_s(step_s, steps / rounds, config, crowd, crowd_of, cluster, more_s)
 
     pack_s = source.messages.pack_s_per_byte * its.payload_bytes
-    pack_s += codec.seconds(config.compress, source.network, its)
+    pack_s += codec.seconds(config.compress, source.model, its)
     exchange_s = cluster.seconds(its.each_round.hops)
     if its.buckets > 1:  # all but the last piece may go on behind the backward pass
         hidden_s = min(exchange_s, compute.backward_s) * (1 - 1 / its.buckets)

@@ -19,7 +19,7 @@ from rankwise.ledger import PHASES
 from rankwise.prediction.messages import ASSUMED, Messages, fit_messages
 from rankwise.prediction.slowest import Seconds
 from rankwise.prediction.spans import spent_in_steps
-from rankwise.prediction.traffic import ASYNCHRONOUS, Network
+from rankwise.prediction.traffic import ASYNCHRONOUS, Model
 from rankwise.record import Record, RunFolder
 from rankwise.timeline import RankTimeline, read_timeline
 
@@ -75,7 +75,7 @@ class Source:
 
     name: str
     config: TrainConfig
-    network: Network
+    model: Model
     samples: int
     cores: int
     compute: tuple[Compute, ...]
@@ -113,7 +113,7 @@ def read_source(folders: Sequence[Path]) -> Source:
         raise UsageError("nothing to predict from: give a finished run with --from, or --measure")
     first, *others = [_read(folder) for folder in folders]
     for other in others:
-        if (other.network, other.config.dataset) != (first.network, first.config.dataset):
+        if (other.model, other.config.dataset) != (first.model, first.config.dataset):
             raise UsageError(
                 f"{other.name} trained another network or dataset than {first.name}: "
                 "predict from one at a time"
@@ -130,7 +130,7 @@ def _read(path: Path) -> Source:
     config = TrainConfig(**{k: v for k, v in record.config.items() if k in TrainConfig.model_fields})
     if config.strategy == "ddp" or config.strategy not in strategies.STRATEGIES:
         raise ConfigError(f"{path}: what --strategy {config.strategy} exchanges is not in its ledger")
-    network = _network(folder)
+    model = _model(folder)
     lines = [read_timeline(folder.timeline_of(row.rank)) for row in record.ranks if row.role != "spare"]
     steps, parts = _steps(record, lines, config.batch_size)
     if len(steps) < LEAST_STEPS:
@@ -138,7 +138,7 @@ def _read(path: Path) -> Source:
             f"{path} is too short to predict from: {len(steps)} steps of a full batch were kept, expected "
             f"{LEAST_STEPS} or more; train more samples or epochs"
         )
-    messages = fit_messages(record, config, network, lines)
+    messages = fit_messages(record, config, model, lines)
     hosts = record.environment.hosts
     workers = [row for row in record.ranks if row.role == "worker"]
     copies = len(workers) if strategies.entry_of(config.strategy).replicates else 1
@@ -175,7 +175,7 @@ def _read(path: Path) -> Source:
     return Source(
         name=path.name,
         config=config,
-        network=network,
+        model=model,
         samples=samples,
         cores=cores,
         compute=(compute,),
@@ -194,7 +194,7 @@ def meets_in_each_step(config: TrainConfig) -> bool:
     return config.ranks > 1 and (config.sync_every == 1 or config.strategy == "two-level")
 
 
-def _network(folder: RunFolder) -> Network:
+def _model(folder: RunFolder) -> Model:
     """The shapes in the newest checkpoint, by the header of its file."""
     saved = sorted(folder.checkpoints.glob("epoch-*/model.safetensors"))
     if not saved:
@@ -209,7 +209,7 @@ def _network(folder: RunFolder) -> Network:
         raise UsageError(f"{saved[-1]} is damaged: {one_line(error)[:200]}") from None
     saved_buffers = {name for name in tensors if name.rpartition(".")[2] in _SAVED_BUFFERS}
     integers = {name for name in saved_buffers if not kinds[name].startswith(("F", "BF"))}
-    return Network(
+    return Model(
         tuple(shape for name, shape in tensors.items() if name not in saved_buffers),
         _numbers(tensors[name] for name in saved_buffers - integers),
         _numbers(tensors[name] for name in integers),

@@ -19,8 +19,8 @@ GRADIENTS = ("allreduce", "gradient-server")
 
 
 @dataclass(frozen=True)
-class Network:
-    """What of a network is sent: the `shapes` of its parameters, and how many numbers its buffers have,
+class Model:
+    """What of a model is sent: the `shapes` of its parameters, and how many numbers its buffers have,
     floating-point ones and integers."""
 
     shapes: tuple[tuple[int, ...], ...]
@@ -65,11 +65,11 @@ class Traffic:
     buckets: int = 1
 
 
-def traffic(config: TrainConfig, network: Network, hosts: Sequence[int]) -> Traffic:
+def traffic(config: TrainConfig, model: Model, hosts: Sequence[int]) -> Traffic:
     """The traffic of a resolved configuration whose ranks are on `hosts`, so many on each."""
     ranks, name = sum(hosts), config.strategy
-    closing = _closing(config, network, ranks)
-    plain = (_numbers(config, network) + 1) * ITEM_BYTES  # and a flag behind them
+    closing = _closing(config, model, ranks)
+    plain = (_numbers(config, model) + 1) * ITEM_BYTES  # and a flag behind them
     if ranks == 1:
         return Traffic(NOTHING, NOTHING, closing, 0, 0, 0)
     if name in ASYNCHRONOUS:
@@ -81,16 +81,16 @@ def traffic(config: TrainConfig, network: Network, hosts: Sequence[int]) -> Traf
         each = Exchange(ranks * many * plain, (Hop(many, plain, distance=1, ring=True),))
         return Traffic(NOTHING, each, closing, plain, 0, many * plain)
     if name == "two-level":
-        return _two_levels(config, network, hosts, plain, closing)
+        return _two_levels(config, model, hosts, plain, closing)
     buckets = 1
     if config.compress != "none":
-        each, payload = compressed(config, network, ranks)
+        each, payload = compressed(config, model, ranks)
     elif config.topology == "master":
         payload = plain
         each = _gather(ranks, plain) + _broadcast(ranks, plain)
     else:
         payload = plain
-        buckets = _buckets(config, network)
+        buckets = _buckets(config, model)
         if buckets > 1:
             hops = collectives.background_allreduce(ranks, plain // buckets)
             each = Exchange(ranks * plain, hops * buckets)
@@ -107,16 +107,16 @@ def neighbours(topology: str, ranks: int) -> int:
     return {"complete": ranks - 1, "ring": min(2, ranks - 1), "exponential": 1}[topology]
 
 
-def compressed(config: TrainConfig, network: Network, ranks: int) -> tuple[Exchange, int]:
+def compressed(config: TrainConfig, model: Model, ranks: int) -> tuple[Exchange, int]:
     """A compressed sum, and the bytes of a rank's payload in it."""
-    numbers, by_master = _numbers(config, network), config.topology == "master"
+    numbers, by_master = _numbers(config, model), config.topology == "master"
 
     def add_up(size: int) -> Exchange:
         return _gather(ranks, size) + _broadcast(ranks, size) if by_master else _allreduce(ranks, size)
 
-    found = compression.parse(config.compress, network.shapes)
+    found = compression.parse(config.compress, model.shapes)
     if isinstance(found, PowerSGD):
-        first, second = _factors(found.rank, network, numbers)
+        first, second = _factors(found.rank, model, numbers)
         each = add_up((first + 1) * ITEM_BYTES)
         each += add_up(second * ITEM_BYTES) if second else NOTHING
         return each, (first + second) * ITEM_BYTES
@@ -130,10 +130,10 @@ def compressed(config: TrainConfig, network: Network, ranks: int) -> tuple[Excha
     return Exchange(ranks * (ranks - 1) * size, collectives.allgather(ranks, size)), payload
 
 
-def _factors(rank: int, network: Network, numbers: int) -> tuple[int, int]:
+def _factors(rank: int, model: Model, numbers: int) -> tuple[int, int]:
     """Numbers in the first of PowerSGD's two sums (left factors and what goes as it is) and in the second."""
     left = right = matrices = 0
-    for shape in network.shapes:
+    for shape in model.shapes:
         size, rows = math.prod(shape), shape[0] if shape else 1
         columns = size // max(rows, 1)
         if rank * (rows + columns) < size:
@@ -141,20 +141,20 @@ def _factors(rank: int, network: Network, numbers: int) -> tuple[int, int]:
     return left + numbers - matrices, right
 
 
-def _numbers(config: TrainConfig, network: Network) -> int:
+def _numbers(config: TrainConfig, model: Model) -> int:
     """Numbers that a rank sends in place of its weights or gradients."""
     if config.optimizer_state != "average" or config.strategy in GRADIENTS:
-        return network.parameters
+        return model.parameters
     moments = int(config.momentum > 0) if config.optimizer == "sgd" else 2
-    return network.parameters * (1 + moments)
+    return model.parameters * (1 + moments)
 
 
-def _buckets(config: TrainConfig, network: Network) -> int:
+def _buckets(config: TrainConfig, model: Model) -> int:
     """In how many pieces the gradients go, each of whole parameters."""
     if config.strategy != "allreduce":
         return 1
     most, count, filled = (config.bucket_mb or 25.0) * 1e6 // ITEM_BYTES, 1, 0
-    for shape in reversed(network.shapes):
+    for shape in reversed(model.shapes):
         size = math.prod(shape)
         if filled and filled + size > most:
             count, filled = count + 1, 0
@@ -163,7 +163,7 @@ def _buckets(config: TrainConfig, network: Network) -> int:
 
 
 def _two_levels(
-    config: TrainConfig, network: Network, hosts: Sequence[int], plain: int, closing: Exchange
+    config: TrainConfig, model: Model, hosts: Sequence[int], plain: int, closing: Exchange
 ) -> Traffic:
     inside = Exchange(sum(2 * (here - 1) * plain for here in hosts), collectives.ring(max(hosts), plain))
     wishes = Exchange(
@@ -176,18 +176,18 @@ def _two_levels(
     elif config.compress == "none":
         across, payload = Exchange(2 * (leaders - 1) * plain, collectives.ring(leaders, plain)), plain
     else:
-        across, payload = _compressed_in_a_circle(config, network, leaders)
+        across, payload = _compressed_in_a_circle(config, model, leaders)
     across = Exchange(across.bytes_sent, tuple(_far(hop, apart) for hop in across.hops))
     return Traffic(inside, wishes + across + out, closing, payload, 0, payload)
 
 
-def _compressed_in_a_circle(config: TrainConfig, network: Network, size: int) -> tuple[Exchange, int]:
-    found = compression.parse(config.compress, network.shapes)
-    numbers = _numbers(config, network)
+def _compressed_in_a_circle(config: TrainConfig, model: Model, size: int) -> tuple[Exchange, int]:
+    found = compression.parse(config.compress, model.shapes)
+    numbers = _numbers(config, model)
     if isinstance(found, PowerSGD):
         parts = [
             (part + last) * ITEM_BYTES
-            for part, last in zip(_factors(found.rank, network, numbers), (1, 0), strict=True)
+            for part, last in zip(_factors(found.rank, model, numbers), (1, 0), strict=True)
         ]
         hops = tuple(hop for part in parts if part for hop in collectives.ring(size, part))
         return Exchange(sum(2 * (size - 1) * part for part in parts), hops), sum(parts) - ITEM_BYTES
@@ -204,14 +204,14 @@ def _far(hop: Hop, ranks_per_host: int) -> Hop:
     return replace(hop, distance=hop.distance if hop.ring else ranks_per_host)
 
 
-def _closing(config: TrainConfig, network: Network, ranks: int) -> Exchange:
+def _closing(config: TrainConfig, model: Model, ranks: int) -> Exchange:
     """What all ranks exchange after an epoch's last round: buffers, what the strategy asks, and the epoch's
     losses, its proof that no sample is missing, and its time."""
     if ranks == 1:
         return NOTHING
-    sizes = [network.buffers * ITEM_BYTES, network.integers * 8]
+    sizes = [model.buffers * ITEM_BYTES, model.integers * 8]
     if config.strategy == "gossip":
-        sizes += [network.parameters * ITEM_BYTES, 8]
+        sizes += [model.parameters * ITEM_BYTES, 8]
     if config.strategy in ASYNCHRONOUS:
         sizes.append(8)
     total = NOTHING

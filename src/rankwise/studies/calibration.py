@@ -59,7 +59,7 @@ def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -
     source = replace(source, name="short runs here", samples=flight.samples_per_epoch, config=one)
     for folder in folders:
         other = read_source([folder])
-        if other.network != source.network:
+        if other.model != source.model:
             raise UsageError(f"{folder} trained another network than --measure does")
         source = source.with_compute_of(other)
     return source
