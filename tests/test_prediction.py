@@ -459,7 +459,7 @@ def test_runs_on_shared_cores_tell_how_long_ranks_wait_for_one(
 
 def test_steps_behind_an_exchange(source: Source) -> None:
     """Where runs tell what an exchange adds to the next step, that is added to each step of ranks that meet
-    in each, to the first one of a round of others, and to no step of a rank that is alone."""
+    in each or share cores, to the first one of a round of others, and to no step of a rank that is alone."""
     (alone,) = source.compute
     met = replace(alone, meets=True, steps_s=alone.steps_s + 0.01)
     larger = replace(alone, batch=64, steps_s=4 * alone.steps_s)
@@ -477,6 +477,9 @@ def test_steps_behind_an_exchange(source: Source) -> None:
         wishes = {"strategy": "local-sgd", "sync_every": every}
         more_s = compute_s(both, **wishes) - compute_s(replace(both, compute=(alone, larger)), **wishes)
         assert more_s == pytest.approx(0.01 * count, rel=0.05)
+    wishes = {"strategy": "local-sgd", "sync_every": 8, "cores_per_host": 1}
+    more_s = compute_s(both, **wishes) - compute_s(replace(both, compute=(alone, larger)), **wishes)
+    assert more_s == pytest.approx(0.01 * steps, rel=0.05)
     assert compute_s(both, ranks="1") == pytest.approx(compute_s(source, ranks="1"))
 
 

@@ -206,12 +206,13 @@ def _epoch(
     if has_master and len(cluster.hosts) == 1:
         crowd_of -= 1  # the master rests while the others work
     threads = place.threads_of(crowd_of)
-    meets = meets_in_each_step(config)
+    crowd = crowd_of * threads / cluster.cores_per_host
+    shared = max(crowd, 1.0)
+    # Whoever has had the core in between leaves a rank's caches as an exchange does.
+    meets = meets_in_each_step(config) or (crowd > 1 and crowd_of > 1)
     compute, step_s = compute_at(source, threads, config.batch_size, meets=meets)
     if config.strategy == "gradient-server" and has_master:
         step_s = np.maximum(step_s - compute.optimizer_s, 0)
-    crowd = crowd_of * threads / cluster.cores_per_host
-    shared = max(crowd, 1.0)
     steps = _steps(config, source.samples)
     rounds = _rounds(config, steps)
     more_s = meeting_s(source, threads) if config.ranks > 1 and not meets else 0.0
