@@ -584,9 +584,15 @@ def test_a_network_that_was_measured(tmp_path: Path) -> None:
     assert behind.message_s(10_000, one_way=False) == pytest.approx(1 + 1e-3)
     fan = Cluster(4, 1, 1, LINK, found.link, 0.0).seconds(collectives.gather(4, 10_000))
     assert fan == pytest.approx(2 * 5e-5 + 3 * (1e-4 - 5e-5))
-    path.write_text(json.dumps({"links": [{"latency_s": 1}]}))
-    with pytest.raises(ConfigError, match="holds no links"):
-        read_network(str(path))
+    for damaged in (
+        {"messages": [{"bytes": 1}]},
+        {"latency_s": -1},
+        {"bytes_per_s": 0},
+        {"messages": "many"},
+    ):
+        path.write_text(json.dumps({"links": [links[1] | damaged]}))
+        with pytest.raises(ConfigError, match="holds no links"):
+            read_network(str(path))
 
 
 def test_only_messages_that_pass_each_other_go_at_the_speed_of_both_ways() -> None:

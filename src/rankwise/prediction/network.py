@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -127,12 +127,20 @@ def _slowest_found(path: Path) -> Link:
     try:
         links = json.loads(path.read_text("utf-8"))["links"]
         slowest = min(links, key=lambda link: float(link["bytes_per_s"]))
-        messages = tuple(Message(**message) for message in slowest["messages"])
-        rates = 1 / slowest["bytes_per_s"], 1 / slowest["both_bytes_per_s"]
-        return Link(float(slowest["latency_s"]), *rates, messages)
+        messages = tuple(
+            Message(int(m["bytes"]), float(m["one_way_s"]), float(m["both_ways_s"]))
+            for m in slowest["messages"]
+        )
+        latency_s, per_s, both_per_s = (
+            float(slowest[key]) for key in ("latency_s", "bytes_per_s", "both_bytes_per_s")
+        )
+        figures = [latency_s, per_s, both_per_s, *(x for message in messages for x in astuple(message))]
+        if not all(0 < figure < math.inf for figure in figures):
+            raise ValueError
+        return Link(latency_s, 1 / per_s, 1 / both_per_s, messages)
     except OSError as error:
         raise ConfigError(f"cannot read the network {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+    except (ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{path} holds no links: expected what rankwise doctor --hosts A,B --format json prints"
         ) from None
