@@ -23,10 +23,11 @@ ENOUGH_S = 0.05
 large one takes for ever."""
 
 REPEATS = 4
-PASSING, TIMES = 2, 8
-"""Messages that pass each other one after the other, as in the sum of two ranks, and how often. The word that
-a large message may come waits behind another large one now and then, so that some take twice as long, the
-more the longer this goes on: so ranks meet before, as in training, and the mean counts."""
+PASSING, MEETINGS = 2, 8
+"""Messages that pass each other one after the other, as in the sum of two ranks, after each of so many
+meetings. The word that a large message may come waits behind another large one now and then, so that some
+take twice as long, the more the longer this goes on: so ranks meet before, as in training, and the mean
+counts."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,16 @@ def measure_links(
 ) -> Iterator[Link]:
     """The links of all pairs, one pair at a time so that none has to share; all ranks go through it."""
     for pair in itertools.combinations(range(transport.size), 2):
-        found, times_s = np.zeros(3), np.zeros((len(SIZES), 2))
+        found = np.zeros(3 + 2 * len(SIZES))
+        times_s = found[3:].reshape(-1, 2)  # a view, so that all goes in one exchange
         if transport.rank in pair:
             low, high = clock_bounds(transport, wall_ns, *pair)
             latency_s, its_times_s = _messages(transport, pair, timer)
             if transport.rank == pair[0]:
-                found[:] = latency_s, (low + high) / 2e9, (high - low) / 2e9
+                found[:3] = latency_s, (low + high) / 2e9, (high - low) / 2e9
                 times_s[: len(its_times_s)] = its_times_s
-        for array in (found, times_s):
-            transport.allreduce(array.reshape(-1), "sum").wait(Watch())
-        latency_s, ahead_s, error_s = map(float, found)
+        transport.allreduce(found, "sum").wait(Watch())
+        latency_s, ahead_s, error_s = map(float, found[:3])
         messages = (
             Message(size, float(one_s), float(both_s))
             for size, (one_s, both_s) in zip(SIZES, times_s, strict=True)
@@ -97,14 +98,13 @@ def _messages(
     first, second = pair
     there, back = _Way(transport, first, second, timer), _Way(transport, second, first, timer)
     latency_s, times_s = there.latency_s(), []
-    less_s = back.latency_s()
     told = np.zeros(2)  # how long a message takes back, and whether that is enough
     for size in SIZES:
         message = np.zeros(size, np.uint8)
-        one_s, told[0] = there.one_way_s(message, latency_s), back.one_way_s(message, less_s)
+        there_s, told[0] = there.answered_s(message), back.answered_s(message)
         both_s = there.passing_s(message)
-        there.hand_over(told, back=True)
-        one_s = max(one_s, float(told[0]))
+        back.hand_over(told)
+        one_s = max(there_s - latency_s, float(told[0]) - latency_s, 1e-9)
         times_s.append((one_s, both_s))
         told[1] = one_s >= ENOUGH_S
         there.hand_over(told)  # the first rank's times decide for both
@@ -127,23 +127,19 @@ class _Way:
         self._there_and_back(message)  # the first one makes the connection
         return statistics.median(self._there_and_back(message) for _ in range(ROUNDS)) / 2
 
-    def one_way_s(self, message: Buffer, latency_s: float) -> float:
-        took_s = statistics.mean(self._there_and_back(message) for _ in range(REPEATS))
-        return max(took_s - latency_s, 1e-9)
+    def answered_s(self, message: Buffer) -> float:
+        return statistics.mean(self._there_and_back(message) for _ in range(REPEATS))
 
     def passing_s(self, message: Buffer) -> float:
-        took_s = statistics.mean(self._to_each_other(message) for _ in range(TIMES))
-        return max(took_s / PASSING, 1e-9)
+        return max(statistics.mean(self._to_each_other(message) for _ in range(MEETINGS)) / PASSING, 1e-9)
 
-    def hand_over(self, values: Buffer, *, back: bool = False) -> None:
-        """From the source to the destination, or back."""
-        ends = (self._dest, self._source) if back else (self._source, self._dest)
-        self._pass(values, *ends)
+    def hand_over(self, values: Buffer) -> None:
+        self._pass(values, self._source, self._dest)
 
     def _there_and_back(self, message: Buffer) -> float:
         """Seconds from the source's sending to its receiving of 8 bytes in return."""
         started_s = self._timer()
-        self._pass(message, self._source, self._dest)
+        self.hand_over(message)
         self._pass(self._answer, self._dest, self._source)
         return self._timer() - started_s
 
