@@ -14,6 +14,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 from rankwise import strategies
 from rankwise.config import TrainConfig
@@ -22,8 +23,20 @@ from rankwise.world import run_in_threads
 from rankwise.world.surroundings import mpi_environment
 from rankwise.world.threads import Killed
 
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")  # how long an example takes says nothing about the code
+from . import effort, tiny, warm
+
+# How long an example takes says nothing about the code. What failed once is tried first the next time, from
+# wherever the tests are started.
+hypothesis.settings.register_profile(
+    "daily",
+    deadline=None,
+    max_examples=100 if effort.FULL else 30,
+    database=DirectoryBasedExampleDatabase(Path(__file__).parents[1] / ".hypothesis" / "examples"),
+)
+hypothesis.settings.load_profile("daily")
+
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+"""With this Python's mpiexec, also for whoever runs beside it."""
 
 MPI_SIZES = (1, 2, 5)
 """5 ranks are more than the 2 cores of a small machine: they must take turns."""
@@ -37,18 +50,25 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _disk_in_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the disk, but tests that are about it."""
+    if not request.node.get_closest_marker("disk"):
+        monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture
 def config() -> Callable[..., TrainConfig]:
-    """Makes a resolved configuration of a run that takes a second."""
+    """Makes a resolved configuration of a run that takes the blink of an eye."""
 
     def make(**options: Any) -> TrainConfig:
         # One thread: sums are cut up by thread, so other numbers of threads give other bits.
         defaults = {
-            "dataset": "digits",
-            "model": "mlp",
+            "dataset": tiny.DATASET,
+            "model": tiny.MODEL,
             "epochs": 2,
             "lr": 0.02,
-            "batch_size": 32,
+            "batch_size": 16,
             "threads": 1,
         }
         return strategies.resolve(TrainConfig(**{**defaults, **options}))
@@ -97,8 +117,10 @@ def read_weights(folder: RunFolder) -> dict[str, Any]:
 class Command:
     """Runs programs of the tests, and leaves no process behind."""
 
-    def __init__(self, cwd: Path) -> None:
+    def __init__(self, cwd: Path, python: Path | str = sys.executable) -> None:
         self._cwd = cwd
+        self.python = str(python)
+        """What runs Python programs: a stand-in for tests that are not about how processes start or end."""
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *words: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
@@ -106,7 +128,7 @@ class Command:
         process = subprocess.Popen(
             words,
             cwd=cwd or self._cwd,
-            env=mpi_environment() | environment,
+            env=mpi_environment() | {"PATH": PATH} | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -126,11 +148,11 @@ class Command:
 
     def rankwise(self, *words: str, **options: Any) -> Finished:
         """Run the command line of rankwise to its end."""
-        return self(sys.executable, "-m", "rankwise", *words, **options)
+        return self(self.python, "-m", "rankwise", *words, **options)
 
     def mpiexec(self, ranks: int, *words: str, **options: Any) -> Finished:
         """Run a Python program on some ranks of a real mpiexec."""
-        return self(*mpiexec_words(ranks), sys.executable, *words, **options)
+        return self(*mpiexec_words(ranks), self.python, *words, **options)
 
     def end_all(self) -> None:
         """Kill what is still running; the sessions are our own."""
@@ -174,19 +196,28 @@ def mpiexec_words(ranks: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def launched(folder: Path) -> Iterator[Command]:
+def launched(folder: Path, python: Path | str = sys.executable) -> Iterator[Command]:
     """Programs run in a folder, and are ended at the end."""
-    runner = Command(folder)
+    runner = Command(folder, python)
     try:
         yield runner
     finally:
         runner.end_all()
 
 
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What stands for Python where it need not be started anew."""
+    with warm.warm_python(tmp_path_factory.mktemp("warm")) as python:
+        yield python
+
+
 @pytest.fixture
-def command(tmp_path: Path) -> Iterator[Command]:
+def command(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Command]:
     """Programs run in the test's own folder, and are ended with the test."""
-    with launched(tmp_path) as runner:
+    cold = request.node.get_closest_marker("cold") is not None
+    python = sys.executable if cold else request.getfixturevalue("warm_python")
+    with launched(tmp_path, python) as runner:
         yield runner
 
 

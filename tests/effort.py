@@ -1,0 +1,33 @@
+"""How much the tests do: what each change must pass in minutes, or all there is (`make test-full`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+FULL = os.environ.get("RANKWISE_TESTS") == "full"
+"""`make test-full` sets it."""
+
+only_in_full = pytest.mark.full
+"""Of a test, or of a case of one, that `make test` leaves out. CONTRIBUTING.md lists them."""
+
+
+def examples(daily: int, full: int, **more: Any) -> settings:
+    """How many examples hypothesis draws for a test every day, and in the full run."""
+    return settings(max_examples=full if FULL else daily, **more)
+
+
+def daily(cases: Iterable[Any], every_day: Collection[Any]) -> list[Any]:
+    """All `cases` as parameters, of which `make test` tries those in `every_day`."""
+    cases = list(cases)
+    unknown = [case for case in every_day if case not in cases]
+    assert not unknown, f"no cases of this test: {unknown}"
+    return [case if case in every_day else pytest.param(*_values(case), marks=only_in_full) for case in cases]
+
+
+def _values(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
