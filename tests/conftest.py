@@ -35,8 +35,13 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("daily")
 
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-"""With this Python's mpiexec, also for whoever runs beside it."""
+SURROUNDINGS = {
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    ),
+}
+"""Programs of the tests find this Python's mpiexec, also where they run beside it, and the tests' own modules."""
 
 MPI_SIZES = (1, 2, 5)
 """5 ranks are more than the 2 cores of a small machine: they must take turns."""
@@ -128,7 +133,7 @@ class Command:
         process = subprocess.Popen(
             words,
             cwd=cwd or self._cwd,
-            env=mpi_environment() | {"PATH": PATH} | environment,
+            env=mpi_environment() | SURROUNDINGS | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -17,12 +17,15 @@ import pytest
 
 from rankwise.config import TrainConfig
 from rankwise.record import Record, RunFolder
+from rankwise.strategies import STRATEGIES
 
+from . import tiny
 from .conftest import Command, mpiexec_words
+from .effort import daily
 from .test_cli import count_epochs, wait_for
 from .test_mpi import closes, ranks_of
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.mpi, pytest.mark.cold, pytest.mark.timeout(240)]
 
 WAYS = [
     ("parameter-averaging", "master"),
@@ -39,22 +42,22 @@ WAYS = [
     ("slowmo", "master"),
     ("diloco", "allreduce"),
     ("diloco", "master"),
+    ("two-level", "allreduce"),
 ]
+EVERY_DAY = {
+    ("parameter-averaging", "master"),
+    ("parameter-averaging", "allreduce"),
+    ("allreduce", "allreduce"),
+    ("gradient-server", "master"),
+    ("two-level", "allreduce"),
+}
+"""The classes behind these names, with the topologies that each has: the other names are settings of one of
+them, and `test_ranks_out_of_step` has the classes whose ranks do not meet."""
+
 PHASES = ("compute", "exchange", "evaluation", "checkpoint", "recovery")
 VICTIMS = [(ranks, rank) for ranks in (3, 5) for rank in range(ranks)]
 
-SMALL = [
-    "--dataset",
-    "digits",
-    "--model",
-    "mlp",
-    "--lr",
-    "0.01",
-    "--train-limit",
-    "480",
-    "--val-limit",
-    "120",
-]
+SMALL = [*tiny.WORDS]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Kill:
 
 
 CHAOS = os.environ.get("RANKWISE_CHAOS") == "full"
-"""`make chaos` runs all cases, the tests of every day a selection of them."""
+"""`make chaos` runs all cases, other runs a selection of them."""
 
 
 def one_by_one() -> list[tuple[str, str, int, list[Kill]]]:
@@ -83,32 +86,42 @@ def one_by_one() -> list[tuple[str, str, int, list[Kill]]]:
     return cases
 
 
-def several_at_once() -> list[tuple[str, str, int, list[Kill]]]:
-    """A run of 5 ranks for every way, which loses one after the other until a single one is left. In turn the
-    first dies in an exchange or while it computes; the second dies while the others recover from that."""
+def one_after_the_other() -> list[tuple[str, str, int, list[Kill]]]:
+    """A run of 6 ranks for every way, which loses one in each phase until a single one is left: the second
+    dies while the others recover from the first. Rank 0 dies first in one way, second in the next."""
     cases = []
     for turn, way in enumerate(WAYS):
-        first, second, third, fourth = ((turn + 2 * step) % 5 for step in range(4))
-        kills = [Kill(first, 1, ("exchange", "compute")[turn // 2 % 2]), Kill(second, 1, "recovery")]
-        kills += [Kill(third, 2, "evaluation"), Kill(fourth, 3, "checkpoint")]
-        cases.append((*way, 5, kills))
+        victims = [(step - turn) % 6 for step in range(5)]
+        phases = (("exchange", 1), ("recovery", 1), ("compute", 2), ("evaluation", 2), ("checkpoint", 3))
+        kills = [Kill(victim, epoch, phase) for victim, (phase, epoch) in zip(victims, phases, strict=True)]
+        cases.append((*way, 6, kills))
     return cases
 
 
+OUT_OF_STEP = [("gossip", "ring"), ("easgd", "master"), ("downpour", "master")]
+
+
 def test_the_selection_covers_what_it_says() -> None:
-    """Every way to keep step meets a recovery, an evaluation, a checkpoint, and one of the two others; every
-    phase meets victims of all numbers, those of the two others together."""
-    met = [
-        ((strategy, topology), kill.phase, kill.rank)
-        for strategy, topology, _, kills in several_at_once()
+    """Every day each class of strategies that waits for all its ranks loses one in each phase, in each of its
+    topologies, and each of the other classes loses some; over all ways rank 0 is lost in each phase."""
+    classes = {
+        (entry.strategy, topology)
+        for entry in STRATEGIES.values()
+        if entry.strategy.survives
+        for topology in entry.topologies
+    }
+    in_step = {(STRATEGIES[name].strategy, topology) for name, topology in EVERY_DAY}
+    others = {STRATEGIES[name].strategy for name, _ in OUT_OF_STEP}
+    assert {one for one in classes if one[0] not in others} == in_step
+    assert others < {strategy for strategy, _ in classes}
+    lost = {
+        ((strategy, topology), kill.phase)
+        for strategy, topology, _, kills in one_after_the_other()
         for kill in kills
-    ]
-    for way in WAYS:
-        phases = {phase for its, phase, _ in met if its == way}
-        assert phases > {"recovery", "evaluation", "checkpoint"}
-    assert {phase for _, phase, _ in met} == set(PHASES)
-    for phases in ({"recovery"}, {"evaluation"}, {"checkpoint"}, {"exchange", "compute"}):
-        assert {rank for _, phase, rank in met if phase in phases} == set(range(5))
+    }
+    assert lost == set(itertools.product(WAYS, PHASES))
+    zero = {kill.phase for *_, kills in one_after_the_other() for kill in kills if kill.rank == 0}
+    assert zero == set(PHASES)
 
 
 def survives(run: Record, dead: set[int]) -> None:
@@ -126,7 +139,11 @@ def survives(run: Record, dead: set[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "topology", "ranks", "kills"), one_by_one() if CHAOS else several_at_once(), ids=str
+    ("strategy", "topology", "ranks", "kills"),
+    one_by_one()
+    if CHAOS
+    else daily(cases := one_after_the_other(), [c for c in cases if c[:2] in EVERY_DAY]),
+    ids=str,
 )
 def test_killed_ranks_cost_nothing(
     command: Command, tmp_path: Path, strategy: str, topology: str, ranks: int, kills: list[Kill]
@@ -146,7 +163,7 @@ def test_killed_ranks_cost_nothing(
     assert "NBC_Progress" not in done.err
 
 
-@pytest.mark.parametrize(("strategy", "topology"), WAYS if CHAOS else WAYS[::7])
+@pytest.mark.parametrize(("strategy", "topology"), WAYS if CHAOS else daily(WAYS[::7], WAYS[:1]))
 def test_killed_ranks_cost_no_accuracy(
     command: Command,
     config: Callable[..., TrainConfig],
@@ -169,9 +186,7 @@ def test_killed_ranks_cost_no_accuracy(
     assert struck.epochs[-1].val_accuracy > whole.epochs[-1].val_accuracy - 0.01
 
 
-@pytest.mark.parametrize(
-    ("strategy", "topology"), [("gossip", "ring"), ("easgd", "master"), ("downpour", "master")]
-)
+@pytest.mark.parametrize(("strategy", "topology"), OUT_OF_STEP)
 def test_ranks_out_of_step(command: Command, tmp_path: Path, strategy: str, topology: str) -> None:
     """Where ranks do not wait for each other they go on too, each from where it is, without the master as
     well."""
@@ -184,7 +199,8 @@ def test_ranks_out_of_step(command: Command, tmp_path: Path, strategy: str, topo
 
 
 @pytest.mark.parametrize(
-    ("strategy", "topology"), [("parameter-averaging", "master"), ("allreduce", "allreduce")]
+    ("strategy", "topology"),
+    daily([("parameter-averaging", "master"), ("allreduce", "allreduce")], [("allreduce", "allreduce")]),
 )
 def test_spares_come_in(command: Command, tmp_path: Path, strategy: str, topology: str) -> None:
     """Spares take the places of rank 0 and, in a recovery, of one of themselves: the run ends at full
@@ -196,7 +212,7 @@ def test_spares_come_in(command: Command, tmp_path: Path, strategy: str, topolog
     assert done.code == 0, done
     run = RunFolder(tmp_path / "run").read()
     assert run.outcome == "completed", run.message
-    assert run.samples.trained == run.samples.expected == 3 * 480
+    assert run.samples.trained == run.samples.expected == 3 * tiny.TRAIN
     assert {fault.rank for fault in run.faults} == {0, 2, 3}
     roles = {row.rank: row.role for row in run.ranks}
     assert list(roles) == list(range(7))
@@ -223,7 +239,7 @@ def test_a_spare_that_died_in_its_sleep(command: Command, tmp_path: Path) -> Non
     assert closes(run)
 
 
-@pytest.mark.parametrize("strategy", ["parameter-averaging", "allreduce"])
+@pytest.mark.parametrize("strategy", daily(["parameter-averaging", "allreduce"], ["parameter-averaging"]))
 def test_only_one_is_left(command: Command, tmp_path: Path, strategy: str) -> None:
     """All ranks but one are killed, two of them at once: the last trains what is left by itself."""
     faults = ["kill:rank=0,epoch=1,step=2", "kill:rank=2,epoch=1,step=2", "kill:rank=1,epoch=2,step=3"]
@@ -310,7 +326,7 @@ def test_a_run_is_started_again(command: Command, tmp_path: Path, kind: str) -> 
     # The newest checkpoint was just being written when the rank died, or had been.
     assert (run.outcome, len(run.epochs)) == ("completed", 3)
     assert run.resumed_from_epoch in (1, 2)
-    assert run.samples.trained == run.samples.expected == 3 * 480
+    assert run.samples.trained == run.samples.expected == 3 * tiny.TRAIN
     (fault,) = run.faults
     assert (fault.rank, fault.kind, fault.epoch, fault.action) == (1, kind, 3, "restart")
     assert fault.recovered_after_s is not None
@@ -327,7 +343,7 @@ def test_too_few_ranks_are_started_again(command: Command, tmp_path: Path) -> No
     assert run.outcome == "completed"
     assert run.resumed_from_epoch in (0, 1)
     assert [(fault.rank, fault.action) for fault in run.faults] == [(2, "restart")]
-    assert run.samples.trained == run.samples.expected == 2 * 480
+    assert run.samples.trained == run.samples.expected == 2 * tiny.TRAIN
 
 
 def test_restarts_come_to_an_end(command: Command, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ import pytest
 
 from rankwise.record import Record, RunFolder
 
+from . import tiny
 from .conftest import MPI_SIZES, Command, mpiexec_words, read_weights
 from .test_cli import count_epochs, wait_for
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
 
-DIGITS = ["--dataset", "digits", "--model", "mlp", "--lr", "0.02", "--epochs", "2"]
+SMALL = [*tiny.WORDS, "--epochs", "2"]
 
 
 def train(*words: str) -> list[str]:
@@ -54,13 +55,13 @@ def test_the_world_keeps_its_contract(command: Command, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", MPI_SIZES)
 def test_our_own_launcher(command: Command, tmp_path: Path, ranks: int) -> None:
     """`train --ranks N` starts the ranks itself; the record shows them; stdout holds only JSON if asked."""
-    done = command.rankwise("train", *DIGITS, "--ranks", str(ranks), "--out", "run", "--format", "json")
+    done = command.rankwise("train", *SMALL, "--ranks", str(ranks), "--out", "run", "--format", "json")
     assert done.code == 0, done
     run = record(tmp_path / "run")
     assert Record.model_validate(done.json) == run
     assert run.outcome == "completed"
     assert [row.rank for row in run.ranks] == list(range(ranks))
-    assert run.samples.trained == run.samples.expected == 2 * 1437
+    assert run.samples.trained == run.samples.expected == 2 * tiny.TRAIN
     assert closes(run)
     assert run.environment.hosts[0].ranks == ranks
     assert [line for line in done.err.splitlines() if line.startswith("epoch")].__len__() == 2
@@ -70,7 +71,7 @@ def test_our_own_launcher(command: Command, tmp_path: Path, ranks: int) -> None:
 def test_a_given_mpiexec(command: Command, tmp_path: Path, ranks: int) -> None:
     """Under the user's own mpiexec the ranks that are given are used, and rank 0 alone speaks."""
     topology = "allreduce" if ranks == 1 else "master"
-    words = [*DIGITS, "--strategy", "parameter-averaging", "--topology", topology, "--out", "run"]
+    words = [*SMALL, "--strategy", "parameter-averaging", "--topology", topology, "--out", "run"]
     done = command.mpiexec(ranks, *train(*words))
     assert done.code == 0, done
     run = record(tmp_path / "run")
@@ -82,7 +83,7 @@ def test_a_given_mpiexec(command: Command, tmp_path: Path, ranks: int) -> None:
 @pytest.mark.parametrize("topology", ["master", "allreduce"])
 def test_mpi_and_threads_give_the_same(command: Command, tmp_path: Path, topology: str) -> None:
     """Twice the same run gives the same bits under MPI too; a master's sums are those of threads."""
-    words = [*DIGITS, "--ranks", "3", "--topology", topology, "--threads", "1"]
+    words = [*SMALL, "--ranks", "3", "--topology", topology, "--threads", "1"]
     for name in ("one", "two"):
         done = command.rankwise("train", *words, "--out", name)
         assert done.code == 0, done
@@ -95,7 +96,7 @@ def test_mpi_and_threads_give_the_same(command: Command, tmp_path: Path, topolog
         from rankwise.world import run_in_threads
 
         config = strategies.resolve(
-            TrainConfig(dataset="digits", model="mlp", lr=0.02, epochs=2, ranks=3, threads=1)
+            TrainConfig(dataset=tiny.DATASET, model=tiny.MODEL, lr=0.02, epochs=2, ranks=3, threads=1)
         )
         folder = RunFolder(tmp_path / "threads")
         folder.create()
@@ -107,10 +108,10 @@ def test_mpi_and_threads_give_the_same(command: Command, tmp_path: Path, topolog
 def test_resume_to_the_bit_under_mpi(command: Command, tmp_path: Path) -> None:
     """A run whose launcher was killed leaves no rank behind, and resumed ends with the bits of one that
     was not."""
-    words = ["--dataset", "digits", "--model", "mlp", "--lr", "0.02", "--ranks", "3", "--flip", "random"]
-    whole = command.rankwise("train", *words, "--epochs", "20", "--out", "whole")
+    words = [*tiny.WORDS, "--ranks", "3", "--flip", "random"]
+    whole = command.rankwise("train", *words, "--epochs", "40", "--out", "whole")
     assert whole.code == 0, whole
-    process = command.start(sys.executable, *train(*words, "--epochs", "20", "--out", "killed"))
+    process = command.start(sys.executable, *train(*words, "--epochs", "40", "--out", "killed"))
     wait_for(lambda: (tmp_path / "killed/metrics.jsonl").exists() and count_epochs(tmp_path / "killed") >= 2)
     ranks = ranks_of(tmp_path / "killed")
     process.kill()
@@ -139,7 +140,7 @@ def ranks_of(folder: Path) -> list[int]:
 
 def test_a_ranks_command_line_shows_the_command(command: Command, tmp_path: Path) -> None:
     """A rank's command line is the one that was given, with the run folder."""
-    words = ["--dataset", "digits", "--model", "mlp", "--epochs", "500", "--ranks", "2"]
+    words = [*tiny.WORDS, "--epochs", "2000", "--ranks", "2"]
     process = command.start(sys.executable, *train(*words))
     wait_for(lambda: list(tmp_path.glob("runs/*/record.json")))
     (folder,) = tmp_path.glob("runs/*")
@@ -157,10 +158,10 @@ from torch import nn
 class Net(nn.Sequential):
     steps = 0
     def __init__(self, shape, classes):
-        super().__init__(nn.Flatten(), nn.Linear(3072, classes))
+        super().__init__(nn.Flatten(), nn.Linear(64, classes))
     def forward(self, x):
         Net.steps += self.training
-        if Net.steps == 40 and os.environ["OMPI_COMM_WORLD_RANK"] == os.environ["FAULTY_RANK"]:
+        if Net.steps == 10 and os.environ["OMPI_COMM_WORLD_RANK"] == os.environ["FAULTY_RANK"]:
             raise ValueError("on purpose")
         return super().forward(x)
 """
@@ -178,8 +179,7 @@ def test_a_rank_that_raises_ends_the_job(
     process left behind."""
     (tmp_path / "faulty.py").write_text(FAULTY)
     words = [
-        "--dataset",
-        "digits",
+        *tiny.WORDS[:2],
         "--model",
         "faulty:Net",
         "--epochs",
@@ -217,7 +217,7 @@ def test_a_rank_that_raises_ends_the_job(
 def test_a_killed_rank_ends_the_job(command: Command, tmp_path: Path) -> None:
     """With --on-failure stop a rank killed from outside ends the job with code 1, one message, and the record
     `failed`."""
-    words = ["--dataset", "digits", "--model", "mlp", "--epochs", "1000", "--ranks", "3", "--out", "run"]
+    words = [*tiny.WORDS, "--epochs", "5000", "--ranks", "3", "--out", "run"]
     process = command.start(sys.executable, *train(*words, "--on-failure", "stop"))
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 1)
     os.kill(max(ranks_of(tmp_path / "run")), signal.SIGKILL)
@@ -243,7 +243,7 @@ def test_stopping_several_ranks(
     """Ctrl-C, SIGTERM and SIGUSR1 end all ranks in order, in the middle of an epoch too: code 130, one
     message, the record `interrupted` with closed ledgers, and a checkpoint from which the run goes on."""
     words = ["--dataset", "synthetic:20000", "--epochs", "100", "--ranks", str(ranks), "--topology", topology]
-    process = command.start(sys.executable, *train(*words, "--strategy", strategy, "--out", "run"))
+    process = command.start(command.python, *train(*words, "--strategy", strategy, "--out", "run"))
     wait_for(lambda: (tmp_path / "run/.progress").exists())
     time.sleep(0.5)
     asked = time.monotonic()
@@ -264,8 +264,8 @@ def test_stopping_several_ranks(
 
 def test_stopping_a_given_mpiexec(command: Command, tmp_path: Path) -> None:
     """When the user's own mpiexec is stopped, the last epoch's record and checkpoint lie on disk."""
-    words = ["--dataset", "digits", "--model", "mlp", "--epochs", "1000", "--out", "run"]
-    process = command.start(*mpiexec_words(3), sys.executable, *train(*words))
+    words = [*tiny.WORDS, "--epochs", "5000", "--out", "run"]
+    process = command.start(*mpiexec_words(3), command.python, *train(*words))
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 2)
     process.send_signal(signal.SIGINT)
     process.wait(30)
@@ -278,7 +278,7 @@ def test_stopping_a_given_mpiexec(command: Command, tmp_path: Path) -> None:
 
 def test_different_options_on_ranks(command: Command) -> None:
     """Ranks that were given different options are told which, once, with code 2, and nothing is left."""
-    base = ["-n", "1", sys.executable, *train(*DIGITS[:4], "--epochs", "2", "--out", "run")]
+    base = ["-n", "1", command.python, *train(*tiny.WORDS, "--epochs", "2", "--out", "run")]
     done = command(*mpiexec_words(1)[:-2], *base, "--lr", "0.1", ":", *base, "--lr", "0.2")
     assert done.code == 2, done
     assert len(done.told) == 1, done
@@ -289,7 +289,7 @@ def test_different_options_on_ranks(command: Command) -> None:
 def test_wrong_use_is_told_once(command: Command, tmp_path: Path, launcher: str) -> None:
     """What only the ranks can find out, and all of them do, is told in one line with code 2, and no run
     folder is left behind."""
-    words = [*DIGITS[:2], "--model", "nothing:Here", "--out", "run"]
+    words = [*tiny.WORDS[:2], "--model", "nothing:Here", "--out", "run"]
     if launcher == "ours":
         done = command.rankwise("train", *words, "--ranks", "3")
     else:
@@ -303,7 +303,7 @@ def test_wrong_use_is_told_once(command: Command, tmp_path: Path, launcher: str)
 def test_the_example_runs_on_any_number_of_ranks(command: Command, ranks: int) -> None:
     """examples/own_loop.py, a PyTorch loop put in step by five lines, learns on any number of ranks."""
     example = Path(__file__).parents[1] / "examples" / "own_loop.py"
-    done = command.mpiexec(ranks, str(example))
+    done = command.mpiexec(ranks, str(example), OMP_NUM_THREADS="1")
     assert done.code == 0, done
     assert done.out.startswith(f"{ranks} ranks, accuracy ")
     assert float(done.out.split()[-1].rstrip("%")) > 85
@@ -311,7 +311,7 @@ def test_the_example_runs_on_any_number_of_ranks(command: Command, ranks: int) -
     assert len(lines) < 60
     assert sum(bool(re.search(r"  # \d", line)) for line in lines) == 5
     if ranks == 1:
-        assert command(sys.executable, str(example)).out == done.out
+        assert command(command.python, str(example), OMP_NUM_THREADS="1").out == done.out
 
 
 def test_the_example_of_own_images(command: Command, tmp_path: Path) -> None:
@@ -342,12 +342,12 @@ def test_the_public_function(command: Command, tmp_path: Path) -> None:
     """`rankwise.train` does in a script what the command line does, several ranks included."""
     (tmp_path / "own.py").write_text(
         "import rankwise\n"
-        "options = dict(dataset='digits', model='mlp', ranks=3, epochs=1, out='run', flip='random')\n"
+        "options = dict(dataset='tests.tiny:images', model='tests.tiny:net', ranks=3, epochs=1, out='run', flip='random')\n"
         "config = rankwise.TrainConfig(**options)\n"
         "record = rankwise.train(config)\n"
         "print(record.outcome, len(record.ranks), record.config['flip'])\n"
     )
-    done = command(sys.executable, "own.py")
+    done = command(command.python, "own.py")
     assert done.code == 0, done
     assert done.out.split() == ["completed", "3", "random"]
 
@@ -389,7 +389,7 @@ def test_ddp_is_allreduce(command: Command, tmp_path: Path) -> None:
     """PyTorch's DistributedDataParallel ends near the weights of our own allreduce: the same algorithm, but
     for the weight of ragged last batches."""
     for name in ("ddp", "allreduce"):
-        done = command.rankwise("train", *DIGITS, "--ranks", "3", "--strategy", name, "--out", name)
+        done = command.rankwise("train", *SMALL, "--ranks", "3", "--strategy", name, "--out", name)
         assert done.code == 0, done
         assert closes(record(tmp_path / name))
     one, two = (read_weights(RunFolder(tmp_path / name)) for name in ("ddp", "allreduce"))

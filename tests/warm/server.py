@@ -130,6 +130,8 @@ def run(words: list[str], environment: dict[str, str]) -> None:
 
     torch.seed()  # forks share the generators of their server
     np.random.seed()
+    if "OMP_NUM_THREADS" in environment:  # which torch has read already
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     path = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.path[:] = [*path, *(part for part in sys.path if part not in path)]
     if words[0] == "-m":
