@@ -41,7 +41,7 @@ SURROUNDINGS = {
         filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     ),
 }
-"""Programs of the tests find this Python's mpiexec, also where they run beside it, and the tests' own modules."""
+"""With it programs of the tests find this Python's mpiexec, and the tests' own modules."""
 
 MPI_SIZES = (1, 2, 5)
 """5 ranks are more than the 2 cores of a small machine: they must take turns."""
@@ -215,6 +215,14 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What stands for Python where it need not be started anew."""
     with warm.warm_python(tmp_path_factory.mktemp("warm")) as python:
         yield python
+
+
+@pytest.fixture
+def warm_processes(warm_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process starts as Python is forked from a warm one."""
+    monkeypatch.setattr(sys, "executable", str(warm_python))
+    for name, value in SURROUNDINGS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

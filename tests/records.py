@@ -23,6 +23,8 @@ from rankwise.record import (
     RunFolder,
     Samples,
 )
+from rankwise.studies.folder import StudyFolder
+from rankwise.studies.runner import Run
 from rankwise.timeline import EXCHANGE, Timeline
 
 MS = 1_000_000
@@ -137,6 +139,12 @@ def record(
         "faults": [],
     }
     return Record(**values | more)
+
+
+def trained(run: Run, folder: StudyFolder, epochs: list[Epoch] = epochs(3)) -> Record:  # noqa: B008
+    """What a run of a study might have come to: for tests of what stands around the training."""
+    config = run.config.model_dump(mode="json", include=run.config.model_fields_set)
+    return record(run.config.ranks, epochs=epochs, config=config | {"out": str(folder.run(run.name).path)})
 
 
 def run_folder(path: Path, content: Record, *, steps: int = 0) -> RunFolder:

@@ -14,10 +14,13 @@ import pytest
 
 from rankwise.record import Epoch, Record
 from rankwise.strategies import STRATEGIES, resolve
-from rankwise.studies import contest
+from rankwise.studies import contest, runner
 from rankwise.studies.contest import COURSES, QUICK_COURSES, Course, Score
 from rankwise.studies.contest_page import contest_page, judge, score_grid
+from rankwise.studies.folder import StudyFolder
 from rankwise.studies.study import Study
+from tests import records
+from tests.effort import only_in_full
 from tests.records import epochs, rank, record
 from tests.test_cli import call
 
@@ -167,16 +170,16 @@ def test_a_page_of_nothing_and_of_some() -> None:
     assert "tells nothing about accuracy" in short
 
 
-@pytest.mark.mpi
-@pytest.mark.timeout(300)
-def test_from_the_command_to_the_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One command chooses rates and trains with them, in real ranks; again, it trains nothing."""
+def only_easgd(monkeypatch: pytest.MonkeyPatch) -> Course:
+    """Let one entrant of the short form take part."""
     course = QUICK_COURSES[0]
     entrants = tuple(one for one in course.entrants if one.name == "easgd")
     monkeypatch.setattr(contest, "QUICK_COURSES", (replace(course, entrants=entrants),))
-    monkeypatch.chdir(tmp_path)
+    return course
+
+
+def run_the_study(course: Course, capsys: pytest.CaptureFixture[str]) -> float:
+    """Call the command twice, of which the second trains nothing; returns the learning rate of the final."""
     words = ["reproduce", "strategies", "--quick", "--dataset", "digits", "--output", "study"]
     assert call(*words, "--format", "json") == 0
     done: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -184,11 +187,40 @@ def test_from_the_command_to_the_page(
     assert page.name == "strategies.html"
     assert "easgd" in page.read_text()
     names = {path.stem for path in Path("study/records").iterdir()}
-    tuning = {f"{course.name(entrants[0], rate, final=False)}-seed0" for rate in course.rates}
+    (easgd,) = (one for one in course.entrants if one.name == "easgd")
+    tuning = {f"{course.name(easgd, rate, final=False)}-seed0" for rate in course.rates}
     assert tuning < names
     (final,) = names - tuning
     (row,) = csv.DictReader(Path(f"study/tables/strategies_{course.model}.csv").read_text().splitlines())
-    assert f"lr{float(row['learning rate']):g}" in final
+    rate = float(row["learning rate"])
+    assert final == f"{course.name(easgd, rate, final=True)}-seed0"
     before = {path: path.stat().st_mtime_ns for path in Path("study/records").iterdir()}
     assert call(*words) == 0
     assert {path: path.stat().st_mtime_ns for path in Path("study/records").iterdir()} == before
+    return rate
+
+
+@pytest.mark.parametrize("best", [0.01, 0.05])
+def test_the_rate_that_did_best_is_the_finals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, best: float
+) -> None:
+    """One command tries each rate on held-out samples, trains finally with the best, and ends with a page;
+    again, it trains nothing. What trains is a stub here."""
+
+    def trained(run: runner.Run, folder: StudyFolder, _: object) -> Record:
+        return records.trained(run, folder, made([0.1, 0.6 if run.config.lr == best else 0.5]).epochs)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "_train", trained)
+    assert run_the_study(only_easgd(monkeypatch), capsys) == best
+
+
+@only_in_full
+@pytest.mark.mpi
+@pytest.mark.timeout(300)
+def test_from_the_command_to_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in real ranks."""
+    monkeypatch.chdir(tmp_path)
+    assert run_the_study(only_easgd(monkeypatch), capsys) in QUICK_COURSES[0].rates

@@ -342,7 +342,8 @@ def test_the_public_function(command: Command, tmp_path: Path) -> None:
     """`rankwise.train` does in a script what the command line does, several ranks included."""
     (tmp_path / "own.py").write_text(
         "import rankwise\n"
-        "options = dict(dataset='tests.tiny:images', model='tests.tiny:net', ranks=3, epochs=1, out='run', flip='random')\n"
+        f"tiny = dict(dataset={tiny.DATASET!r}, model={tiny.MODEL!r})\n"
+        "options = dict(**tiny, ranks=3, epochs=1, out='run', flip='random')\n"
         "config = rankwise.TrainConfig(**options)\n"
         "record = rankwise.train(config)\n"
         "print(record.outcome, len(record.ranks), record.config['flip'])\n"

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,12 @@ QUICK = ["--dataset", "digits", "--quick", "--output", "study"]
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def _training_is_a_stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what stands around it; two tests below and those of the other studies train for real."""
+    monkeypatch.setattr(runner, "_train", lambda run, folder, _: records.trained(run, folder))
 
 
 def test_the_settings_are_the_papers() -> None:
@@ -138,7 +143,7 @@ def test_bad_input(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("_training_is_a_stub")
 def test_a_folder_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
     """A folder with another study's settings, or with other files, is refused and stays as it is."""
     assert call("reproduce", "baseline", *QUICK) == 0
@@ -155,7 +160,7 @@ def test_a_folder_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert [path.name for path in Path("other").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("_training_is_a_stub")
 def test_finished_runs_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """The same command again trains nothing, even without the run folders; one more seed trains that
     seed alone. What is kept of a run says nothing of where it lay."""
@@ -178,6 +183,7 @@ def test_finished_runs_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("warm_processes")
 def test_from_the_command_to_the_page(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +219,7 @@ def test_a_study_goes_on_after_an_interrupt(command: Command, tmp_path: Path) ->
     """Ctrl-C ends the running ranks with a valid record and the study with 130; the same command resumes
     that very run and finishes the study."""
     words = ["-m", "rankwise", "reproduce", "replication", *QUICK]
-    process = command.start(sys.executable, *words)
+    process = command.start(command.python, *words)
     name = plan.QUICK.replication().name + "-seed0"
     place = tmp_path / "study" / "runs" / name
     # Another run comes first, and a busy machine takes its time.
@@ -230,7 +236,7 @@ def test_a_study_goes_on_after_an_interrupt(command: Command, tmp_path: Path) ->
     assert "1 of 2 runs are finished already" in done.err
 
 
-@pytest.mark.alone
+@pytest.mark.usefixtures("warm_processes")
 def test_a_failing_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that fails is tried again, then reported with its own words; the others are run all the
     same, and the study ends with code 1."""

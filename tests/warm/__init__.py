@@ -1,9 +1,10 @@
 """Pythons that have imported torch already, for tests that start many processes.
 
-`import torch` takes more than a second of a core, most of what a small run under mpiexec costs. So one process
-(server.py) imports it, and what stands for `python` (stand_in.py) asks it to fork, hands over its arguments,
-environment, folder and output, passes signals on, and ends as its fork ended. Tests in which ranks are
-killed or stopped from outside, or whose subject is how a process starts or ends, run a Python of their own.
+`import torch` takes more than a second of a core, most of what a small run under mpiexec costs. So one
+process (server.py) imports it, and what stands for `python` (stand_in.py) asks it to fork, hands over its
+arguments, environment, folder and output, passes signals on, and ends as its fork ended. Tests in which
+ranks are killed or stopped from outside, or whose subject is how a process starts or ends, run a Python of
+their own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def warm_python(folder: Path) -> Iterator[Path]:
     stand_in.chmod(0o755)
     words = [sys.executable, str(HERE / "server.py"), str(place), str(stand_in)]
     # Its input ends when we do, however we end, and then so does it.
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as server:
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as server:
         assert server.stdout is not None
         assert server.stdin is not None
         assert server.stdout.readline() == b"ready\n", "the server of warm Pythons did not start"

@@ -129,7 +129,7 @@ def run(words: list[str], environment: dict[str, str]) -> None:
     import torch
 
     torch.seed()  # forks share the generators of their server
-    np.random.seed()
+    np.random.seed()  # noqa: NPY002: the one that users' scripts may draw from
     if "OMP_NUM_THREADS" in environment:  # which torch has read already
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     path = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
