@@ -111,8 +111,10 @@ def test_strategy_follows_the_ranks() -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_valid(name: str) -> None:
-    """Every recipe of the package is a configuration that resolves."""
-    strategies.resolve(TrainConfig(**read_preset(name)))
+    """Every recipe of the package is a configuration that resolves, and keeps all that it says."""
+    recipe = read_preset(name)
+    resolved = strategies.resolve(TrainConfig(**recipe))
+    assert {option: getattr(resolved, option) for option in recipe} == recipe
 
 
 def test_the_paper_preset_is_the_paper() -> None:

@@ -41,7 +41,9 @@ def test_clocks_that_are_apart() -> None:
         wrong = ahead_s[world.rank]
         return list(measure_links(world._transport, wall_ns=lambda: time.monotonic_ns() + int(wrong * 1e9)))
 
-    for link in run_in_threads(3, program)[0]:
+    links = run_in_threads(3, program)[0]
+    assert len(links) == 3
+    for link in links:
         first, second = link.ranks
         assert link.ahead_s == pytest.approx(ahead_s[second] - ahead_s[first], abs=link.ahead_error_s + 1e-6)
 

@@ -64,7 +64,7 @@ def test_our_own_launcher(command: Command, tmp_path: Path, ranks: int) -> None:
     assert run.samples.trained == run.samples.expected == 2 * tiny.TRAIN
     assert closes(run)
     assert run.environment.hosts[0].ranks == ranks
-    assert [line for line in done.err.splitlines() if line.startswith("epoch")].__len__() == 2
+    assert len([line for line in done.err.splitlines() if line.startswith("epoch")]) == 2
 
 
 @pytest.mark.parametrize("ranks", MPI_SIZES)

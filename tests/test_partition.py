@@ -82,8 +82,8 @@ def test_dirichlet_is_more_uneven_the_smaller_alpha() -> None:
 @given(st.integers(1, 100), st.integers(1, 5), seeds)
 def test_replication_gives_all_to_all(samples: int, workers: int, seed: int) -> None:
     """Under replication each worker has every sample once."""
-    for order in replicate(samples=samples, workers=workers, epoch=1, seed=seed):
-        assert sorted(order) == list(range(samples))
+    orders = replicate(samples=samples, workers=workers, epoch=1, seed=seed)
+    assert [sorted(order) for order in orders] == [list(range(samples))] * workers
 
 
 @pytest.mark.parametrize(
