@@ -31,11 +31,12 @@ soak: $(VENV)/installed-dev  ## Train for 20 minutes with a fault every 20 secon
 	$(BIN)/rankwise data prepare cifar10
 	$(BIN)/python benchmarks/soak.py
 
-check: $(VENV)/installed-dev  ## Lint, types, layers
+check: $(VENV)/installed-dev  ## Lint, types, layers, and that every test asserts something
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.proofs
 
 paper: $(VENV)/installed  ## Fetch the real CIFAR-10 and train as the paper did
 	$(BIN)/rankwise data prepare cifar10
