@@ -10,6 +10,7 @@ import pytest
 from rankwise.world import run_in_threads, solo_world
 from rankwise.world.surroundings import started_as_rank
 
+from .conftest import Command
 from .world_contract import check
 
 
@@ -21,6 +22,35 @@ def test_threads_keep_the_contract(ranks: int) -> None:
 def test_one_rank_needs_nobody() -> None:
     """The world of one rank keeps the contract without threads or MPI."""
     check(solo_world())
+
+
+def test_ranks_that_hang_do_not_keep_the_process(command: Command) -> None:
+    """If the one who started ranks is interrupted, ranks that wait in an exchange are released, and one that
+    computes for ever ends with the process."""
+    program = """
+import os, signal, threading
+import numpy as np
+from rankwise.errors import RankLost
+from rankwise.world import run_in_threads
+
+released = threading.Event()
+
+def program(world):
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait()
+    try:
+        world.allreduce(np.ones(1))
+    except RankLost:
+        released.set()
+
+try:
+    run_in_threads(2, program)
+except KeyboardInterrupt:
+    print(released.wait(20))
+"""
+    done = command(sys.executable, "-c", program, timeout=30)
+    assert (done.code, done.out) == (0, "True\n"), done
 
 
 @pytest.mark.parametrize("mark", ["OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMIX_RANK"])

@@ -327,7 +327,8 @@ def run_in_threads(
     a rank does. `hosts` [ranks] makes believe that the ranks are on these hosts; otherwise all are on one.
 
     If a rank raises, the others are released from whatever they wait for, and the error of the
-    first rank that failed is raised here. The threads share torch's global random state.
+    first rank that failed is raised here. So they are if this is interrupted; a rank that is computing then
+    goes on to its next exchange, or to the end of the process. The threads share torch's global random state.
     """
     board = _Board(size, hosts)
     results: list[Any] = [None] * size
@@ -345,11 +346,17 @@ def run_in_threads(
         finally:
             board.leave(rank)
 
-    threads = [threading.Thread(target=work, args=(rank,), name=f"rank-{rank}") for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads = [
+        threading.Thread(target=work, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(size)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C, or a time limit: a rank that hangs must not keep the process from ending
+        board.abort()
+        raise
     if failures:
         raise next((error for error in failures if not isinstance(error, RankLost)), failures[0])
     return results
