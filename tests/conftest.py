@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rankwise.world.surroundings import mpi_environment
 from rankwise.world.threads import Killed
 
 from . import effort, tiny, warm
+from .processes import Belongings, Process, where_all_stand
 
 # How long an example takes says nothing about the code. What failed once is tried first the next time, from
 # wherever the tests are started.
@@ -120,24 +121,25 @@ def read_weights(folder: RunFolder) -> dict[str, Any]:
 
 
 class Command:
-    """Runs programs of the tests, and leaves no process behind."""
+    """Runs programs of the tests, and leaves nothing of them behind."""
 
     def __init__(self, cwd: Path, python: Path | str = sys.executable) -> None:
         self._cwd = cwd
         self.python = str(python)
         """What runs Python programs: a stand-in for tests that are not about how processes start or end."""
-        self._started: list[subprocess.Popen[str]] = []
+        self._started: list[Process] = []
+        self.belongings = Belongings()
 
-    def start(self, *words: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, cwd: Path | None = None, **environment: str) -> Process:
         """Start a program in a session of its own."""
-        process = subprocess.Popen(
+        process = Process(
+            self.belongings,
             words,
             cwd=cwd or self._cwd,
-            env=mpi_environment() | SURROUNDINGS | environment,
+            env=self.belongings.environment(mpi_environment() | SURROUNDINGS | environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
             start_new_session=True,
         )
         self._started.append(process)
@@ -160,15 +162,15 @@ class Command:
         return self(*mpiexec_words(ranks), self.python, *words, **options)
 
     def end_all(self) -> None:
-        """Kill what is still running; the sessions are our own."""
+        """Kill what is still running; the sessions are our own. Whatever they started must go with them."""
         for process in self._started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
-                try:
-                    process.wait(3)
-                except subprocess.TimeoutExpired:
+                if not process.ends_within(3):
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait(10)
+        left = self.belongings.close()
+        assert not left, "left behind, and removed by now:\n" + "\n".join(left)
 
 
 class Finished:
@@ -198,6 +200,18 @@ def mpiexec_words(ranks: int) -> list[str]:
     mpiexec = find_mpiexec()
     crowd = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"] if mpiexec.is_open_mpi else []
     return [str(mpiexec.path), *crowd, "-n", str(ranks)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """When a test's time is up, its report tells where its processes stand; the threads of this one pytest
+    shows itself."""
+    try:
+        yield
+    except pytest.fail.Exception as error:
+        if "Timeout" in str(error) and Belongings.living:
+            item.add_report_section("call", "processes", where_all_stand())
+        raise
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from .processes import Belongings, Process
+
 LETTERS = "abcdefgh"
 
 
@@ -41,6 +43,7 @@ class Hosts:
         self.addresses = [f"{subnet}.{number}" for number in range(1, len(rates) + 1)]
         self._rates = rates
         self._scratch = Path(tempfile.mkdtemp())
+        self._belongings = Belongings()
 
     def __enter__(self) -> Hosts:
         bridge = f"rwb{self._mark}"
@@ -62,6 +65,7 @@ class Hosts:
             self._write_agent()
         except BaseException:
             self._remove()
+            self._belongings.close()
             raise
         return self
 
@@ -69,6 +73,8 @@ class Hosts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._remove()
+        left = [*self._belongings.close(), *self._left()]
+        assert not left, f"left behind of hosts that are gone: {', '.join(left)}"
 
     def environment(self) -> dict[str, str]:
         """What Open MPI must know to find these hosts."""
@@ -91,15 +97,15 @@ class Hosts:
         host: int = 0,
         environment: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-    ) -> subprocess.Popen[str]:
+    ) -> Process:
         """Run a command on a host."""
-        return subprocess.Popen(
+        return Process(
+            self._belongings,
             self.on(host, *words),
-            env={**os.environ, **self.environment(), **(environment or {})},
+            env=self._belongings.environment({**os.environ, **self.environment(), **(environment or {})}),
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         )
 
     def processes(self, host: int) -> list[int]:
@@ -133,6 +139,12 @@ class Hosts:
     def _outside(self, name: str) -> str:
         """The bridge's end of a host's link."""
         return f"rwv{self._mark}{name[-1]}"
+
+    def _left(self) -> list[str]:
+        """Namespaces and links that are still there."""
+        spaces = [name for name in self.names if Path("/run/netns", name).exists()]
+        links = [path.name for path in Path("/sys/class/net").glob(f"rw[bv]{self._mark}*")]
+        return spaces + links
 
     def _remove(self) -> None:
         for host in range(len(self.names)):

@@ -22,7 +22,8 @@ from rankwise.strategies import STRATEGIES
 from . import tiny
 from .conftest import Command, mpiexec_words
 from .effort import daily
-from .test_cli import count_epochs, wait_for
+from .processes import wait_for
+from .test_cli import count_epochs
 from .test_mpi import closes, ranks_of
 
 pytestmark = [pytest.mark.mpi, pytest.mark.cold, pytest.mark.timeout(240)]

@@ -6,9 +6,7 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,6 +16,7 @@ from rankwise.record import Record, RunFolder
 from rankwise.world import surroundings
 
 from .conftest import Command
+from .processes import wait_for
 
 DIGITS = ["--dataset", "digits"]
 QUICK = ["--dataset", "digits", "--model", "mlp", "--epochs", "2", "--lr", "0.02"]
@@ -266,14 +265,6 @@ def test_stopping_one_rank(command: Command, tmp_path: Path, number: signal.Sign
     again = command.rankwise("train", "--resume", "run", "--epochs", str(epochs + 1))
     assert again.code == 0, again
     assert len(RunFolder(tmp_path / "run").read().epochs) == epochs + 1
-
-
-def wait_for(happened: Any, timeout_s: float = 60) -> None:
-    """Wait until it has happened."""
-    deadline = time.monotonic() + timeout_s
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def count_epochs(folder: Path) -> int:

@@ -20,7 +20,8 @@ from rankwise.record import Record, RunFolder
 
 from . import tiny
 from .conftest import MPI_SIZES, Command, mpiexec_words, read_weights
-from .test_cli import count_epochs, wait_for
+from .processes import wait_for
+from .test_cli import count_epochs
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
 

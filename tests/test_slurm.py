@@ -12,8 +12,9 @@ from rankwise.record import Record, RunFolder
 
 from . import tiny
 from .conftest import SURROUNDINGS
+from .processes import wait_for
 from .slurm import Slurm, why_not
-from .test_cli import call, wait_for
+from .test_cli import call
 from .test_mpi import closes
 
 pytestmark = [

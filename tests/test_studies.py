@@ -24,7 +24,8 @@ from rankwise.studies.board import Board, Pace, in_words
 
 from . import records
 from .conftest import Command
-from .test_cli import call, count_epochs, wait_for
+from .processes import wait_for
+from .test_cli import call, count_epochs
 
 QUICK = ["--dataset", "digits", "--quick", "--output", "study"]
 

@@ -25,7 +25,8 @@ from rankwise.submit import Kubernetes, Slurm, Work, work_of
 
 from .conftest import Finished
 from .mpijob import SCHEMA
-from .test_cli import call, wait_for
+from .processes import wait_for
+from .test_cli import call
 
 GOLDEN = Path(__file__).parent / "golden"
 WORDS = ["--ranks", "8", "--spares", "1", "--strategy", "local-sgd", "--sync-every", "16", "--lr", "0.05"]

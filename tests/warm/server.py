@@ -16,7 +16,10 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+STACKS = Path(__file__).parents[1] / "stacks" / "sitecustomize.py"
 
 
 @dataclass
@@ -132,6 +135,7 @@ def run(words: list[str], environment: dict[str, str]) -> None:
     np.random.seed()  # noqa: NPY002: the one that users' scripts may draw from
     if "OMP_NUM_THREADS" in environment:  # which torch has read already
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    runpy.run_path(str(STACKS))  # which Python does at its start
     path = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.path[:] = [*path, *(part for part in sys.path if part not in path)]
     if words[0] == "-m":
