@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos soak check paper format clean
+.PHONY: demo test test-full chaos soak check paper format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -19,10 +19,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed  ## Train the paper's network on 3 ranks, on digits that come with the package
 	$(BIN)/rankwise train --dataset digits --ranks 3 --lr 0.02 --epochs 12
 
-test: $(VENV)/installed-dev  ## Run all tests, those under a real mpiexec included
-	$(BIN)/python -m pytest -m "not mpi and not alone" --numprocesses auto --maxprocesses 4 --dist loadgroup
-	$(BIN)/python -m pytest -m "mpi and not alone" --numprocesses 2 --dist loadgroup
-	$(BIN)/python -m pytest -m alone
+test: $(VENV)/installed-dev  ## Run the tests of every day, those under a real mpiexec included
+	$(BIN)/python -m tests
+
+test-full: $(VENV)/installed-dev  ## Run all cases, whole studies and other processors' instructions too; takes an hour
+	$(BIN)/python -m tests full
 
 chaos: $(VENV)/installed-dev  ## Kill every rank in every phase under every strategy, for real; takes an hour
 	RANKWISE_CHAOS=full $(BIN)/python -m pytest tests/test_chaos.py -m mpi

@@ -21,13 +21,14 @@ def examples(daily: int, full: int, **more: Any) -> settings:
     return settings(max_examples=full if FULL else daily, **more)
 
 
-def daily(cases: Iterable[Any], every_day: Collection[Any]) -> list[Any]:
-    """All `cases` as parameters, of which `make test` tries those in `every_day`."""
+def daily(cases: Iterable[Any], every_day: Collection[Any], *, unpacked: bool = True) -> list[Any]:
+    """All `cases` as parameters, of which `make test` tries those in `every_day`. A tuple stands for several
+    parameters if it is `unpacked`."""
     cases = list(cases)
     unknown = [case for case in every_day if case not in cases]
     assert not unknown, f"no cases of this test: {unknown}"
-    return [case if case in every_day else pytest.param(*_values(case), marks=only_in_full) for case in cases]
 
+    def values(case: Any) -> tuple[Any, ...]:
+        return case if unpacked and isinstance(case, tuple) else (case,)
 
-def _values(case: Any) -> tuple[Any, ...]:
-    return case if isinstance(case, tuple) else (case,)
+    return [pytest.param(*values(case), marks=() if case in every_day else only_in_full) for case in cases]
