@@ -1,8 +1,8 @@
 """Runs all tests, by groups that can run side by side: `python -m tests`, and `python -m tests full`.
 
 Tests whose ranks are threads run on all cores at once, those that start ranks (`mpi`) three at a time, those
-that measure time or fight for cores (`alone`) one after the other. `full` adds the cases that are marked so and
-more examples of each property, and runs what computes once more as processors of other makes would.
+that measure time or fight for cores (`alone`) one after the other. `full` adds the cases that are marked so
+and more examples of each property, and runs what computes once more as processors of other makes would.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Belongings:
         return given | {MARK: str(self.folder), "PYTHONPATH": path}
 
     def processes(self) -> list[int]:
-        """The live processes that have the mark, and those forked from a warm Python, which cannot show it."""
+        """The live processes that have the mark, and forks of a warm Python, which cannot show it."""
         mark = f"{MARK}={self.folder}\0".encode()
         marked = {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if mark in _environ(pid)}
         return sorted(marked.union(stack.pid for stack in self.stacks() if _began(stack.pid, stack.path)))

@@ -131,8 +131,9 @@ def run(words: list[str], environment: dict[str, str]) -> None:
     import numpy as np
     import torch
 
-    torch.seed()  # forks share the generators of their server
-    np.random.seed()  # noqa: NPY002: the one that users' scripts may draw from
+    # Forks share the generators of their server, those that users' scripts may draw from too.
+    torch.seed()
+    np.random.seed()  # noqa: NPY002
     if "OMP_NUM_THREADS" in environment:  # which torch has read already
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     runpy.run_path(str(STACKS))  # which Python does at its start
