@@ -63,6 +63,14 @@ def _disk_in_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """On these small problems more threads compute nothing faster; they wait for each other, and while they
+    do they take the cores from other tests. torch is not loaded for it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 @pytest.fixture
 def config() -> Callable[..., TrainConfig]:
     """Makes a resolved configuration of a run that takes the blink of an eye."""
