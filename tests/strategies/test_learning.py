@@ -11,26 +11,31 @@ from rankwise.config import TrainConfig
 from rankwise.record import Record
 from rankwise.strategies import STRATEGIES
 
+from .. import digits, effort
 from .test_contract import COMPRESSIONS
 
 Make = Callable[..., TrainConfig]
 Train = Callable[..., tuple[Record, Any, Any]]
 
+SMALL: dict[str, Any] = {"dataset": digits.DATASET, "model": digits.MODEL, "ranks": 3, "batch_size": 16}
+"""Real digits, and a network that learns them in half a second."""
+
 RECIPES: dict[str, dict[str, Any]] = {
-    # The recipe that a user would choose for so small a problem; the interval is the strategy's own.
-    "parameter-averaging": {"lr": 0.01, "epochs": 12},
-    "replication": {"lr": 0.01, "epochs": 6},
-    "paper-stopwatch": {"lr": 0.01, "epochs": 12},
-    "allreduce": {"lr": 0.02, "epochs": 10},
-    "gradient-server": {"lr": 0.02, "epochs": 10},
-    "local-sgd": {"lr": 0.01, "epochs": 10},
-    "post-local-sgd": {"lr": 0.01, "epochs": 10},
-    "slowmo": {"lr": 0.003, "epochs": 16},
-    "diloco": {"lr": 0.005, "epochs": 12},
-    "two-level": {"lr": 0.01, "epochs": 10},
-    "easgd": {"lr": 0.02, "epochs": 10},
-    "downpour": {"lr": 0.005, "epochs": 10},
-    "gossip": {"lr": 0.01, "epochs": 10},
+    # The recipe that a user would choose for so small a problem; the interval is the strategy's own. With
+    # each of five seeds it reached 97%, so that no processor's rounding decides.
+    "parameter-averaging": {"lr": 0.05, "epochs": 10},
+    "replication": {"lr": 0.05, "epochs": 6},
+    "paper-stopwatch": {"lr": 0.05, "epochs": 10},
+    "allreduce": {"lr": 0.1, "epochs": 10},
+    "gradient-server": {"lr": 0.05, "epochs": 10},
+    "local-sgd": {"lr": 0.1, "epochs": 10},
+    "post-local-sgd": {"lr": 0.1, "epochs": 10},
+    "slowmo": {"lr": 0.1, "momentum": 0.0, "epochs": 12},  # it has a momentum of its own
+    "diloco": {"lr": 0.05, "epochs": 12},
+    "two-level": {"lr": 0.1, "epochs": 10},
+    "easgd": {"lr": 0.05, "epochs": 10},
+    "downpour": {"lr": 0.02, "epochs": 12},
+    "gossip": {"lr": 0.1, "epochs": 10},
 }
 
 
@@ -52,16 +57,20 @@ def check(record: Record) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_strategy_learns(config: Make, train_in_threads: Train, name: str) -> None:
     """Each strategy takes 3 ranks on digits to 95%, loses no sample, and its ledgers close."""
-    made = config(ranks=3, strategy=name, batch_size=16, **RECIPES[name])
+    made = config(**SMALL, strategy=name, **RECIPES[name])
     check(train_in_threads(made, hosts=[0, 0, 1])[0])
 
 
-@pytest.mark.parametrize("compress", COMPRESSIONS)
-@pytest.mark.parametrize("name", ["allreduce", "local-sgd"])
+LEARNERS = [(name, compress) for compress in COMPRESSIONS for name in ("allreduce", "local-sgd")]
+# Every day each compression has its turn, of gradients and of weights alternately.
+EVERY_DAY = [(("allreduce", "local-sgd")[turn % 2], compress) for turn, compress in enumerate(COMPRESSIONS)]
+
+
+@pytest.mark.parametrize(("name", "compress"), effort.daily(LEARNERS, EVERY_DAY))
 def test_every_compression_learns(config: Make, train_in_threads: Train, name: str, compress: str) -> None:
     """So do gradients and weights with every compression, and fewer bytes are sent than float32 has."""
     # What is left out comes later, like a gradient that is stale: the rate must allow for it.
-    options = {"compress": compress, "batch_size": 16, "lr": 0.004, "epochs": 12}
-    record = train_in_threads(config(ranks=3, strategy=name, **options))[0]
+    options = {"compress": compress, "lr": 0.03, "epochs": 12}
+    record = train_in_threads(config(**SMALL, strategy=name, **options))[0]
     check(record)
     assert all(row.measured["compression_ratio"] > 1.4 for row in record.ranks)
