@@ -8,15 +8,22 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rankwise.ledger import Ledger
-from rankwise.watchdog import Watchdog
+from rankwise import machine, watchdog
+from rankwise.ledger import PHASES, Ledger
+from rankwise.watchdog import LOOK_S, Watchdog
 
+from . import effort
 from .conftest import Command
+from .test_ledger import FakeClock
+
+pytestmark = pytest.mark.cold
 
 RANK = """
 import sys, time
@@ -36,6 +43,137 @@ with dog:
         if beats:
             ledger.enter(phase)
 """
+
+
+# ---- By a clock of the test's own
+
+
+class Pair:
+    """Rank 0 watches rank 1 by a clock that moves only when told. Rank 1 stands for a real process, which
+    ends if it is killed."""
+
+    def __init__(
+        self, path: Path, process: subprocess.Popen[Any], clock: FakeClock, timeout_s: float
+    ) -> None:
+        self.clock = clock
+        self.found: list[tuple[int, str, float]] = []
+        dogs = [
+            Watchdog(
+                path,
+                rank=rank,
+                ranks=2,
+                ledger=Ledger(clock, cpu_clock=lambda: 0),
+                timeout_s=timeout_s,
+                report=lambda *told: self.found.append(told),
+            )
+            for rank in (0, 1)
+        ]
+        self.watching, self.watched = dogs
+        self.process = process
+
+    def tell(self) -> None:
+        """Rank 1 tells that it is alive, and since when it has been at what."""
+        self.watched._tell()
+        row = self.watched._rows[1]
+        row["pid"], row["started"] = self.process.pid, machine.start_ticks(self.process.pid)
+
+    def watch(self, looks: int, between: Callable[[int], float | None]) -> float:
+        """Rank 0 looks so many times, or until it has found something; before each look `between` says what
+        rank 1 does, and how long it takes if that is not LOOK_S. Gives the seconds that went by."""
+        began_ns = self.clock.now_ns
+        turns: Iterator[int] = iter(range(looks))
+
+        def wait(_: float) -> bool:
+            turn = next(turns, None)
+            if turn is None or self.found:
+                return True
+            self.clock.now_ns += round((between(turn) or LOOK_S) * 1e9)
+            return False
+
+        self.watching._over = SimpleNamespace(wait=wait)  # type: ignore[assignment]
+        self.watching._watch()
+        return (self.clock.now_ns - began_ns) / 1e9
+
+
+@pytest.fixture
+def pair(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """Ranks that may be silent for 30 s; rank 1 has told of itself once."""
+    clock = FakeClock(10**15)
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic_ns=clock))
+    pair = Pair(tmp_path / "beats", command.start("sleep", "600"), clock, timeout_s=30)
+    pair.tell()
+    return pair
+
+
+OWN_DOING = ("forward", "backward", "optimizer", "pack", "evaluation", "other", "instrument")
+
+
+@pytest.mark.parametrize(
+    ("stops", "phase"), [*((True, phase) for phase in PHASES), *((False, phase) for phase in OWN_DOING)]
+)
+def test_what_hangs_is_ended_in_time(pair: Pair, stops: bool, phase: str) -> None:
+    """A rank that tells nothing is ended in any phase, one that tells for ever of the same where that is its
+    own doing: not before its time is over, and by the second look after."""
+    pair.watched._ledger.enter(phase)
+    pair.tell()
+    seconds = pair.watch(120, lambda _: None if stops else pair.tell())
+    ((rank, words, silent_s),) = pair.found
+    assert rank == 1
+    assert words.startswith(f"no sign of life for {silent_s:.0f} s, in {phase}")
+    assert 30 < silent_s == seconds <= 30 + 2 * LOOK_S
+    assert pair.process.wait(10) == -signal.SIGKILL
+    assert pair.watching._rows[1]["pid"] == 0
+
+
+@pytest.mark.parametrize("phase", sorted(set(PHASES) - set(OWN_DOING)))
+def test_what_others_make_long_may_be(pair: Pair, phase: str) -> None:
+    """A rank that tells of itself may wait for others, or for a disk, as long as it takes."""
+    pair.watched._ledger.enter(phase)
+    assert pair.watch(1200, lambda _: pair.tell()) == 1200 * LOOK_S
+    assert pair.found == []
+    assert pair.process.poll() is None
+
+
+def test_a_long_evaluation_gives_signs(pair: Pair) -> None:
+    """A rank that goes from batch to batch may stay in a phase for hours."""
+
+    def next_batch(_: int) -> None:
+        pair.watched._ledger.enter("evaluation")
+        pair.tell()
+
+    assert pair.watch(1200, next_batch) == 1200 * LOOK_S
+    assert pair.found == []
+    assert pair.process.poll() is None
+
+
+def test_a_number_that_is_another_process_by_now_is_left_alone(pair: Pair) -> None:
+    """A row of a process that has ended does not end the one that has its number, and is not looked at
+    again."""
+    pair.watched._rows[1]["started"] += 1
+    pair.watch(120, lambda _: None)
+    assert pair.found == []
+    assert pair.process.poll() is None
+    assert pair.watching._rows[1]["pid"] == 0
+
+
+@pytest.mark.parametrize(("away_s", "is_one"), [(1.9, False), (2.1, True), (31, True), (3600, True)])
+def test_after_a_pause_of_the_machine_the_others_tell_first(pair: Pair, away_s: float, is_one: bool) -> None:
+    """A watchdog that was itself away for long does not judge by what it finds at its return: the others have
+    all their time again to tell. One that came a little late does."""
+
+    def pause(turn: int) -> float | None:
+        if turn > 100:
+            pair.tell()
+        return away_s if turn == 50 else None  # after 25 s of silence, of the 30 that there are
+
+    pair.watch(200, pause)
+    assert bool(pair.found) is not is_one
+    if is_one:
+        assert pair.watch(120, lambda _: None) <= 30 + 2 * LOOK_S
+        assert len(pair.found) == 1
+
+
+# ---- With real processes in real time
 
 
 class Watcher:
@@ -62,14 +200,17 @@ def start(
 
 
 @pytest.mark.parametrize(("stops", "phase"), [(True, "transfer"), (True, "checkpoint"), (False, "forward")])
-def test_a_rank_that_hangs_is_ended(command: Command, tmp_path: Path, stops: bool, phase: str) -> None:
+def test_a_rank_that_hangs_is_ended(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: bool, phase: str
+) -> None:
     """A process that was stopped, wherever it was, and one that computes without an end, are named with what
     they were at, and killed."""
     path = tmp_path / "beats"
     process = start(command, path, phase, beats=False)
     if stops:
         os.kill(process.pid, signal.SIGSTOP)
-    watcher = Watcher(path, timeout_s=1.5)
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.1)
+    watcher = Watcher(path, timeout_s=0.7)
     with watcher.dog:
         assert watcher.heard.wait(30)
         assert process.wait(10) == -signal.SIGKILL
@@ -78,6 +219,7 @@ def test_a_rank_that_hangs_is_ended(command: Command, tmp_path: Path, stops: boo
     assert f"in {phase}" in words
 
 
+@effort.only_in_full
 @pytest.mark.parametrize(("phase", "beats"), [("evaluation", True), ("checkpoint", False), ("wait", False)])
 def test_a_rank_that_takes_long_is_left_alone(
     command: Command, tmp_path: Path, phase: str, beats: bool
@@ -91,19 +233,8 @@ def test_a_rank_that_takes_long_is_left_alone(
     assert process.poll() is None
 
 
-def test_a_number_that_is_another_process_by_now_is_left_alone(command: Command, tmp_path: Path) -> None:
-    """A row of a process that has ended does not end the one that has its number."""
-    path = tmp_path / "beats"
-    process = start(command, path, "forward", beats=False)
-    os.kill(process.pid, signal.SIGSTOP)
-    watcher = Watcher(path, timeout_s=1.0)
-    watcher.dog._rows[1]["started"] += 1
-    with watcher.dog:
-        assert not watcher.heard.wait(3)
-    assert process.poll() is None
-
-
-def test_after_a_pause_of_the_machine_the_others_tell_first(command: Command, tmp_path: Path) -> None:
+@effort.only_in_full
+def test_a_real_pause(command: Command, tmp_path: Path) -> None:
     """A watchdog that was itself away for long does not judge by what it finds at its return."""
     path = tmp_path / "beats"
     watched = start(command, path, "forward", beats=True)
