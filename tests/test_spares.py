@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.config import TrainConfig
@@ -18,6 +18,7 @@ from rankwise.strategies import synchroniser
 from rankwise.world import World
 from rankwise.world.threads import Killed, run_in_threads
 
+from . import effort
 from .test_survival import SYNCHRONOUS, loop
 from .world_contract import check
 
@@ -78,7 +79,7 @@ def test_a_spare_comes_in() -> None:
 @pytest.mark.parametrize(
     "strategy", ["parameter-averaging", "local-sgd", "allreduce", "gradient-server", "slowmo", "diloco"]
 )
-@settings(max_examples=40)
+@effort.examples(20, 60)
 @given(size=st.integers(2, 4), spares=st.integers(1, 2), data=st.data())
 def test_spares_come_in_at_any_call(
     strategy: str, compress: str, size: int, spares: int, data: st.DataObject

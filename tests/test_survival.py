@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from rankwise.config import TrainConfig
@@ -21,6 +21,7 @@ from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.world import World
 from rankwise.world.threads import Killed, run_in_threads
 
+from . import effort
 from .strategies.loops import BATCH, SAMPLES, gradients, make, weights_of
 
 Make = Callable[..., TrainConfig]
@@ -145,7 +146,7 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
         "downpour",
     ],
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@effort.examples(20, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(2, 5), data=st.data())
 def test_ranks_are_lost_at_any_call(strategy: str, shrink: str, size: int, data: st.DataObject) -> None:
     """Whichever ranks are killed, at whichever calls, also inside a recovery: those that are left come to the

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.world import Circle, World, run_in_threads
 from rankwise.world.threads import Killed
 
+from .. import effort
 from ..test_survival import loop
 from .loops import assert_alike, train_all
 
@@ -84,7 +85,7 @@ def test_only_leaders_compress(compress: str) -> None:
 
 
 @pytest.mark.parametrize("hosts", [[0, 0, 1, 1, 1], [0, 1, 0, 1, 2]])
-@settings(max_examples=60)
+@effort.examples(20, 60)
 @given(data=st.data())
 def test_hosts_lose_ranks_at_any_call(hosts: list[int], data: st.DataObject) -> None:
     """Whichever ranks are killed, leaders and whole hosts included, those that are left end with the same
