@@ -14,6 +14,7 @@ from rankwise.report.run_page import write_report
 from rankwise.report.summary import group_seconds
 from rankwise.studies.contest import COURSES
 from rankwise.studies.contest_page import contest_page, judge
+from tests import effort
 from tests.records import epochs, rank, record, run_folder
 from tests.test_contest import VAL_SAMPLES, made, scored
 
@@ -84,8 +85,16 @@ def chart(browser: Browser, caption: str, then: str) -> Any:
     return browser.run(f"{script} return {then};", caption)
 
 
-@pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (DESKTOP, True)])
-@pytest.mark.parametrize("kind", ["one", "single", "failed", "many", "several", "contest"])
+KINDS = ["one", "single", "failed", "many", "several", "contest"]
+LOOKS = [(PHONE, False), (DESKTOP, True)]
+# Every day each page is looked at, on a telephone and on a screen in turn.
+EVERY_DAY = [(kind, *LOOKS[turn % 2]) for turn, kind in enumerate(KINDS)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "dark"),
+    effort.daily([(kind, *look) for kind in KINDS for look in LOOKS], EVERY_DAY),
+)
 def test_a_page_is_quiet_and_fits(
     browser: Browser, pages: dict[str, Path], kind: str, width: int, dark: bool
 ) -> None:
