@@ -13,6 +13,7 @@ from rankwise.errors import TimelineError
 from rankwise.ledger import PHASES, Ledger
 from rankwise.timeline import EXCHANGE, RECENT, SAMPLED, RankTimeline, Timeline, read_timeline
 
+from . import effort
 from .test_ledger import FakeClock
 
 
@@ -39,6 +40,7 @@ def play(steps: list[int], path: Path) -> tuple[RankTimeline, Ledger]:
     return read_timeline(path), ledger
 
 
+@effort.examples(15, 100)
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=5))
 def test_totals_of_all_epochs_and_a_bounded_number_of_steps(
     tmp_path_factory: pytest.TempPathFactory, steps: list[int]
@@ -73,7 +75,7 @@ def test_totals_of_all_epochs_and_a_bounded_number_of_steps(
 
 def test_sampled_steps_are_evenly_spread(tmp_path: Path) -> None:
     """Of a long run the sampled steps are equally far apart, and the file says how far."""
-    found, _ = play([100_000], tmp_path / "t.npz")
+    found, _ = play([20_000], tmp_path / "t.npz")
     sampled = found.steps["step"][:-RECENT]
     assert len(sampled) > SAMPLED // 2
     assert len(set(np.diff(sampled))) == 1
