@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from rankwise import strategies
 from rankwise.config import TrainConfig
-from rankwise.record import Record, RunFolder
+from rankwise.record import Record, RunFolder, Samples
 from rankwise.world import run_in_threads
 from rankwise.world.surroundings import mpi_environment
 from rankwise.world.threads import Killed
@@ -118,6 +119,23 @@ def train_in_threads(tmp_path: Path) -> Callable[..., tuple[Record, RunFolder, d
         return record, place, read_weights(place)
 
     return train
+
+
+def stopped(folder: RunFolder, name: str = "parts", *, epoch: int = 1) -> RunFolder:
+    """A copy beside a run, as it would be if it had been stopped in the epoch after `epoch`: what comes later
+    is taken out. The run must have kept the checkpoint of `epoch`."""
+    copy = RunFolder(folder.path.with_name(name))
+    shutil.copytree(folder.path, copy.path)
+    for place in copy.checkpoints.glob("epoch-*"):
+        if int(place.name.removeprefix("epoch-")) > epoch:
+            shutil.rmtree(place)
+    record = copy.read()
+    epochs = record.epochs[:epoch]
+    notes = json.loads((copy.checkpoints / f"epoch-{epoch:04d}" / "manifest.json").read_bytes())["notes"]
+    samples = Samples(**notes["samples"])
+    copy.write(record.model_copy(update={"outcome": "interrupted", "epochs": epochs, "samples": samples}))
+    copy.keep_metrics(epochs)
+    return copy
 
 
 def read_weights(folder: RunFolder) -> dict[str, Any]:

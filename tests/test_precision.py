@@ -13,6 +13,8 @@ from rankwise.config import TrainConfig
 from rankwise.models.precision import autocast
 from rankwise.record import Record, RunFolder
 
+from .conftest import stopped
+
 Make = Callable[..., TrainConfig]
 Train = Callable[..., tuple[Record, RunFolder, dict[str, torch.Tensor]]]
 
@@ -38,8 +40,8 @@ def test_ranks_are_one_rank_with_the_large_batch(
     that it went; in bfloat16 as in float32."""
     workers, batch = 3, 20
     options = {
-        "model": "paper-cnn", "train_limit": workers * batch, "epochs": 20, "lr": 0.05, "val_limit": 50,
-        "precision": precision, "checkpoint_every": 20,
+        "dataset": "digits", "model": "paper-cnn", "train_limit": workers * batch, "val_limit": 50,
+        "epochs": 20, "lr": 0.05, "precision": precision, "checkpoint_every": 20,
     }  # fmt: skip
     ranks = workers + (strategy == "gradient-server")
     alone = train_in_threads(config(**options, batch_size=workers * batch), folder="alone")[2]
@@ -62,7 +64,7 @@ def test_every_strategy_trains_in_bfloat16(config: Make, train_in_threads: Train
     }  # fmt: skip
     if name == "post-local-sgd":
         options["local_after"] = 1.0
-    record, _, weights = train_in_threads(config(**options, epochs=2), folder="whole")
+    record, folder, weights = train_in_threads(config(**options, epochs=2), folder="whole")
     assert (record.samples.lost, record.samples.duplicated) == (0, 0)
     assert record.samples.trained == record.samples.expected
     assert {value.dtype for value in weights.values()} == {torch.float32}
@@ -71,7 +73,7 @@ def test_every_strategy_trains_in_bfloat16(config: Make, train_in_threads: Train
     assert second.train_loss is not None
     assert second.train_loss < first.train_loss
     if name in MEETING:
-        train_in_threads(config(**options, epochs=1), folder="parts")
+        stopped(folder)
         parts = train_in_threads(config(**options, epochs=2), folder="parts", resume=True)[2]
         assert all(torch.equal(parts[key], weights[key]) for key in weights)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +29,8 @@ from rankwise.models.whitening import whiten
 from rankwise.record import Record, RunFolder
 from rankwise.world import World, run_in_threads
 
+from . import tiny
+from .conftest import stopped
 from .strategies import loops
 
 Make = Callable[..., TrainConfig]
@@ -418,8 +419,7 @@ def test_resume_to_the_bit_with_everything_on(
     included, and its whitening is never trained."""
     options = {**ALL, **team, "epochs": 2}
     whole = train_in_threads(config(**options), folder="whole")
-    shutil.copytree(whole[1].path, whole[1].path.with_name("parts"))
-    shutil.rmtree(whole[1].path.with_name("parts") / "checkpoints" / "epoch-0002")
+    stopped(whole[1])
     parts = train_in_threads(config(**options), folder="parts", resume=True)
     assert parts[0].resumed_from_epoch == 1
     for mine, other in ((whole[2], parts[2]), (average_in(whole[1]), average_in(parts[1]))):
@@ -445,7 +445,7 @@ def test_frozen_parameters_stay(config: Make, train_in_threads: Train, team: dic
     """From the epoch that --freeze names its parameters stay, whatever momentum, weight decay or an exchange
     left behind (to the last bit or two, where weights that are alike are averaged), and all others learn."""
     _, folder, last = train_in_threads(
-        config(**team, epochs=3, train_limit=300, checkpoint_keep=3, freeze="1:2,3:3")
+        config(**team, model="mlp", epochs=3, checkpoint_keep=3, freeze="1:2,3:3")
     )
     first, second = (
         safetensors.torch.load_file(folder.checkpoints / f"epoch-000{epoch}" / "model.safetensors")
@@ -462,7 +462,10 @@ def test_freezing_is_the_same_by_master_and_in_buckets(
 ) -> None:
     """With frozen parameters, workers whose gradients go out in buckets during the backward pass learn what
     they learn by a master that gets all gradients at once."""
-    options = {"epochs": 3, "train_limit": 288, "freeze": "1:2", "momentum": 0.9, "weight_decay": 0.01}
+    options = {
+        "model": "mlp", "epochs": 3, "train_limit": 192, "freeze": "1:2", "momentum": 0.9,
+        "weight_decay": 0.01,
+    }  # fmt: skip
     buckets = {"strategy": "allreduce", "ranks": workers, "bucket_mb": 0.01}
     master = {"strategy": "gradient-server", "ranks": workers + 1}
     _, _, one = train_in_threads(config(**options, **buckets), folder="buckets")
@@ -487,7 +490,7 @@ def test_what_cannot_be_frozen_is_refused(
 ) -> None:
     """A stage that is none, a name that fits nothing, a network of which nothing is left, one clear line."""
     with pytest.raises(ConfigError, match=told):
-        train_in_threads(preflight.check(config(**given)))
+        train_in_threads(preflight.check(config(model="mlp", **given)))
 
 
 def test_what_is_evaluated_is_the_average(config: Make, train_in_threads: Train) -> None:
@@ -495,14 +498,14 @@ def test_what_is_evaluated_is_the_average(config: Make, train_in_threads: Train)
     record, folder, weights = train_in_threads(
         config(averaged_weights="ema", average_decay=0.9, tta="flip", ranks=2, strategy="allreduce")
     )
-    digits = data.prepare("digits")
-    labels = torch.from_numpy(np.array(digits.test.labels))
+    dataset = data.prepare(tiny.DATASET)
+    labels = torch.from_numpy(np.array(dataset.test.labels))
     losses = []
     for state in (average_in(folder), weights):
-        model = models.build("mlp", digits.image_shape, 10).eval()
+        model = models.build(tiny.MODEL, dataset.image_shape, tiny.CLASSES).eval()
         model.load_state_dict(state)
         with torch.inference_mode():
-            scores = score(model, as_input(np.array(digits.test.images)), "flip")
+            scores = score(model, as_input(np.array(dataset.test.images)), "flip")
         losses.append(F.cross_entropy(scores, labels).item())
     assert record.epochs[-1].val_loss == pytest.approx(losses[0], rel=1e-4)
     assert record.epochs[-1].val_loss != pytest.approx(losses[1], rel=1e-4)
@@ -531,6 +534,6 @@ def test_a_rank_is_lost_with_everything_on(
 
 def test_a_recipe_for_other_classes_is_refused(config: Make) -> None:
     """A recipe says for how many classes it is, and another dataset gets one clear line."""
-    with pytest.raises(ConfigError, match=r"--classes 7 .* digits has 10"):
+    with pytest.raises(ConfigError, match=r"--classes 7 .* has 10"):
         preflight.prepare(config(classes=7))
-    assert preflight.prepare(config(classes=10)).samples_per_epoch == 1437
+    assert preflight.prepare(config(classes=10)).samples_per_epoch == tiny.TRAIN

@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from rankwise import checkpoint, strategies
+from rankwise import checkpoint, strategies, training
 from rankwise.config import TrainConfig
-from rankwise.errors import ConfigError, DivergedError, ResumeError, StorageError
+from rankwise.errors import ConfigError, DivergedError, Interrupted, ResumeError, StorageError
 from rankwise.ledger import PHASES
 from rankwise.record import Record, RunFolder
 from rankwise.run import run
 from rankwise.training import count_samples
 from rankwise.world import World, run_in_threads
+
+from . import tiny
+from .conftest import stopped
 
 Make = Callable[..., TrainConfig]
 Train = Callable[..., tuple[Record, RunFolder, dict[str, torch.Tensor]]]
@@ -59,8 +62,8 @@ def test_a_record_tells_the_run(config: Make, train_in_threads: Train, team: dic
     copies = workers if team.get("strategy") == "replication" else 1
     assert record.outcome == "completed"
     assert record.samples.model_dump() == {
-        "expected": 2 * 1437 * copies,
-        "trained": 2 * 1437 * copies,
+        "expected": 2 * tiny.TRAIN * copies,
+        "trained": 2 * tiny.TRAIN * copies,
         "duplicated": 0,
         "lost": 0,
     }
@@ -81,7 +84,8 @@ def test_a_record_tells_the_run(config: Make, train_in_threads: Train, team: dic
 
 def test_identical_seeds_give_identical_bits(config: Make, train_in_threads: Train) -> None:
     """The same options and seed give the same weights and losses to the bit; another seed does not."""
-    options = {"ranks": 3, "flip": "random", "translate": 2, "model": "paper-cnn"}
+    options = {"ranks": 3, "flip": "random", "translate": 2, "dataset": "digits", "model": "paper-cnn"}
+    options |= {"train_limit": 200, "val_limit": 50}
     one = train_in_threads(config(**options), folder="one")
     two = train_in_threads(config(**options), folder="two")
     other = train_in_threads(config(**options, seed=1), folder="other")
@@ -122,6 +126,53 @@ def test_evaluation_is_split_without_loss(config: Make, train_in_threads: Train)
     assert one.val_loss == pytest.approx(five.val_loss, rel=1e-6)
 
 
+KEPT = {"epochs": 3, "checkpoint_keep": 4}
+"""A run with the checkpoints of all its epochs, from which it can be resumed."""
+
+
+@pytest.mark.parametrize("strategy", ["allreduce", "slowmo", "gossip"])
+def test_what_is_cut_back_is_what_a_stop_leaves(
+    config: Make, train_in_threads: Train, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """The copies of whole runs that are resumed below are, but for times, what a run leaves that is stopped
+    in its second epoch: the same files, checkpoints of the same bits, the same metrics, record and notes."""
+    options = {**KEPT, "ranks": 3, "strategy": strategy, "optimizer_state": "keep"}
+    copy = stopped(train_in_threads(config(**options), folder="whole")[1])
+    real = training.train_epoch
+
+    def stop_in_the_second(job: training.Job, epoch: int, losses: training.Losses) -> None:
+        job.synchroniser.world.stopping = epoch == 2
+        real(job, epoch, losses)
+
+    monkeypatch.setattr(training, "train_epoch", stop_in_the_second)
+    with pytest.raises(Interrupted):
+        train_in_threads(config(**options), folder="stopped")
+    left = RunFolder(copy.path.with_name("stopped"))
+    files = {path.relative_to(copy.path) for path in copy.path.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(left.path) for path in left.path.rglob("*") if path.is_file()}
+    tensors = [name for name in files if name.suffix == ".safetensors"]
+    assert len(tensors) >= 2 * 2  # model and optimiser, at the start and after the first epoch
+    for name in tensors:
+        assert (copy.path / name).read_bytes() == (left.path / name).read_bytes(), name
+    for name in [name for name in files if name.name == "manifest.json"]:
+        mine, theirs = (json.loads((folder.path / name).read_bytes()) for folder in (copy, left))
+        for manifest in (mine, theirs):
+            manifest["notes"]["epochs"] = [without_times(row) for row in manifest["notes"]["epochs"]]
+        assert mine == theirs
+    assert [without_times(row) for row in copy.read_metrics()] == [
+        without_times(row) for row in left.read_metrics()
+    ]
+    mine, theirs = copy.read(), left.read()
+    assert results(mine) == results(theirs)
+    for name in ("outcome", "config", "environment", "samples", "faults", "target", "resumed_from_epoch"):
+        assert getattr(mine, name) == getattr(theirs, name), name
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """An epoch's row, but for what a clock told."""
+    return {key: value for key, value in row.items() if not key.endswith("_s")}
+
+
 @pytest.mark.parametrize("optimizer_state", ["keep", "average", "reset"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("team", [{"ranks": 1}, {"ranks": 3}, {"ranks": 2, "topology": "allreduce"}], ids=str)
@@ -132,12 +183,12 @@ def test_resume_to_the_bit(
     optimiser state included."""
     lr = 0.02 if optimizer == "sgd" else 0.001
     options = {
-        **team, "optimizer": optimizer, "optimizer_state": optimizer_state, "lr": lr,
-        "flip": "random", "train_limit": 400,
+        **KEPT, **team, "optimizer": optimizer, "optimizer_state": optimizer_state, "lr": lr,
+        "flip": "random",
     }  # fmt: skip
-    whole = train_in_threads(config(**options, epochs=3), folder="whole")
-    train_in_threads(config(**options, epochs=1), folder="parts")
-    parts = train_in_threads(config(**options, epochs=3), folder="parts", resume=True)
+    whole = train_in_threads(config(**options), folder="whole")
+    stopped(whole[1])
+    parts = train_in_threads(config(**options), folder="parts", resume=True)
     assert same(whole[2], parts[2])
     assert results(whole[0]) == results(parts[0])
     assert parts[0].resumed_from_epoch == 1
@@ -162,10 +213,10 @@ def test_every_strategy_resumes_to_the_bit(
 ) -> None:
     """Strategies in which ranks meet go on as if never stopped: outer momentum, residuals, weights of their
     own, and the choice of neighbours and of random numbers included."""
-    options = {"ranks": 3, "train_limit": 300, **options}
-    whole = train_in_threads(config(**options, epochs=3), folder="whole")
-    train_in_threads(config(**options, epochs=1), folder="parts")
-    parts = train_in_threads(config(**options, epochs=3), folder="parts", resume=True)
+    options = {**KEPT, "ranks": 3, **options}
+    whole = train_in_threads(config(**options), folder="whole")
+    stopped(whole[1])
+    parts = train_in_threads(config(**options), folder="parts", resume=True)
     assert same(whole[2], parts[2])
     assert results(whole[0]) == results(parts[0])
 
@@ -177,7 +228,7 @@ def test_asynchronous_strategies_go_on(config: Make, train_in_threads: Train, na
     train_in_threads(config(**options, epochs=2))
     before = train_in_threads(config(**options, epochs=2), folder="same")[0].epochs[-1]
     record, folder, _ = train_in_threads(config(**options, epochs=5), resume=True)
-    assert record.samples.trained == record.samples.expected == 5 * 1437
+    assert record.samples.trained == record.samples.expected == 5 * tiny.TRAIN
     assert record.epochs[-1].val_loss < before.val_loss
     memory = [checkpoint.newest(folder.checkpoints, print).memory_of(rank) for rank in range(3)]
     assert [set(kept) for kept in memory] == [set(), {"weights"}, {"weights"}]
@@ -189,7 +240,7 @@ def test_resume_on_other_ranks(config: Make, train_in_threads: Train, ranks: int
     train_in_threads(config(ranks=3, epochs=1))
     record, _, _ = train_in_threads(config(ranks=ranks, epochs=3), resume=True)
     assert len(record.ranks) == ranks
-    assert record.samples.trained == record.samples.expected == 3 * 1437
+    assert record.samples.trained == record.samples.expected == 3 * tiny.TRAIN
     assert record.epochs[-1].val_accuracy > record.epochs[0].val_accuracy
 
 
@@ -233,6 +284,7 @@ def test_old_checkpoints_are_removed(config: Make, train_in_threads: Train) -> N
     ]
 
 
+@pytest.mark.disk
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     config: Make, train_in_threads: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,13 +372,13 @@ def test_target_accuracy_ends_the_run(config: Make, train_in_threads: Train) -> 
     assert all(row.val_accuracy < 0.9 for row in record.epochs[:-1])
     assert (folder.checkpoints / f"epoch-{len(record.epochs):04d}").exists()
     assert record.outcome == "completed"
-    assert record.samples.expected == record.samples.trained == len(record.epochs) * 1437
+    assert record.samples.expected == record.samples.trained == len(record.epochs) * tiny.TRAIN
 
 
 def test_validation_split_trains_on_the_rest(config: Make, train_in_threads: Train) -> None:
     """With --validation-split the held-out part of the training set validates and does not train."""
     record, _, _ = train_in_threads(config(ranks=3, validation_split=0.25, epochs=1))
-    assert record.samples.expected == record.samples.trained == 1437 - round(1437 * 0.25)
+    assert record.samples.expected == record.samples.trained == tiny.TRAIN - round(tiny.TRAIN * 0.25)
 
 
 @given(st.integers(1, 4), st.data())
@@ -349,22 +401,22 @@ def test_the_sample_count_is_exact(ranks: int, data: st.DataObject) -> None:
 class BatchNormNet(nn.Sequential):
     """A network whose buffers must be averaged too."""
 
-    def __init__(self) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__(
-            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(image_shape[0], 8, 3),
             nn.BatchNorm2d(8),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),
-            nn.Linear(128, 10),
+            nn.Linear(128, classes),
         )
 
 
 def test_batchnorm_runs_resume_to_the_bit(config: Make, train_in_threads: Train) -> None:
     """A network with BatchNorm trains, resumes to the bit, and its batch counts stay integers."""
-    options = {"model": f"{__name__}:BatchNormNet", "ranks": 3, "train_limit": 300, "lr": 0.1}
-    whole = train_in_threads(config(**options, epochs=3), folder="whole")
-    train_in_threads(config(**options, epochs=1), folder="parts")
-    parts = train_in_threads(config(**options, epochs=3), folder="parts", resume=True)
+    options = {**KEPT, "model": f"{__name__}:BatchNormNet", "ranks": 3, "lr": 0.1}
+    whole = train_in_threads(config(**options), folder="whole")
+    stopped(whole[1])
+    parts = train_in_threads(config(**options), folder="parts", resume=True)
     assert same(whole[2], parts[2])
     assert whole[2]["1.num_batches_tracked"].dtype == torch.int64
