@@ -23,6 +23,11 @@ from rankwise.run import run
 from rankwise.strategies.assembly import synchronise
 from rankwise.world import World, run_in_threads
 
+from . import tiny
+
+NORMS = "tests.test_training:BatchNormNet"
+"""A network that has buffers too."""
+
 
 @given(st.integers(1, 100), st.lists(st.floats(1e-4, 10), min_size=1, max_size=8))
 def test_batches_are_in_proportion_to_speed(batch_size: int, step_s: list[float]) -> None:
@@ -77,7 +82,9 @@ def test_a_loop_of_ones_own_says_its_batches() -> None:
 
 
 def trained(tmp_path: Path, ranks: int, **options: object) -> Record:
-    config = check(TrainConfig(dataset="digits", model="mlp", ranks=ranks, epochs=2, lr=0.02, **options))
+    config = check(
+        TrainConfig(dataset=tiny.DATASET, model=tiny.MODEL, ranks=ranks, epochs=2, lr=0.02, **options)
+    )
     folder = RunFolder(tmp_path / "run")
     folder.create()
     folder.begin()
@@ -108,16 +115,16 @@ def test_workers_that_are_not_equally_fast(
 
 def test_measuring_leaves_the_replica_as_it_is() -> None:
     """Weights, buffers and gradients; and workers that are alike get equal batches or the sum of them."""
-    config = check(TrainConfig(dataset="digits", model="resnet9", ranks=2, strategy="allreduce"))
+    config = check(TrainConfig(dataset=tiny.DATASET, model=NORMS, ranks=2, strategy="allreduce"))
     config = config.model_copy(update={"balance": "measured"})
-    dataset = prepare("digits")
+    dataset = prepare(tiny.DATASET)
 
     def program(world: World) -> TrainConfig:
         import torch
 
         from rankwise import models
 
-        model = models.build("resnet9", dataset.image_shape, len(dataset.classes))
+        model = models.build(NORMS, dataset.image_shape, len(dataset.classes))
         replica = Replica(model, make_optimizer(config, model))
         before = {name: value.clone() for name, value in model.state_dict().items()}
         settled = settle(

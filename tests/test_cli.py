@@ -15,11 +15,13 @@ from rankwise.config import TrainConfig, preset_names, read_preset, read_toml
 from rankwise.record import Record, RunFolder
 from rankwise.world import surroundings
 
+from . import tiny
 from .conftest import Command
 from .processes import wait_for
 
 DIGITS = ["--dataset", "digits"]
-QUICK = ["--dataset", "digits", "--model", "mlp", "--epochs", "2", "--lr", "0.02"]
+TINY = ["--dataset", tiny.DATASET, "--model", tiny.MODEL]
+QUICK = [*TINY, "--epochs", "2", "--lr", "0.02"]
 
 
 def call(*words: str) -> int:
@@ -150,18 +152,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_layers_of_options(tmp_path: Path) -> None:
     """The command line wins over --config, and that over --preset; the record holds what was in force."""
     Path("mine.toml").write_text("batch-size = 64\nepochs = 7\nranks = 1\n")
-    words = [
-        "--preset",
-        "paper",
-        "--config",
-        "mine.toml",
-        "--epochs",
-        "1",
-        "--dataset",
-        "digits",
-        "--model",
-        "mlp",
-    ]
+    words = ["--preset", "paper", "--config", "mine.toml", *TINY, "--epochs", "1"]
     assert call("train", *words, "--strategy", "single", "--out", "run") == 2  # a master on one rank
     Path("mine.toml").write_text('batch-size = 64\nepochs = 7\nranks = 1\ntopology = "allreduce"\n')
     assert call("train", *words, "--out", "run") == 0
@@ -216,7 +207,7 @@ def test_resume_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert (record.config["batch_size"], record.resumed_from_epoch) == (8, 2)
     capsys.readouterr()
     assert call("train", "--resume", "run", "--epochs", "4", "--model", "paper-cnn") == 2
-    assert "--model mlp" in capsys.readouterr().err
+    assert f"--model {tiny.MODEL}" in capsys.readouterr().err
 
 
 def test_a_damaged_record_cannot_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +223,7 @@ def test_a_damaged_record_cannot_be_resumed(capsys: pytest.CaptureFixture[str]) 
 
 def test_diverging_is_a_failure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A loss that is no number ends with code 1 and a line that says where; the checkpoint before stays."""
-    assert call("train", *DIGITS, "--lr", "1e30", "--out", "run") == 1
+    assert call("train", *TINY, "--lr", "1e30", "--out", "run") == 1
     assert "in epoch 1, step" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "epoch-0000" / "manifest.json").exists()
     assert RunFolder(tmp_path / "run").read().outcome == "failed"

@@ -14,7 +14,7 @@ from rankwise.record import Record, RunFolder, Target
 from rankwise.report.run_tables import numbers
 from rankwise.report.summary import summary
 
-from . import records
+from . import records, tiny
 from .conftest import Command
 
 Make = Callable[..., TrainConfig]
@@ -88,8 +88,8 @@ def test_all_ranks_stop_in_step(config: Make, train_in_threads: Train, options: 
     assert target.from_first_step_s == pytest.approx(target.from_launch_s - record.first_step_s)
     assert target.from_first_step_s >= sum(row.train_s for row in rows) / 2
     assert (folder.checkpoints / f"epoch-{len(rows):04d}").exists()
-    held_out = round(1437 * 0.25) if "validation_split" in options else 0
-    assert record.samples.trained == record.samples.expected == len(rows) * (1437 - held_out)
+    held_out = round(tiny.TRAIN * 0.25) if "validation_split" in options else 0
+    assert record.samples.trained == record.samples.expected == len(rows) * (tiny.TRAIN - held_out)
 
 
 def test_a_resumed_run_stops_where_the_whole_one_does(config: Make, train_in_threads: Train) -> None:
@@ -127,12 +127,14 @@ def test_it_goes_on_without_a_lost_rank(config: Make, train_in_threads: Train) -
     assert record.samples.lost == record.samples.duplicated == 0
 
 
+@pytest.mark.cold
 def test_launch_counts_from_the_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: Command
 ) -> None:
     """What passes before the ranks begin, their interpreter's start included, is counted; and a completed
     run that reached its target has nothing left to do, unless the target is raised."""
-    words = ["--dataset", "digits", "--model", "mlp", "--lr", "0.05", "--epochs", "9", "--threads", "1"]
+    # Far from the rate at which it diverges, and from the accuracy: no processor's rounding decides.
+    words = ["--dataset", "digits", "--model", "mlp", "--lr", "0.005", "--epochs", "2", "--threads", "1"]
     done = command.rankwise("train", *words, "--target-accuracy", "0.5", "--out", "run")
     assert done.code == 0, done
     assert "reached 50.00% in epoch 1" in done.out.replace("\n", " ")
@@ -145,11 +147,11 @@ def test_launch_counts_from_the_command(
     folder = str(tmp_path / "run")
     main(["train", "--resume", folder])
     assert "nothing to do" in capsys.readouterr().err
-    main(["train", "--resume", folder, "--target-accuracy", "0.95"])
+    main(["train", "--resume", folder, "--target-accuracy", "0.999"])
     record = RunFolder(tmp_path / "run").read()
-    assert len(record.epochs) > 1
+    assert len(record.epochs) == 2
     assert record.target is not None
-    assert record.target.accuracy == 0.95
+    assert record.target.accuracy == 0.999
 
 
 def test_more_than_all_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
