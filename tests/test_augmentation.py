@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -106,9 +107,13 @@ def test_augmentation_is_seeded(other: dict[str, int]) -> None:
 SPLIT = Split(IMAGES[:203], np.arange(203) % 3)
 
 
+torch.manual_seed(3)
+PROTOTYPE = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 6 * 3, 3)).double()
+
+
 def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(3)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 6 * 3, 3)).double()
+    """A fresh model, always the same: ranks that are threads would draw from one generator in turns."""
+    model = copy.deepcopy(PROTOTYPE)
     return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
