@@ -62,7 +62,7 @@ class Belongings:
     def stacks(self) -> list[Stack]:
         """The Python processes that were started so far, in rank order, those that are none first."""
         found = []
-        for path in self.folder.iterdir():
+        for path in self.folder.iterdir() if self.folder.exists() else ():
             rank, job, pid = path.name.split(",")
             found.append(Stack(rank, job, int(pid), path))
         return sorted(found, key=lambda stack: (int(stack.rank or -1), stack.pid))

@@ -33,15 +33,24 @@ MPI.COMM_WORLD.Barrier()
 
 def start(command: Command, *words: str) -> Process:
     """Two ranks, as soon as they hang."""
-    process = command.start(*mpiexec_words(2), sys.executable, *words)
+    process = command.start(*mpiexec_words(2), command.python, *words)
     assert process.stdout is not None
     assert process.stdout.readline() == "rank 1 begins\n"
     return process
 
 
 @pytest.mark.mpi
-def test_a_timeout_tells_where_each_rank_stands(command: Command, tmp_path: Path) -> None:
-    """Which rank is at which line, and what was printed until then."""
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_timeout_tells_where_each_rank_stands(
+    request: pytest.FixtureRequest, tmp_path: Path, warm: bool
+) -> None:
+    """Which rank is at which line, and what was printed until then; also of forks of a warm Python."""
+    python = request.getfixturevalue("warm_python") if warm else sys.executable
+    with launched(tmp_path, python) as command:
+        check_what_a_timeout_tells(command, tmp_path)
+
+
+def check_what_a_timeout_tells(command: Command, tmp_path: Path) -> None:
     (tmp_path / "hanging.py").write_text(HANGING)
     process = start(command, "hanging.py")
     with pytest.raises(AssertionError) as caught:
