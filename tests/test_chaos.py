@@ -19,7 +19,7 @@ from rankwise.config import TrainConfig
 from rankwise.record import Record, RunFolder
 from rankwise.strategies import STRATEGIES
 
-from . import tiny
+from . import digits, tiny
 from .conftest import Command, mpiexec_words
 from .effort import daily
 from .processes import wait_for
@@ -176,7 +176,7 @@ def test_killed_ranks_cost_no_accuracy(
     """A run that really loses rank 0 and another ends within a point of the same run, in threads, that loses
     none."""
     options = {"ranks": 5, "epochs": 15, "strategy": strategy, "topology": topology, "schedule": "cosine"}
-    options |= {"dataset": "digits", "model": "mlp", "lr": 0.02, "batch_size": 16, "threads": 1}
+    options |= {"dataset": digits.DATASET, "model": digits.MODEL, "lr": 0.05, "batch_size": 16, "threads": 1}
     whole, _, _ = train_in_threads(config(**options), folder="whole")
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--fault", "kill:rank=0,epoch=5,step=2", "--fault", "kill:rank=3,epoch=9,phase=exchange"]
