@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -50,12 +51,15 @@ def run(
     first: Annotated[
         Path | None, Parameter(help="Results of another suite: what killed a mutant there is tried first.")
     ] = None,
+    most_s: Annotated[
+        float, Parameter(help="Seconds of tests for a mutant, the shortest first; all unless given.")
+    ] = math.inf,
     workers: Workers = 2,
 ) -> None:
     """Try a sample of this checkout's mutants on a tree's tests. What has a result already is left out."""
     killers = {key: result.by for key, result in load(first)[1].items()} if first else {}
     known = coverage_map.Map(**json.loads(map.read_text("utf-8")))
-    trial = Trial(tree.resolve(), known, store, first=killers, workers=workers)
+    trial = Trial(tree.resolve(), known, store, first=killers, workers=workers, most_s=most_s)
     trial.run(seed, sample, group or GROUPS)
 
 

@@ -34,7 +34,11 @@ def table(suites: Mapping[str, Mapping[str, Result]], why: Mapping[str, str]) ->
         mine = sorted((r for r in left.values() if r.group == group), key=lambda r: (r.module, r.line))
         yield from ("", f"### {group}: {len(mine)} survive") if mine else ()
         for result in mine:
-            words = [result.outcome, *("killed by the old suite" for s in others if s[result.key].killed)]
+            some = f" the {result.tried} shortest of {result.tests} tests" * (result.tried < result.tests)
+            words = [
+                result.outcome + some,
+                *("killed by the old suite" for s in others if s[result.key].killed),
+            ]
             yield from ("", f"`{result.module}:{result.line}`, {', '.join(words)} (`{result.key}`)")
             yield from ("", "```diff", f"- {result.gone}", f"+ {result.new}".rstrip(), "```")
             yield from ("", why.get(result.key, "No reason is written down."))

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tests.mutants.workshop import Report, Workshop
 @dataclass(frozen=True)
 class Result:
     """What came of a mutant: ``killed`` by a test, ``hung`` or ``crashed``; ``survived`` or ``not covered``;
-    ``absent`` where the tree does not have such a line. `tests` is how many come by the line."""
+    ``absent`` where the tree does not have such a line. `tests` come by the line, `tried` of them may run."""
 
     key: str
     group: str
@@ -30,6 +30,7 @@ class Result:
     outcome: str = "absent"
     by: str = ""
     tests: int = 0
+    tried: int = 0
     seconds: float = 0.0
 
     @property
@@ -45,12 +46,20 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Result]]:
 
 
 class Trial:
-    """A sample of this checkout's mutants, on the tests of `tree`, which the map knows. `first` holds tests
-    to begin with, by the mutants' keys."""
+    """A sample of this checkout's mutants, on the tests of `tree`, which the map knows: for each the shortest
+    that take `most_s` in sum. `first` holds tests to begin with, by the mutants' keys."""
 
     def __init__(
-        self, tree: Path, known: Map, store: Path, *, first: Mapping[str, str], workers: int
+        self,
+        tree: Path,
+        known: Map,
+        store: Path,
+        *,
+        first: Mapping[str, str],
+        workers: int,
+        most_s: float,
     ) -> None:
+        self._most_s = most_s
         self._tree, self._map, self._store, self._first = tree, known, store, first
         self._shop = Workshop(tree, workers)
         self._unfit: set[str] = set()
@@ -62,15 +71,16 @@ class Trial:
         """Try the mutants of these groups that have no result yet."""
         drawn = [mutant for mutant in draw(Path(), seed=seed, sample=sample) if mutant.group in groups]
         with self._shop:
-            head = {"seed": seed, "sample": sample, "groups": sorted(groups), "texts": self._map.texts}
-            done = self._begin(drawn, head)
+            head = {"seed": seed, "sample": sample, "groups": sorted(groups), "most_s": self._most_s}
+            done = self._begin(drawn, head | {"texts": self._map.texts})
             left = [mutant for mutant in drawn if mutant.key not in done]
             results = self._shop.each(self._try, left)
             for number, (_, result) in enumerate(results, len(drawn) - len(left) + 1):
                 with self._store.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(result)) + "\n")
-                told = f"{result.outcome} {result.by} ({result.seconds:.1f} s, {result.tests} tests)"
-                say(f"{number}/{len(drawn)} {result.key}: {told}")
+                told = f"{result.outcome} {result.by}"
+                some = f"{result.seconds:.1f} s, {result.tried} of {result.tests} tests"
+                say(f"{number}/{len(drawn)} {result.key}: {told} ({some})")
 
     def _begin(self, drawn: list[Mutant], head: dict[str, Any]) -> Mapping[str, Result]:
         """What is known already. Before anything is: which tests do not pass in this way without a change."""
@@ -80,7 +90,8 @@ class Trial:
             if stored != head:
                 raise SystemExit(f"{self._store} holds results of another sample, or of other versions")
             return done
-        tests = {test for m in drawn if m.key in self._theirs for test in self._tests(self._theirs[m.key])}
+        theirs = [self._theirs[mutant.key] for mutant in drawn if mutant.key in self._theirs]
+        tests = {test for mutant in theirs for test in self._tests(mutant)[1]}
         say(f"{len(tests)} of {len(self._map.seconds)} tests come by these mutants: do they pass without?")
         by_file = [[*some] for _, some in groupby(sorted(tests), key=file_of)]
         for some, report in self._shop.each(self._check, by_file):
@@ -102,11 +113,11 @@ class Trial:
         result = Result(mutant.key, mutant.group, mutant.module, mutant.line, gone, new)
         if (theirs := self._theirs.get(mutant.key)) is None:
             return result
-        tests = self._tests(theirs)
+        tests, some = self._tests(theirs)
         with self._shop.copy({theirs.module: change(self._tree, theirs) or ""}) as copy:
-            outcome, by = self._judge(copy, tests, self._first.get(mutant.key, ""))
-        seconds = round(time.monotonic() - began, 1)
-        return replace(result, outcome=outcome, by=by, tests=len(tests), seconds=seconds)
+            outcome, by = self._judge(copy, some, self._first.get(mutant.key, ""))
+        spent_s = round(time.monotonic() - began, 1)
+        return replace(result, outcome=outcome, by=by, tests=len(tests), tried=len(some), seconds=spent_s)
 
     def _judge(self, copy: Path, tests: list[str], first: str) -> tuple[str, str]:
         if not tests:
@@ -126,9 +137,14 @@ class Trial:
                 left = [test for test in left if test not in report.seconds]
         return "survived", ""
 
-    def _tests(self, mutant: Mutant) -> list[str]:
+    def _tests(self, mutant: Mutant) -> tuple[list[str], list[str]]:
+        """The tests that come by a mutant, and those of them to try."""
         tests = self._map.tests_of(self._tree, mutant.module, mutant.line)
-        return [test for test in tests if test not in self._unfit]
+        tests = [test for test in tests if test not in self._unfit]
+        sums = accumulate(self._map.seconds[test] for test in tests)
+        first = self._first.get(mutant.key)
+        pairs = zip(tests, sums, strict=True)
+        return tests, [test for test, until_s in pairs if until_s <= self._most_s or test == first]
 
     def _run(self, copy: Path, tests: list[str], *, stops: bool = True) -> Report:
         files, seconds = tuple(sorted({file_of(test) for test in tests})), self._map.seconds
