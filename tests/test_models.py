@@ -130,7 +130,7 @@ def batchnorm_replica(share: bool = False) -> Replica:
     replica = Replica(
         model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), share_optimizer_state=share
     )
-    replica.optimizer.step()
+    replica.step()
     return replica
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from rankwise.errors import ModelError
 from rankwise.models.average import Average
 from rankwise.models.freezing import is_under
+from rankwise.models.optimizer_state import OptimizerState
 
 
 class Replica:
@@ -49,13 +49,14 @@ class Replica:
         self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.parameters = list(self._trained.values())
         self._paused: list[Tensor] = []
-        _create_state(optimizer)
+        self._state = OptimizerState(optimizer)
         tensors = [*model.parameters(), *model.buffers()]
         if any(tensor.is_complex() for tensor in tensors):
             raise ModelError("the model holds complex numbers, expected floats and integers")
+        self._shares_state = share_optimizer_state
         weights = [parameter.detach() for parameter in self.parameters]
         if share_optimizer_state:
-            weights += self.optimizer_tensors()
+            weights += [*self.optimizer_tensors(), self._state.begun]
         frozen = [parameter.detach() for parameter in model.parameters() if not parameter.requires_grad]
         buffers = [buffer.detach() for buffer in model.buffers()]
         floats = [buffer for buffer in buffers if buffer.is_floating_point()]
@@ -101,7 +102,7 @@ class Replica:
             parameter.grad = None  # an exchange leaves zeros, by which momentum would still move it
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.optimizer.step()
+        self._state.step()
 
     def poison(self) -> None:
         """Make a gradient not a number, as an overflow or a broken machine would."""
@@ -117,6 +118,8 @@ class Replica:
     def unpack(self, flat: NDArray[np.floating]) -> None:
         """Overwrite the weights from a flat array; a longer one's tail is left alone."""
         self._weights.unpack(flat)
+        if self._shares_state:
+            self._state.show()
 
     def pack_frozen(self) -> NDArray[np.floating]:
         """The parameters that are not trained as one flat array, empty for most models."""
@@ -144,58 +147,44 @@ class Replica:
 
     def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
         """A copy of all that a step changes, in the memory of one that nobody needs any more."""
-        snapshot = reuse or Snapshot([*self._all, *self.optimizer_state().values()])
+        snapshot = reuse or Snapshot([*self._all, *self.optimizer_state().values()], self._state)
         snapshot.take()
         return snapshot
 
     def optimizer_tensors(self) -> list[Tensor]:
         """The optimiser's tensors that are shaped like their parameter, in a fixed order."""
-        return [
-            value
-            for parameter in _parameters(self.optimizer)
-            for _, value in sorted(self.optimizer.state[parameter].items())
-            if isinstance(value, Tensor) and value.shape == parameter.shape
-        ]
+        return self._state.shaped()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """All of the optimiser's tensors under names that do not change between runs."""
-        return {
-            f"{number}.{name}": value
-            for number, parameter in enumerate(_parameters(self.optimizer))
-            for name, value in self.optimizer.state[parameter].items()
-            if isinstance(value, Tensor)
-        }
+        """All that the optimiser keeps, under names that do not change between runs."""
+        return self._state.named()
 
     def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
-        """Overwrite the optimiser's tensors. Raises ValueError if the names or shapes differ."""
-        mine = self.optimizer_state()
-        if {name: value.shape for name, value in mine.items()} != {n: v.shape for n, v in saved.items()}:
-            raise ValueError("the optimiser's state has another layout")
-        for name, value in mine.items():
-            value.copy_(saved[name])
+        """Overwrite what the optimiser keeps. Raises ValueError if the names or shapes differ."""
+        self._state.load(saved)
 
     def reset_optimizer(self) -> None:
         """Forget the optimiser's state, as if it had just been made."""
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        self._state.reset()
 
 
 class Snapshot:
     """What a replica was; `restore` makes it so again."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], state: OptimizerState) -> None:
         self._tensors = tensors
+        self._state = state
         self._copies = [torch.empty_like(tensor) for tensor in tensors]
 
     def take(self) -> None:
         """Copy the replica as it is now."""
+        self._state.note()
         torch._foreach_copy_(self._copies, self._tensors)
 
     def restore(self) -> None:
         """Overwrite the replica."""
         torch._foreach_copy_(self._tensors, self._copies)
+        self._state.show()
 
     def content(self) -> list[Tensor]:
         """What is kept, to be sent to a replica of the same model."""
@@ -255,33 +244,3 @@ class _Flat:
 
 def _wide(tensors: list[Tensor]) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its optimiser state now, as zeros, where the optimiser would wait for a step.
-
-    So all ranks hold state of the same layout at all times, also one that has not trained yet. Zeros
-    are what torch's optimisers begin with (SGD's first step with a zero momentum buffer is the same
-    as with none). Which tensors there are is asked of an optimiser of the same kind on one number.
-    """
-    for group in optimizer.param_groups:
-        missing = [p for p in group["params"] if p.requires_grad and not optimizer.state.get(p)]
-        if not missing:
-            continue
-        number = torch.zeros(1, requires_grad=True)
-        number.grad = torch.zeros(1)
-        taken = inspect.signature(type(optimizer)).parameters
-        options = {key: value for key, value in group.items() if key in taken and key != "params"}
-        twin = type(optimizer)([number], **options)
-        twin.step()
-        for parameter in missing:
-            for name, value in twin.state[number].items():
-                if not isinstance(value, Tensor):
-                    continue
-                optimizer.state[parameter][name] = (
-                    torch.zeros_like(parameter) if value.shape == number.shape else torch.zeros_like(value)
-                )
