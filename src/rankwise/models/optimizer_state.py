@@ -186,7 +186,7 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def _after_steps(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
 ) -> tuple[torch.optim.Optimizer, list[Mapping[str, Any]]]:
-    """A copy of an optimiser that has made some steps, with ones for gradients of those parameters that have no
+    """A copy of an optimiser that has made some steps, with ones for gradients of parameters that have no
     state yet; and the states that it has made, empty for the others."""
     copies = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters]
     begins = [p.requires_grad and not optimizer.state.get(p) for p in parameters]
