@@ -11,9 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise import synchronise
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 from rankwise.schedule import check, rate_factor, scheduler
+from rankwise.world import solo_world
+
+from .strategies.loops import BATCH, SAMPLES, gradients, make
 
 
 def factor(position: float, **options: object) -> float:
@@ -100,3 +104,26 @@ def test_warm_up_rises_evenly() -> None:
     """In the warm-up the rate rises evenly from 0 to what the schedule says."""
     found = [factor(position, warmup=2) for position in (0, 0.5, 1, 2, 3)]
     assert found == pytest.approx([0, 0.25, 0.5, 1, 1])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "step", "triangular"])
+def test_loops_count_from_0_or_from_1(schedule: str) -> None:
+    """A loop over range(epochs) has the rates and batches of one that counts from 1, none negative."""
+
+    def loop(epochs: range) -> list[tuple[int, float, list[int]]]:
+        model, optimizer = make()
+        options: dict[str, Any] = {"schedule": schedule, "epochs": 4, "warmup": 1}
+        ranks = synchronise(model, optimizer, solo_world(), samples=SAMPLES, batch_size=BATCH, **options)
+        seen = []
+        for epoch in epochs:
+            for batch in ranks.batches(epoch):
+                gradients(model, optimizer, batch.indices)
+                seen.append((batch.epoch, optimizer.param_groups[0]["lr"], batch.indices.tolist()))
+                ranks.step()
+        return seen
+
+    from_0 = loop(range(4))
+    assert from_0 == loop(range(1, 5))
+    assert all(rate >= 0 for _, rate, _ in from_0)
+    with pytest.raises(ConfigError, match="batches\\(-1\\)"):
+        loop(range(-1, 3))

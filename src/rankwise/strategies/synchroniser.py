@@ -12,7 +12,7 @@ from rankwise.checkpoint import Checkpoint
 from rankwise.compression import Memory
 from rankwise.data.partition import Indices
 from rankwise.data.sampler import NOTHING, Batch, Sampler
-from rankwise.errors import DivergedError, RankLost
+from rankwise.errors import ConfigError, DivergedError, RankLost
 from rankwise.faults import NoFaults
 from rankwise.strategies.arrival import Arrival, Standing, let_in
 from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
@@ -83,6 +83,7 @@ class Synchroniser:
         self.books: Callable[[], Any] = lambda: None
         self._strategy = strategy
         self._batch: Batch | None = None
+        self._counts_from_0 = False
         self._begun_again = 0
         self._members = list(world.members)
         self._fruitless = 0
@@ -115,7 +116,12 @@ class Synchroniser:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches that this rank trains in `epoch`, each to be followed by one `step()`; if `surely` does
-        the epoch again, what is left of them."""
+        the epoch again, what is left of them. A loop may count its epochs from 0 or from 1: those of batches
+        count from 1. Raises ConfigError for a negative one."""
+        if epoch < 0:
+            raise ConfigError(f"batches({epoch}) was called: epochs count from 0 or from 1")
+        self._counts_from_0 = self._counts_from_0 or epoch == 0
+        epoch += self._counts_from_0
         if self.position.epoch != epoch or not self._does_again:
             self.position = Position(epoch, closed=False)
             self._trained.clear()
