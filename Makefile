@@ -3,8 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos soak mutants check paper format clean
-.PHONY: demo test test-full chaos soak check paper format clean
+.PHONY: demo test test-full chaos soak mutants check paper format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -37,16 +36,12 @@ soak: $(VENV)/installed-dev  ## Train for 20 minutes with a fault every 20 secon
 	$(BIN)/rankwise data prepare cifar10
 	$(BIN)/python benchmarks/soak.py
 
-<<<<<<< HEAD
-check: $(VENV)/installed-dev  ## Lint, types, layers, and that every test asserts something
-=======
 mutants: $(VENV)/installed-mutants  ## Put 210 small errors into the code, and see which the tests tell of; takes hours
 	$(BIN)/python -m tests.mutants map --store build/mutants/map.json
 	$(BIN)/python -m tests.mutants run --map build/mutants/map.json --store build/mutants/results.jsonl
 	$(BIN)/python -m tests.mutants table build/mutants/results.jsonl
 
-check: $(VENV)/installed-dev  ## Lint, types, layers
->>>>>>> 89343a2 (Tell by mutants what the tests prove: cosmic-ray's changes, each tried on the tests that come by its line)
+check: $(VENV)/installed-dev  ## Lint, types, layers, and that every test asserts something
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
