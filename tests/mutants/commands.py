@@ -28,7 +28,9 @@ def make_map(
     *,
     store: Annotated[Path, Parameter(help="The file to write.")],
     tree: Tree = Path(),
-    markers: Annotated[str, Parameter(help="Which tests, as for pytest -m.")] = "not mpi and not alone and not full",
+    markers: Annotated[
+        str, Parameter(help="Which tests, as for pytest -m.")
+    ] = "not mpi and not alone and not full",
     tests: Annotated[tuple[str, ...], Parameter(help="Files of tests, all unless given.")] = (),
     workers: Workers = 2,
 ) -> None:
