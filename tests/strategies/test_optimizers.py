@@ -201,6 +201,23 @@ def test_a_reset_is_a_new_optimizer(name: str) -> None:
     assert np.array_equal(weights_of(model), weights_of(twin))
 
 
+def test_state_of_older_checkpoints_is_taken() -> None:
+    """Where nothing is saved of which parameters had begun, all of them had."""
+    batches = np.array_split(np.arange(SAMPLES), 7)
+    model, another = copy.deepcopy(PROTOTYPE), copy.deepcopy(PROTOTYPE)
+    make = OPTIMIZERS["SGD with momentum"]
+    replica, later = (Replica(net, make(net)) for net in (model, another))
+    for indices in batches[:3]:
+        gradients(model, replica.optimizer, indices)
+        replica.step()
+    another.load_state_dict(model.state_dict())
+    later.load_optimizer_state({k: v for k, v in replica.optimizer_state().items() if k != "begun"})
+    for indices in batches[3:]:
+        gradients(another, later.optimizer, indices)
+        later.step()
+    assert np.array_equal(weights_of(another), plain(make, batches))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_needs_more_than_gradients_is_refused(name: str) -> None:
     """By name, in one line, before anything is trained."""
