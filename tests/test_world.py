@@ -33,6 +33,7 @@ import numpy as np
 from rankwise.errors import RankLost
 from rankwise.world import run_in_threads
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may ignore it
 released = threading.Event()
 
 def program(world):

@@ -20,7 +20,8 @@ class Replica:
     """A model with its optimiser, and flat buffers of what ranks keep in step.
 
     The weights are all parameters, then, with `share_optimizer_state`, the optimiser's tensors that are
-    shaped like their parameter (momentum and the like); they are float32, or float64 if any is.
+    shaped like their parameter (momentum and the like) and which parameters have begun; they are float32, or
+    float64 if any is.
     The floating-point buffers (BatchNorm's running mean and variance) and the integer and boolean ones
     (int64, BatchNorm's batch count; never turned into floats) are kept apart: training does not read
     them. Raises ModelError for complex numbers.
@@ -56,7 +57,8 @@ class Replica:
         self._shares_state = share_optimizer_state
         weights = [parameter.detach() for parameter in self.parameters]
         if share_optimizer_state:
-            weights += [*self.optimizer_tensors(), self._state.begun]
+            momenta = self.optimizer_tensors()
+            weights += [*momenta, self._state.begun] if momenta else []
         frozen = [parameter.detach() for parameter in model.parameters() if not parameter.requires_grad]
         buffers = [buffer.detach() for buffer in model.buffers()]
         floats = [buffer for buffer in buffers if buffer.is_floating_point()]

@@ -146,7 +146,8 @@ def _numbers(config: TrainConfig, model: Model) -> int:
     if config.optimizer_state != "average" or config.strategy in GRADIENTS:
         return model.parameters
     moments = int(config.momentum > 0) if config.optimizer == "sgd" else 2
-    return model.parameters * (1 + moments)
+    begun = len(model.shapes) * bool(moments)  # which of them have begun is sent as well
+    return model.parameters * (1 + moments) + begun
 
 
 def _buckets(config: TrainConfig, model: Model) -> int:
