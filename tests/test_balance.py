@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,45 @@ def test_noise_does_not_unbalance() -> None:
     """Workers that are nearly equally fast get equal batches; one that is three times as slow a third."""
     assert sizes_by_speed(16, [0.010, 0.0105]) == [16, 16]
     assert sizes_by_speed(16, [0.010, 0.030]) == [24, 8]
+
+
+@given(st.integers(50, 200), st.integers(2, 5), st.data())
+def test_what_is_noise_and_what_is_not(batch_size: int, workers: int, data: st.DataObject) -> None:
+    """Up to a tenth apart workers get equal batches, however large; from more than that on each gets
+    its exact part by speed, but for less than one sample."""
+    near = data.draw(st.lists(st.floats(1, 1.0999), min_size=workers, max_size=workers))
+    assert sizes_by_speed(batch_size, near) == [batch_size] * workers
+    step_s = [1.0, data.draw(st.floats(1.1001, 4)), *near[2:]]
+    speeds = 1 / np.array(step_s)
+    exact = batch_size * workers * speeds / speeds.sum()
+    assert np.abs(sizes_by_speed(batch_size, step_s) - exact).max() < 1
+    assert sizes_by_speed(3 * batch_size, [1, 2]) == [4 * batch_size, 2 * batch_size]
+
+
+@pytest.mark.parametrize("master", [False, True])
+def test_one_line_tells_what_was_measured(monkeypatch: pytest.MonkeyPatch, master: bool) -> None:
+    """The steps of the fastest and the slowest worker in milliseconds, and the batches that come of them; a
+    master measures nothing."""
+    config = TrainConfig(dataset=tiny.DATASET, balance="measured", batch_size=30, ranks=3 if master else 2)
+    config = config.model_copy(
+        update={
+            "strategy": "easgd" if master else "allreduce",
+            "topology": "master" if master else "allreduce",
+        }
+    )
+    speeds = iter([0.0125, 0.025])
+    monkeypatch.setattr(balancing, "_step_s", lambda *_: next(speeds))
+    lines: list[str] = []
+
+    def program(world: World) -> TrainConfig:
+        replica: Any = None
+        return settle(config, replica, world, image_shape=(1, 8, 8), classes=10, say=lines.append)
+
+    for settled in run_in_threads(config.ranks, program):
+        assert sorted(batch_sizes(settled)) == [20, 40]
+        batches = settled.balance.replace(",", ", ")
+        assert lines[0] == f"a step of 30 samples takes 12.5 to 25 ms: batches of {batches}"
+    assert len({*lines}) == 1
 
 
 @pytest.mark.parametrize(
