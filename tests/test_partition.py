@@ -174,3 +174,68 @@ def test_a_number_is_split_by_shares(total: int, shares: list[int]) -> None:
         assert some.min() >= 1
     equal = [len(part) for part in np.array_split(np.arange(total), len(shares))]
     assert apportion(total, [7] * len(shares)).tolist() == equal
+
+
+@given(
+    st.integers(0, 60),
+    st.lists(st.one_of(st.floats(0, 2), st.floats(50, 100)), min_size=1, max_size=9).filter(any),
+    st.integers(0, 4),
+)
+def test_a_least_part_is_paid_by_those_who_have_most_too_much(
+    more: int, shares: list[float], least: int
+) -> None:
+    """However small a share, nobody is under the least; what that takes, those give who are furthest above
+    their exact shares, so that moving one more from anybody to anybody else would make nothing more exact."""
+    total = least * len(shares) + more
+    parts = apportion(total, shares, least=least)
+    assert parts.sum() == total
+    assert parts.min() >= least
+    above = parts - total * np.array(shares) / sum(shares)
+    givers = above[parts > least]
+    assert not len(givers) or givers.max() <= above.min() + 1 + 1e-9
+
+
+def test_small_shares_take_from_large_ones() -> None:
+    """Two large shares pay for the least parts of five small ones, each as much of it as the other."""
+    assert apportion(20, [100, 100, 1, 1, 1, 1, 1], least=2).tolist() == [5, 5, 2, 2, 2, 2, 2]
+    assert apportion(19, [100, 60, 1, 1, 1, 1, 1], least=1).tolist() == [9, 5, 1, 1, 1, 1, 1]
+
+
+@given(
+    labels_and_workers(),
+    st.lists(st.integers(1, 9), min_size=9, max_size=9),
+    st.one_of(st.none(), st.integers(1, 9)),
+    st.booleans(),
+    modes,
+)
+def test_steps_are_numbered_by_who_makes_the_most(
+    case: tuple[np.ndarray, int], sizes: list[int], sync_every: int | None, lockstep: bool, mode: str
+) -> None:
+    """A rank counts its steps from 1 on, one by one; at the end of a round all are at the number of whoever
+    has made the most."""
+    labels, workers = case
+    ranks = [
+        Sampler(
+            lambda epoch, shares: deal(mode, labels=labels, shares=shares, epoch=epoch, seed=1),
+            rank=rank,
+            first_worker=0,
+            batch_sizes=sizes[:workers],
+            sync_every=lambda epoch: sync_every,
+            in_lockstep=lockstep,
+        )
+        for rank in range(workers)
+    ]
+    steps: list[list[list[int]]] = [[[]] for _ in ranks]  # of each rank in each round
+    for sampler, mine in zip(ranks, steps, strict=True):
+        for batch in sampler.batches(3):
+            mine[-1].append(batch.step)
+            if batch.ends_round:
+                mine.append([])
+    before = 0
+    for together in zip(*steps, strict=True):
+        most = max(map(len, together))
+        for mine in together:
+            assert mine[:-1] == list(range(before + 1, before + len(mine)))
+            assert mine[-1:] == [before + most] * bool(mine)
+        before += most
+    assert before == ranks[0].steps(3)
