@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rankwise.ledger as ledgers
 from rankwise.ledger import EXCHANGING, PHASES, Ledger, measure_cost
 
 
@@ -65,10 +70,13 @@ def test_a_phase_gives_the_cursor_back() -> None:
 LENGTHS = st.integers(0, 10**9)
 
 
-@given(st.lists(st.tuples(st.sampled_from(PHASES), LENGTHS, LENGTHS), min_size=1, max_size=50))
-def test_time_off_the_cpu_is_wall_time_without_cpu_time(story: list[tuple[str, int, int]]) -> None:
-    """In each phase outside exchanges the ledger tells how long its thread was not on a CPU."""
-    clock, cpu = FakeClock(), FakeClock()
+@given(st.lists(st.tuples(st.sampled_from(PHASES), LENGTHS, LENGTHS), min_size=1, max_size=50), LENGTHS)
+def test_time_off_the_cpu_is_wall_time_without_cpu_time(
+    story: list[tuple[str, int, int]], cpu_ns: int
+) -> None:
+    """In each phase outside exchanges the ledger tells how long its thread was not on a CPU, whatever that
+    had computed before there was a ledger."""
+    clock, cpu = FakeClock(), FakeClock(cpu_ns)
     ledger = Ledger(clock, cpu_clock=cpu)
     for phase, on_ns, off_ns in story:
         ledger.enter(phase)
@@ -78,6 +86,17 @@ def test_time_off_the_cpu_is_wall_time_without_cpu_time(story: list[tuple[str, i
     for phase in set(PHASES) - set(EXCHANGING):
         assert off_cpu_ns[phase] == sum(off for name, _, off in story if name == phase)
     assert not off_cpu_ns.keys() & set(EXCHANGING)
+
+
+@given(LENGTHS, LENGTHS, LENGTHS)
+def test_startup_off_the_cpu_counts_from_the_start_of_the_process(
+    start_ns: int, on_ns: int, off_ns: int
+) -> None:
+    """Where the start of the process is given, what its thread has computed since then was on a CPU."""
+    ledger = Ledger(FakeClock(start_ns + on_ns + off_ns), start_ns=start_ns, cpu_clock=FakeClock(on_ns))
+    totals = ledger.close()
+    assert totals.phases_ns["startup"] == on_ns + off_ns
+    assert totals.off_cpu_ns["startup"] == off_ns
 
 
 @given(st.lists(st.tuples(st.sampled_from(PHASES[1:]), LENGTHS), max_size=50), st.integers(0, 10**8))
@@ -118,3 +137,22 @@ def test_busy_is_what_is_neither_startup_nor_exchange() -> None:
 def test_measuring_the_cost_gives_a_small_number() -> None:
     """A change of phase costs something, and less than a tenth of a millisecond."""
     assert 0 < measure_cost() < 100_000
+
+
+def test_the_cost_is_that_of_one_change_in_the_quickest_of_several_trials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What disturbs some of the trials does not count."""
+    clock = FakeClock(10**15)
+    costs_ns = itertools.chain([7_000, 3_000], itertools.repeat(5_000))
+
+    class Ledger:
+        def __init__(self) -> None:
+            self.cost_ns = next(costs_ns)
+
+        def enter(self, phase: str) -> None:
+            clock.now_ns += self.cost_ns
+
+    monkeypatch.setattr(ledgers, "Ledger", Ledger)
+    monkeypatch.setattr(ledgers, "time", SimpleNamespace(monotonic_ns=clock))
+    assert measure_cost() == 3_000
