@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from rankwise.errors import RankLost
+from rankwise.ledger import Ledger
+from rankwise.timeline import Timeline
 from rankwise.world import World
+from rankwise.world.clocks import CommonClock
+from rankwise.world.logbook import Logbook
+from rankwise.world.replay import Replay
 from rankwise.world.waits import ENTRY, Mail, Pattern, split, violations
+from rankwise.world.world import Exchange
 
 from .simulation import Clock, Program, simulate, token
 
@@ -290,6 +300,122 @@ def test_a_synchronous_sender_waits_for_a_late_receiver() -> None:
     assert Mail(0).split([let_go, other])[1].charged_ns == {}
 
 
+def test_a_held_sender_charges_its_receiver() -> None:
+    """It is receivers that pass waiting on: a sender that is held waits for who takes its message, also where
+    that one waited for another's meanwhile."""
+    to_1 = entry(pattern=Pattern.SEND, peer=1, posted_ns=100, entered_ns=100, left_ns=950)
+    from_2 = entry(pattern=Pattern.RECEIVE, peer=2, left_ns=800)
+    from_0 = entry(pattern=Pattern.RECEIVE, posted_ns=900, entered_ns=900, left_ns=1_000)
+    late = entry(pattern=Pattern.SEND, peer=1, posted_ns=790, entered_ns=790, left_ns=800)
+    logs = [np.array(rows, ENTRY) for rows in ([to_1], [from_2, from_0], [late])]
+    assert Mail(0).split(logs)[1].charged_ns == {1: 800}
+
+
+@pytest.mark.parametrize("first", [0, 300])
+@given(st.integers(0, 2**32), st.integers(1, 20))
+def test_waiting_for_messages_is_a_part_of_them_and_charged_to_others(
+    first: int, seed: int, messages: int
+) -> None:
+    """Whatever the times and whoever sent to whom, also where ranks have high numbers: a rank waits no longer
+    than it was in an exchange, all of that is charged, and none to itself."""
+    rows: list[list[tuple[int, ...]]] = [[] for _ in range(first + 3)]
+    rng = np.random.default_rng(seed)
+    for number in range(messages):
+        source, dest, _ = rng.permutation(3)
+        for pattern, owner, peer in ((Pattern.SEND, source, dest), (Pattern.RECEIVE, dest, source)):
+            posted_ns, entered_ns, left_ns = np.sort(rng.integers(0, 100, 3))
+            times = {"posted_ns": posted_ns, "entered_ns": entered_ns, "left_ns": left_ns}
+            rows[first + owner].append(entry(pattern=pattern, peer=first + peer, number=number, **times))
+    logs = [np.array(its, ENTRY) for its in rows]
+    for rank in range(first, first + 3):
+        names, found = Mail(rank).split(logs)
+        assert len(names) == len(logs[rank])
+        assert (found.wait_ns >= 0).all()
+        assert (found.wait_ns <= logs[rank]["left_ns"] - logs[rank]["entered_ns"]).all()
+        assert sum(found.charged_ns.values()) == found.wait_ns.sum()
+        assert rank not in found.charged_ns
+
+
+@pytest.mark.parametrize("failed_ns", [1, 12_345])
+def test_an_exchange_that_fails_is_recovery(failed_ns: int) -> None:
+    """Finding out that a rank is lost is recovery, to the nanosecond, and neither transfer nor computing."""
+
+    def program(world: World, clock: Clock) -> None:
+        def lose() -> Any:
+            clock.work(failed_ns)
+            raise RankLost("a rank was lost")
+
+        with world.ledger.phase("forward"):
+            clock.work(500)
+            with pytest.raises(RankLost):
+                world.finish(world.logbook.receive(8), lose)
+        phases_ns = world.ledger.close().phases_ns
+        assert (phases_ns["recovery"], phases_ns["transfer"]) == (failed_ns, 0)
+        assert phases_ns["forward"] == world.logbook.ideal_ns() == 500
+
+    assert len(simulate(2, program)) == 2
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_what_survivors_had_together_is_told_apart(lost: int) -> None:
+    """When a rank is lost, the others' waiting for each other until then is charged; what they waited for it,
+    and exchanges whose root it was, stay transfer."""
+    exchanges = [
+        (pattern, root, late)
+        for pattern in (Pattern.ALL_TO_ALL, Pattern.ALL_TO_ONE, Pattern.ONE_TO_ALL)
+        for root in ([-1] if pattern == Pattern.ALL_TO_ALL else range(3))
+        for late in range(3)
+    ]
+    begins_ns = 1_000 * np.arange(1, len(exchanges) + 1)
+    delays_ns = 2 ** np.arange(len(exchanges))  # of which each sum tells whose they are
+    ranks = [_Recorded(rank, 3) for rank in range(3)]
+    for (pattern, root, late), begin_ns, delay_ns in zip(exchanges, begins_ns, delays_ns, strict=True):
+        for rank in ranks:
+            came_ns = int(begin_ns + delay_ns * (rank.number == late))
+            rank.exchange(pattern, root, came_ns, int(begin_ns + delay_ns) + 10)
+    left = [rank for rank in range(3) if rank != lost]
+    pages = [ranks[rank].logbook.last_page() for rank in left]
+    for rank in left:
+        ranks[rank].logbook.leave_out(pages, left, ranks[rank].clock)
+        (other,) = {*left} - {rank}
+        waited_ns = sum(
+            int(delay_ns)
+            for (_, root, late), delay_ns in zip(exchanges, delays_ns, strict=True)
+            if late == other and root != lost
+        )
+        assert ranks[rank].logbook.wait_on_ns == {other: waited_ns}
+        phases_ns = ranks[rank].ledger.close().phases_ns
+        assert phases_ns["wait"] == waited_ns
+        others_ns = sum(
+            int(ns) for ns, (_, _, late) in zip(delays_ns, exchanges, strict=True) if late != rank
+        )
+        assert phases_ns["transfer"] == others_ns + 10 * len(exchanges) - waited_ns
+
+
+class _Recorded:
+    """One rank's logbook, whose exchanges take the time that they are given."""
+
+    def __init__(self, number: int, size: int) -> None:
+        self.number = number
+        self._now = Clock()
+        self._now.now_ns = 0
+        self.ledger = Ledger(self._now, cpu_clock=lambda: 0)
+        transport: Any = SimpleNamespace(rank=number, clock_of=[0] * size)
+        self.clock = CommonClock(transport, self._now)
+        self.logbook = Logbook(number, size, self.ledger, Timeline(self.ledger), self.clock)
+        self.ledger.enter("other")
+
+    def exchange(self, pattern: Pattern, root: int, came_ns: int, left_ns: int) -> None:
+        """An exchange of all."""
+        row = self.logbook.collective(pattern, root, 8)
+        self._now.now_ns = came_ns
+        before = self.ledger.enter("transfer")
+        self.logbook.enter(row)
+        self._now.now_ns = left_ns
+        self.ledger.enter(before)
+        self.logbook.leave(row, -1, (0, 0))
+
+
 def test_a_long_log_is_settled_on_the_way() -> None:
     """However many exchanges, the log stays short, and the sums are right."""
 
@@ -396,3 +522,65 @@ def test_what_is_sent_is_received(made: tuple[int, Program]) -> None:
     traffic = [world.traffic for world in simulate(*made)]
     assert sum(one.bytes_sent for one in traffic) == sum(one.bytes_received for one in traffic)
     assert sum(one.messages_sent for one in traffic) == sum(one.messages_received for one in traffic)
+
+
+@st.composite
+def computing(draw: st.DrawFn) -> tuple[int, list[tuple[Pattern, int, list[int], list[int]]]]:
+    """Collective exchanges of some ranks: what each computed before it, and behind it until it waited."""
+    ranks = draw(st.integers(1, 5))
+    work = st.lists(st.integers(0, 1_000), min_size=ranks, max_size=ranks)
+    patterns = st.sampled_from([Pattern.ALL_TO_ALL, Pattern.ALL_TO_ONE, Pattern.ONE_TO_ALL])
+    return ranks, draw(st.lists(st.tuples(patterns, st.integers(0, ranks - 1), work, work), max_size=8))
+
+
+@given(computing(), st.lists(st.integers(0, 9_000), max_size=3))
+def test_the_replay_moves_clocks_to_whom_they_cannot_do_without(
+    made: tuple[int, list[tuple[Pattern, int, list[int], list[int]]]], newcomers: list[int]
+) -> None:
+    """After each collective exchange a rank's ideal clock is where its own computing brings it, or whoever it
+    needs had come, if that is later; newcomers begin where the latest is, however long they have computed."""
+    ranks, exchanges = made
+    replay = Replay(ranks)
+    ideal, busy = [0] * ranks, [0] * ranks
+    for pattern, root, before, behind in exchanges:
+        log = np.zeros((ranks, 1), ENTRY)
+        log["pattern"], log["peer"] = pattern, root
+        log["posted_busy_ns"][:, 0] = [b + more for b, more in zip(busy, before, strict=True)]
+        log["entered_busy_ns"][:, 0] = log["posted_busy_ns"][:, 0] + behind
+        came = [clock + more for clock, more in zip(ideal, before, strict=True)]
+        for rank in range(ranks):
+            everybody = pattern == Pattern.ALL_TO_ALL or (pattern == Pattern.ALL_TO_ONE and rank == root)
+            nobody = pattern == Pattern.ALL_TO_ONE and rank != root
+            needed = came if everybody else [came[rank] if nobody else came[root]]
+            ideal[rank] = max(came[rank] + behind[rank], *needed)
+        busy = [int(ns) for ns in log["entered_busy_ns"][:, 0]]
+        replay.add(log, [np.zeros(0, ENTRY)] * ranks)
+        assert [replay.ideal_ns(rank, busy[rank]) for rank in range(ranks)] == ideal
+    replay.welcome([*busy, *newcomers])
+    for rank, busy_ns in enumerate(newcomers, ranks):
+        assert replay.ideal_ns(rank, busy_ns) == max(ideal)
+
+
+@pytest.mark.parametrize("end", ["send", "receive"])
+def test_messages_in_the_background_are_replayed_where_they_count(end: str) -> None:
+    """A message is on its way when it was posted, whenever its sender looks after it, and holds up its
+    receiver only where that waits for it: other exchanges meanwhile neither wait for it nor hold it up."""
+    late_ns = 100_000
+
+    def program(world: World, clock: Clock) -> None:
+        mine: Exchange | None = None
+        if world.rank == 0:
+            mine = world.start_send(token(), 2) if end == "send" else world.start_receive(token(), 1)
+        if world.rank == 1:
+            clock.work(late_ns)
+            if end == "receive":
+                world.send(token(), 0)
+        # Sent before rank 0 waits here for rank 1; or received behind this, for which rank 2 needs rank 0.
+        world.gather(token(), 0) if end == "send" else world.broadcast(token(), 0)
+        if mine:
+            mine.wait()
+        if world.rank == 2 and end == "send":
+            world.receive(token(), 0)
+
+    worlds = simulate(3, program)
+    assert [world.logbook.ideal_ns() for world in worlds] == [late_ns, late_ns, 0]
