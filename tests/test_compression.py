@@ -107,6 +107,27 @@ def test_int8_is_right_on_average() -> None:
     assert np.abs(mean - values).max() < 5 * (1 / 127) / math.sqrt(4000)
 
 
+@given(
+    st.lists(st.sampled_from([0, 1e-30, 1e-3, 1, 1e4]), min_size=1, max_size=3),
+    st.integers(0, INT8_CHUNK - 1),
+)
+def test_int8_is_within_a_step_of_the_largest_of_its_chunk(magnitudes: list[float], less: int) -> None:
+    """However different the magnitudes of chunks, also where the last is a short one: no value is further off
+    than a 127th of its chunk's largest, a chunk of zeros comes back as such, and nothing is divided by 0."""
+    values = np.random.default_rng(0).uniform(-1, 1, (len(magnitudes), INT8_CHUNK)).astype(np.float32)
+    values *= np.array(magnitudes, np.float32)[:, None]
+    largest = np.repeat(np.abs(values).max(axis=1), INT8_CHUNK)
+    sent = values.ravel()[: values.size - less]
+    if less:  # what is not sent is not the largest either
+        largest[-INT8_CHUNK:] = np.abs(sent[-(INT8_CHUNK - less) :]).max()
+    compressor: Any = parse("int8")
+    with np.errstate(all="raise"):
+        payload = compressor.encode(sent, np.random.default_rng(1))
+        back = compressor.decode(payload, len(sent))
+    assert (np.abs(back - sent) <= largest[: len(sent)] / 127 * (1 + 1e-5)).all()
+    assert not back[largest[: len(sent)] == 0].any()
+
+
 @pytest.mark.parametrize("topology", ["allreduce", "master"])
 @pytest.mark.parametrize("name", EXACT)
 def test_nothing_left_out_is_exact(name: str, topology: str, ranks: int) -> None:
