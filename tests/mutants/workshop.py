@@ -9,6 +9,7 @@ import py_compile
 import queue
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -68,7 +69,9 @@ class Workshop:
             self._copies.put(copy)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:
+            print("interrupted; what is stored stays", file=sys.stderr)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
