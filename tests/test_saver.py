@@ -30,17 +30,19 @@ def newest(folder: Path) -> int:
 
 
 def test_checkpoints_are_whole_and_the_newest_are_kept(tmp_path: Path) -> None:
-    """After `finish` the last checkpoint is there with all parts; old ones and drafts are gone."""
+    """After `finish` the last checkpoint is there with all parts, in a folder that need not have been there;
+    old ones and drafts are gone."""
+    folder = tmp_path / "run" / "checkpoints"
 
     def program(world: World) -> None:
-        its = Saver(tmp_path, keep=2)
+        its = Saver(folder, keep=2)
         for epoch in range(4):
             save(world, its, epoch)
         its.finish(world)
 
     run_in_threads(3, program)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-0002", "epoch-0003"]
-    found = checkpoint.newest(tmp_path, on_damage=pytest.fail)
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch-0002", "epoch-0003"]
+    found = checkpoint.newest(folder, on_damage=pytest.fail)
     assert (found.epoch, found.workers, found.notes) == (3, 3, {"e": 3})
 
 

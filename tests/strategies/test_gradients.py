@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from rankwise import synchronise
 from rankwise.errors import Interrupted
+from rankwise.strategies.buckets import _cut
 from rankwise.world import World, run_in_threads
 
 from .loops import (
@@ -116,27 +119,60 @@ def test_buckets_change_nothing(bucket_mb: float, ranks: int) -> None:
     assert np.allclose(whole[0].weights, pieces[0].weights, atol=1e-6)
 
 
-def test_parameters_without_gradients() -> None:
-    """Frozen parameters stay; one that takes no part in a backward pass hinders nobody."""
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(0, 100))
+def test_buckets_are_as_few_whole_parameters_as_fit(sizes: list[int], most: int) -> None:
+    """Every parameter stands in one bucket, in order, and a bucket is as full as it may be: what comes next
+    would be too much; only a parameter that is too large by itself may stand alone in more."""
+    ends = np.cumsum(sizes)
+    stop = place = 0
+    for bucket in _cut(sizes, most):
+        assert (bucket.span.start, bucket.places.start) == (stop, place)
+        stop, place = bucket.span.stop, bucket.places.stop
+        assert stop == ends[place - 1]
+        some = sizes[bucket.places]
+        assert sum(some) <= most or np.count_nonzero(some) == 1
+        assert place == len(sizes) or sum(some) + sizes[place] > most
+    assert place == len(sizes)
 
-    def program(world: World) -> tuple[np.ndarray, np.ndarray]:
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bucket_mb": 1e-6},
+        {},
+        {"compress": "topk:1"},
+        {"strategy": "gradient-server"},
+        {"strategy": "two-level"},
+    ],
+)
+@pytest.mark.parametrize("place", [0, 2])
+def test_parameters_without_gradients(options: dict[str, Any], place: int) -> None:
+    """Frozen parameters stay; one that takes no part in a backward pass hinders nobody, wherever it stands:
+    the others learn as they do without it."""
+
+    def program(world: World, unused: bool) -> np.ndarray:
         model, _ = make()
         model[0].bias.requires_grad_(False)
-        model.register_parameter("unused", nn.Parameter(torch.ones(5)))
+        weights = list(model.parameters())
+        before = model[0].bias.detach().clone()
+        if unused:
+            model[place].register_parameter("unused", nn.Parameter(torch.ones(5)))
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         ranks = synchronise(
-            model, optimizer, world, samples=SAMPLES, batch_size=BATCH, strategy="allreduce", bucket_mb=1e-6
+            model, optimizer, world, samples=SAMPLES, batch_size=BATCH, **{"strategy": "allreduce", **options}
         )
-        before = model[0].bias.detach().clone()
         for batch in ranks.batches(1):
             gradients(model, optimizer, batch.indices)
             ranks.step()
         assert torch.equal(before, model[0].bias)
-        assert torch.equal(model.unused, torch.ones(5))
-        return weights_of(model)
+        assert not unused or torch.equal(model[place].unused, torch.ones(5))
+        return nn.utils.parameters_to_vector(weights).detach().numpy().copy()
 
-    one, two = run_in_threads(2, program)
-    assert np.array_equal(one, two)
+    with_it, without = (run_in_threads(3, lambda world, u=u: program(world, u)) for u in (True, False))
+    for found in with_it:
+        assert np.array_equal(found, with_it[0])
+        assert np.allclose(found, without[0], atol=1e-6)
+    assert not np.allclose(with_it[0], weights_of(make()[0]), atol=1e-3)
 
 
 @pytest.mark.parametrize("strategy", ["single", "allreduce", "gradient-server", "local-sgd"])
@@ -171,9 +207,10 @@ def test_gradients_are_clipped_on_their_global_norm(strategy: str) -> None:
     "options", [{}, {"bucket_mb": 1e-6}, {"compress": "int8"}, {"strategy": "gradient-server"}]
 )
 def test_one_rank_that_stops_stops_all(options: dict[str, Any]) -> None:
-    """If one rank is told to stop, all raise Interrupted at the same step, none hangs."""
+    """If one rank is told to stop, before or after a backward pass, all raise Interrupted at the same step,
+    none hangs: in this one, or in the next if the gradients of this one have gone out before."""
 
-    def program(world: World) -> int:
+    def program(world: World, before: bool) -> int:
         model, optimizer = make()
         ranks = synchronise(
             model, optimizer, world, samples=SAMPLES, batch_size=BATCH, **{"strategy": "allreduce", **options}
@@ -181,14 +218,17 @@ def test_one_rank_that_stops_stops_all(options: dict[str, Any]) -> None:
         try:
             for epoch in range(1, 10):
                 for batch in ranks.batches(epoch):
+                    stops = ranks.state.rounds == 7 and world.rank == 1
+                    world.stopping = world.stopping or (stops and before)
                     gradients(model, optimizer, batch.indices)
-                    world.stopping = world.stopping or (ranks.state.rounds == 7 and world.rank == 1)
+                    world.stopping = world.stopping or stops
                     ranks.step()
         except Interrupted:
             return ranks.state.rounds
         raise AssertionError("went on")
 
-    assert len(set(run_in_threads(3, program))) == 1
+    assert run_in_threads(3, lambda world: program(world, True)) == [7] * 3
+    assert run_in_threads(3, lambda world: program(world, False)) == [7 + ("bucket_mb" in options)] * 3
 
 
 def test_the_loss_goes_down() -> None:
