@@ -12,17 +12,21 @@ from torch import nn
 
 from rankwise import synchronise
 from rankwise.config import TrainConfig
+from rankwise.errors import DivergedError
 from rankwise.models.replica import Replica
 from rankwise.strategies import STRATEGIES, resolve
 from rankwise.strategies.assembly import make_sampler
 from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.world import World, run_in_threads
 
-from .loops import BATCH, LABELS, SAMPLES, gradients, make, train_all
+from .loops import BATCH, LABELS, SAMPLES, gradients, make, train_all, weights_of
 
 COMPRESSIONS = ["fp16", "bf16", "int8", "topk:0.1", "sign", "powersgd:2"]
 NAMES = [name for name in STRATEGIES if name not in ("single", "ddp")]
 """ddp needs processes, and is tested under mpiexec."""
+
+CAREFUL = [name for name in NAMES if name != "paper-stopwatch"]
+"""The paper's own exchange sends whatever there is."""
 
 COMPRESSED = [
     (name, compress) for name in NAMES if STRATEGIES[name].takes("compress") for compress in COMPRESSIONS
@@ -48,6 +52,28 @@ def test_each_sample_is_committed_once(name: str, samples: int, ranks: int) -> N
     states = [result.ranks.state for result in results]
     assert sum(state.committed for state in states) == 3 * samples * copies
     assert all(state.pending == 0 for state in states)
+
+
+@pytest.mark.parametrize(("name", "compress"), [*((name, None) for name in CAREFUL), *COMPRESSED])
+def test_what_is_no_number_is_told_and_stays_where_it_is(name: str, compress: str | None) -> None:
+    """A gradient that is no number ends the run with epoch and step, however it is sent, and the other ranks'
+    weights are numbers still."""
+    options = {"strategy": name} if compress is None else {"strategy": name, "compress": compress}
+    models = [make() for _ in range(3)]
+
+    def program(world: World) -> None:
+        model, optimizer = models[world.rank]
+        ranks = synchronise(model, optimizer, world, samples=SAMPLES, batch_size=BATCH, epochs=2, **options)
+        for epoch in (1, 2):
+            for batch in ranks.batches(epoch):
+                gradients(ranks.model, optimizer, batch.indices)
+                if world.rank == 2 and batch.step == 3:
+                    model[0].weight.grad[1] = np.nan
+                ranks.step()
+
+    with pytest.raises(DivergedError, match=r"not finite in epoch 1, step \d+"):
+        run_in_threads(3, program)
+    assert all(np.isfinite(weights_of(model)).all() for model, _ in models[:2])
 
 
 @pytest.mark.parametrize("name", NAMES)
