@@ -16,6 +16,9 @@ LENGTH_S = 0.35
 ROUNDS = 3
 TOTAL_S = ROUNDS * LENGTH_S
 STOP_S = 1.0
+MOMENT_S = 0.2
+"""How late a busy machine may stop a process, or find it stopped."""
+
 
 Told = dict[str, float]
 
@@ -56,9 +59,9 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def about(length_s: float, row: Told) -> object:
-    """Within 5 % of it, or within all that the case took besides the delay: on a machine that others keep
-    busy, ranks are late for reasons of their own."""
-    return pytest.approx(length_s, rel=0.05, abs=row["elapsed"] - TOTAL_S)
+    """Within 5 % of the delay and all that the case took besides: on a machine that others keep busy, ranks are
+    late for reasons of their own."""
+    return pytest.approx(length_s, rel=0, abs=0.05 * TOTAL_S + row["elapsed"] - TOTAL_S)
 
 
 def chosen(told: dict[str, list[Told]], *kinds: str) -> list[tuple[str, Told, list[Told]]]:
@@ -89,10 +92,10 @@ def test_a_rank_stopped_from_outside_is_charged(told: dict[str, list[Told]]) -> 
     """A rank that is stopped for a second at any moment, inside an exchange too, has them outside transfer
     and wait, and the others waited for it so long."""
     for _, late, others in chosen(told, "stop-training", "stop-exchange"):
-        assert late["elapsed"] - late["transfer"] - late["wait"] > 0.95 * STOP_S
+        assert late["elapsed"] - late["transfer"] - late["wait"] > STOP_S - MOMENT_S
         for row in others:
-            most_s = 1.05 * STOP_S + row["elapsed"] - STOP_S
-            assert 0.95 * STOP_S < row[f"wait_on_{late['rank']}"] < most_s
+            most_s = row["elapsed"] + MOMENT_S
+            assert STOP_S - MOMENT_S < row[f"wait_on_{late['rank']}"] < most_s
 
 
 def test_a_stopwatch_with_barriers_agrees(told: dict[str, list[Told]]) -> None:
