@@ -59,8 +59,8 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def about(length_s: float, row: Told) -> object:
-    """Within 5 % of the delay and all that the case took besides: on a machine that others keep busy, ranks are
-    late for reasons of their own."""
+    """Within 5 % of the delay, and all that the case took besides: on a machine that others keep busy, ranks
+    are late for reasons of their own."""
     return pytest.approx(length_s, rel=0, abs=0.05 * TOTAL_S + row["elapsed"] - TOTAL_S)
 
 

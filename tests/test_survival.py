@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 from rankwise.config import TrainConfig
 from rankwise.errors import DivergedError
+from rankwise.ledger import Ledger
 from rankwise.models.replica import Replica
 from rankwise.record import Record
 from rankwise.strategies import entry_of, resolve, synchroniser
 from rankwise.strategies.arrival import stand_by
 from rankwise.strategies.assembly import make_sampler
+from rankwise.strategies.base import State
+from rankwise.strategies.past import Past, Position
 from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.world import World
 from rankwise.world.threads import Killed, run_in_threads
@@ -132,6 +135,70 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
 
         counts.append(synchroniser.surely(train))
     return weights_of(model), counts
+
+
+def test_two_commits_are_kept_for_who_comes_in() -> None:
+    """Whoever comes in begins with the weights of the commit that the others say, the last or the one before
+    it, whatever they are by now; a round that begins again does so with the last."""
+    replica = Replica(*make())
+    past = Past(replica, Ledger(), undoes=True, begins_again=True, keeps_commits=True)
+    start = replica.pack().copy()
+    for rounds in range(1, 6):
+        replica.unpack(start + rounds)
+        past.round_begins(Position(1, rounds))
+        replica.unpack(start - rounds)
+        for back in range(min(rounds, 2)):
+            past.commit_at(Position(1, rounds - back)).restore()
+            assert np.array_equal(replica.pack(), start + (rounds - back))
+        replica.unpack(start - rounds)
+        past.commit_at(Position(2, rounds)).restore()
+        assert np.array_equal(replica.pack(), start - rounds)
+        past.begin_again()
+        assert np.array_equal(replica.pack(), start + rounds)
+
+
+def test_an_exchange_that_is_not_made_is_not_taken_back() -> None:
+    """Only the last one is forgotten: those before, which others may not have come through, can be undone."""
+    replica = Replica(*make())
+    past = Past(replica, Ledger(), undoes=True, begins_again=False, keeps_commits=False)
+    start = replica.pack().copy()
+    for rounds in range(3):
+        replica.unpack(start + rounds)
+        past.exchange_begins(State(pending=10 + rounds), Position(1, rounds))
+    past.exchange_is_off()
+    assert past.reached() == [(Position(1, 0), 10), (Position(1, 1), 11)]
+    for rounds in (1, 0):
+        assert past.undo() == (State(pending=10 + rounds), Position(1, rounds))
+        assert np.array_equal(replica.pack(), start + rounds)
+    with pytest.raises(RuntimeError, match="no step to undo"):
+        past.undo()
+
+
+@effort.examples(10, 60)
+@given(st.integers(0, 3), st.integers(8, 40))
+def test_rounds_are_counted_alike_after_a_loss(lost: int, call: int) -> None:
+    """Ranks that gossip are rounds apart when one is lost; those that are left count alike afterwards, since
+    by that number they choose whom they send to."""
+    config = resolve(TrainConfig(ranks=4, batch_size=8, epochs=1, strategy="gossip", topology="exponential"))
+
+    def program(world: World) -> tuple[int, int]:
+        model, optimizer = make()
+        sampler = make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), world.rank)
+        together = Synchroniser(
+            Replica(model, optimizer), entry_of("gossip").build(config), sampler, world, survives=True
+        )
+
+        def train() -> None:
+            for batch in together.batches(1):
+                gradients(model, optimizer, batch.indices)
+                together.step()
+
+        together.surely(train)
+        return together.state.rounds, together.position.rounds
+
+    results = run_in_threads(4, program, kill_at={lost: call})
+    left = [found for found in results if found is not Killed]
+    assert all(rounds == position == left[0][0] > 0 for rounds, position in left)
 
 
 @pytest.mark.parametrize("shrink", ["keep-local-batch", "keep-global-batch"])

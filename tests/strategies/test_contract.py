@@ -14,7 +14,7 @@ from rankwise import synchronise
 from rankwise.config import TrainConfig
 from rankwise.errors import DivergedError
 from rankwise.models.replica import Replica
-from rankwise.strategies import STRATEGIES, resolve
+from rankwise.strategies import STRATEGIES, resolve, synchroniser
 from rankwise.strategies.assembly import make_sampler
 from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.world import World, run_in_threads
@@ -74,6 +74,39 @@ def test_what_is_no_number_is_told_and_stays_where_it_is(name: str, compress: st
     with pytest.raises(DivergedError, match=r"not finite in epoch 1, step \d+"):
         run_in_threads(3, program)
     assert all(np.isfinite(weights_of(model)).all() for model, _ in models[:2])
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_logs_are_compared_every_so_many_rounds(
+    monkeypatch: pytest.MonkeyPatch, name: str, every: int
+) -> None:
+    """So that no log grows with the run, on each rank after the same rounds of each epoch."""
+    monkeypatch.setattr(synchroniser, "SETTLE_ROUNDS", every)
+    settled: list[tuple[int, int, int]] = []
+
+    def program(world: World) -> list[tuple[int, int]]:
+        def settle() -> None:
+            settled.append((world.rank, ranks.position.epoch, ranks.position.rounds))
+
+        world.settle = settle
+        model, optimizer = make()
+        ranks = synchronise(
+            model, optimizer, world, samples=SAMPLES, batch_size=4, epochs=2, strategy=name, **options
+        )
+        rounds = []
+        for epoch in (1, 2):
+            for batch in ranks.batches(epoch):
+                gradients(ranks.model, optimizer, batch.indices)
+                ranks.step()
+            rounds += [(epoch, number) for number in range(1, len(ranks.sampler.rounds(epoch)) + 1)]
+        return rounds
+
+    options = {"sync_every": 2} if STRATEGIES[name].takes("sync_every") else {}
+    for rank, rounds in enumerate(run_in_threads(3, program)):
+        due = [(epoch, number) for epoch, number in rounds if number % every == 0]
+        assert [(epoch, number) for its, epoch, number in settled if its == rank] == due
+        assert due or every > 1
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from torch import nn
 
 from rankwise import synchronise
 from rankwise.errors import Interrupted
-from rankwise.strategies.buckets import _cut
+from rankwise.strategies.buckets import Buckets, _cut
 from rankwise.world import World, run_in_threads
 
 from .loops import (
@@ -133,6 +133,23 @@ def test_buckets_are_as_few_whole_parameters_as_fit(sizes: list[int], most: int)
         assert sum(some) <= most or np.count_nonzero(some) == 1
         assert place == len(sizes) or sum(some) + sizes[place] > most
     assert place == len(sizes)
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=20),
+    st.integers(1, 100),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_buckets_hold_as_many_bytes_as_was_said(sizes: list[int], most: int, dtype: torch.dtype) -> None:
+    """However wide the numbers are, buckets are cut by bytes, the last parameters first."""
+    parameters = [nn.Parameter(torch.zeros(size, dtype=dtype)) for size in sizes]
+    item_bytes = 4 if dtype == torch.float32 else 8
+
+    def program(world: World) -> Buckets:
+        return Buckets(parameters, most * item_bytes + item_bytes / 2, world)
+
+    (found,) = run_in_threads(1, program)
+    assert [bucket.span for bucket in found._buckets] == [its.span for its in _cut(sizes[::-1], most)]
 
 
 @pytest.mark.parametrize(
