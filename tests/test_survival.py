@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from rankwise.config import TrainConfig
-from rankwise.errors import DivergedError
+from rankwise.errors import DivergedError, RankLost
 from rankwise.ledger import Ledger
 from rankwise.models.replica import Replica
 from rankwise.record import Record
@@ -135,6 +135,43 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
 
         counts.append(synchroniser.surely(train))
     return weights_of(model), counts
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@effort.examples(5, 30)
+@given(st.data())
+def test_what_lost_ranks_brought_in_is_told_once(size: int, data: st.DataObject) -> None:
+    """However many are left, one of them tells what a lost one had committed, so that no sample is missing
+    and none is counted twice."""
+    kill_at = {data.draw(st.integers(0, size - 1)): data.draw(st.integers(15, 40))}
+    options = {"strategy": "local-sgd", "sync_every": 1}
+    for found in run_in_threads(size, lambda world: loop(world, options), kill_at=kill_at):
+        assert found is Killed or all((trained == 1).all() for trained in found[1])
+
+
+def test_exchanges_that_fail_for_no_reason_end_the_run() -> None:
+    """If exchanges fail though no rank is lost, ranks repair their world a few times, and then give up."""
+    failed = []
+
+    def program(world: World) -> None:
+        def fail(*_: Any) -> None:
+            failed.append(world.rank)
+            assert len(failed) < 100, "goes on for ever"
+            raise RankLost("an exchange failed")
+
+        model, optimizer = make()
+        config = resolve(TrainConfig(ranks=2, batch_size=BATCH, strategy="local-sgd"))
+        strategy = entry_of("local-sgd").build(config)
+        object.__setattr__(strategy, "prepare", fail)
+        sampler = make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), world.rank)
+        together = Synchroniser(Replica(model, optimizer), strategy, sampler, world, survives=True)
+        for batch in together.batches(1):
+            gradients(model, optimizer, batch.indices)
+            together.step()
+
+    with pytest.raises(RankLost, match="again and again"):
+        run_in_threads(2, program)
+    assert failed.count(0) == failed.count(1) == 1 + synchroniser.MOST_FRUITLESS
 
 
 def test_two_commits_are_kept_for_who_comes_in() -> None:

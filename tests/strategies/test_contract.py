@@ -16,6 +16,7 @@ from rankwise.errors import DivergedError
 from rankwise.models.replica import Replica
 from rankwise.strategies import STRATEGIES, resolve, synchroniser
 from rankwise.strategies.assembly import make_sampler
+from rankwise.strategies.past import Position
 from rankwise.strategies.synchroniser import Synchroniser
 from rankwise.world import World, run_in_threads
 
@@ -135,7 +136,8 @@ def test_uneven_shards_end_together(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_step_can_be_undone(name: str) -> None:
-    """After `undo` weights, buffers, optimiser and state are those before the last commit, to the bit."""
+    """After `undo` weights, buffers, optimiser and state are those before the last commit, to the bit, and
+    what was trained for it has not been brought in."""
 
     def program(world: World) -> None:
         config = resolve(TrainConfig(ranks=world.size, strategy=name, sync_every=1, batch_size=BATCH))
@@ -159,7 +161,12 @@ def test_one_step_can_be_undone(name: str) -> None:
         for batch in ranks.batches(1):
             gradients(model, optimizer, batch.indices)
             ranks.step()
+        before = ranks.trained()
         ranks.undo()
+        assert ranks.position == Position(1, len(sampler.rounds(1)) - 1, closed=False)
+        last = sampler.rounds(1)[-1].parts[world.rank]
+        assert np.array_equal(ranks.trained(), before[: len(before) - len(last)])
+        assert np.array_equal(np.concatenate(ranks._under_way), last)
         state, weights, momentum = seen[-1]
         assert ranks.state is state
         for key, value in model.state_dict().items():
@@ -170,6 +177,28 @@ def test_one_step_can_be_undone(name: str) -> None:
             ranks.undo()
 
     run_in_threads(3, program)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_end_of_an_epoch_can_be_undone(name: str) -> None:
+    """`undo` takes back the end of an epoch alone: all rounds are committed still, with what was trained."""
+
+    def program(world: World) -> None:
+        config = resolve(TrainConfig(ranks=world.size, strategy=name, batch_size=BATCH))
+        model, optimizer = make()
+        sampler = make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), world.rank)
+        build = STRATEGIES[name].build(config)
+        ranks = Synchroniser(Replica(model, optimizer), build, sampler, world, survives=True)
+        for batch in ranks.batches(1):
+            gradients(model, optimizer, batch.indices)
+            ranks.step()
+        before = ranks.trained()
+        ranks.undo()
+        assert ranks.position == Position(1, len(sampler.rounds(1)), closed=False)
+        assert np.array_equal(ranks.trained(), before)
+        assert not ranks._under_way
+
+    assert run_in_threads(3, program) == [None] * 3
 
 
 @pytest.mark.parametrize(("name", "compress"), COMPRESSED)
