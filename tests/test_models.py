@@ -154,6 +154,22 @@ def test_flat_buffers_hold_everything(share: bool) -> None:
     assert all(same) is share
 
 
+@pytest.mark.parametrize("width", [1, 100])
+def test_the_flat_buffer_is_made_once(width: int) -> None:
+    """However large a network, it is packed where it was packed before, and its tail stays; only another
+    tail needs other memory."""
+    model = nn.Linear(width, 7)
+    replica = Replica(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    first = replica.pack(tail=1)
+    first[-1] = 5
+    with torch.no_grad():
+        model.bias += 1
+    assert np.shares_memory(replica.pack(tail=1), first)
+    flat = np.concatenate([parameter.detach().numpy().ravel() for parameter in model.parameters()])
+    assert np.array_equal(first, [*flat, 5])
+    assert np.array_equal(replica.pack(), flat)
+
+
 def test_reset_forgets_the_momentum() -> None:
     """After a reset the optimiser is as if it had just been made."""
     replica = batchnorm_replica()

@@ -149,6 +149,41 @@ def test_what_lost_ranks_brought_in_is_told_once(size: int, data: st.DataObject)
         assert found is Killed or all((trained == 1).all() for trained in found[1])
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_loss_is_told_and_then_when_a_round_is_committed_again(within: bool) -> None:
+    """A loss within an epoch is over, on each rank, when the next round is committed; before the first epoch
+    there is no round to be made again."""
+
+    def program(world: World) -> tuple[list[list[int]], int]:
+        model, optimizer = make()
+        dies = world.rank == 1
+        config = resolve(TrainConfig(ranks=3, batch_size=BATCH, strategy="local-sgd", sync_every=1))
+        sampler = make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), world.rank)
+        strategy = entry_of("local-sgd").build(config)
+        together = Synchroniser(Replica(model, optimizer), strategy, sampler, world, survives=True)
+        losses: list[list[int]] = []
+        commits: list[float] = []
+        together.on_recovery = lambda lost, new, seconds: losses.append(lost)
+        together.on_next_commit = commits.append
+
+        def meet() -> None:
+            if dies and not within:
+                raise Killed
+            world.barrier()
+
+        together.surely(meet)
+        for batch in together.batches(1):
+            if dies and batch.step == 2:
+                raise Killed
+            gradients(model, optimizer, batch.indices)
+            together.step()
+        assert all(seconds >= 0 for seconds in commits)
+        return losses, len(commits)
+
+    results = run_in_threads(3, program)
+    assert results == [([[1]], int(within)), Killed, ([[1]], int(within))]
+
+
 def test_exchanges_that_fail_for_no_reason_end_the_run() -> None:
     """If exchanges fail though no rank is lost, ranks repair their world a few times, and then give up."""
     failed = []
