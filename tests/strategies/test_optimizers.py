@@ -233,3 +233,27 @@ def test_momenta_of_single_numbers_are_averaged_and_steps_are_not() -> None:
     model = copy.deepcopy(PROTOTYPE)
     replica = Replica(model, optim.NAdam(model.parameters()), share_optimizer_state=True)
     assert len(replica.optimizer_tensors()) == 2 * len(list(model.parameters()))
+
+
+class Noisy(optim.SGD):
+    """Draws random numbers for its steps."""
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad += 0.01 * torch.randn(parameter.shape).double()
+        super().step(closure)
+
+
+def test_what_is_tried_draws_no_random_numbers() -> None:
+    """An optimiser that draws random numbers, whose state is asked for before, trains as in a plain loop."""
+    batches = np.array_split(np.arange(SAMPLES), 3)
+    torch.manual_seed(5)
+    expected = plain(of(Noisy, lr=0.1, momentum=0.9), batches)
+    model = copy.deepcopy(PROTOTYPE)
+    torch.manual_seed(5)
+    replica = Replica(model, Noisy(model.parameters(), lr=0.1, momentum=0.9))
+    for indices in batches:
+        gradients(model, replica.optimizer, indices)
+        replica.step()
+    assert np.array_equal(weights_of(model), expected)

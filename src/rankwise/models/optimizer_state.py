@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -196,7 +197,10 @@ def _after_steps(
         twin = _twin(optimizer, dict(zip(map(id, parameters), copies, strict=True)))
         if callable(train := getattr(twin, "train", None)):  # schedule-free ones step in a mode of their own
             train()
-        with torch.random.fork_rng(devices=[]):
+        # What an optimiser draws for its steps is given back; but ranks that are threads share the generator,
+        # and others may be drawing their weights from it just now.
+        alone = threading.current_thread() is threading.main_thread()
+        with torch.random.fork_rng(devices=[], enabled=alone):
             for _ in range(STEPS):
                 twin.step()
     except Exception as error:
