@@ -1,6 +1,6 @@
 """Runs all tests, by groups that can run side by side: `python -m tests`, and `python -m tests full`.
 
-Tests whose ranks are threads run on all cores at once, those that start ranks (`mpi`) four at a time, those
+Tests whose ranks are threads run on all cores at once, those that start ranks (`mpi`) three at a time, those
 that measure time or fight for cores (`alone`) one after the other. `full` adds the cases that are marked so
 and more examples of each property, and runs what computes once more as processors of other makes would.
 """
@@ -32,7 +32,7 @@ class Group:
 
 DAILY = (
     Group("threads", "not mpi and not alone", (*SIDE_BY_SIDE, "auto", "--maxprocesses", "4")),
-    Group("mpi", "mpi and not alone", (*SIDE_BY_SIDE, "4")),
+    Group("mpi", "mpi and not alone", (*SIDE_BY_SIDE, "3")),
     Group("alone", "alone"),
 )
 
