@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
 
-from rankwise.world import run_in_threads, solo_world
+from rankwise.errors import RankwiseError
+from rankwise.world import World, run_in_threads, solo_world
 from rankwise.world.surroundings import started_as_rank
 
 from .conftest import Command
@@ -52,6 +55,27 @@ except KeyboardInterrupt:
 """
     done = command(sys.executable, "-c", program, timeout=30)
     assert (done.code, done.out) == (0, "True\n"), done
+
+
+def test_an_exchange_to_which_all_came_is_not_lost() -> None:
+    """A rank that is slow to leave an exchange gets its result, also if the other has failed since."""
+    got: list[float] = []
+
+    def program(world: World) -> None:
+        value = np.array([float(world.rank + 1)])
+        exchange = world.start_allreduce(value)
+        if world.rank == 1:
+            exchange.wait()
+            raise RankwiseError("the first that is through fails")
+        for thread in threading.enumerate():
+            if thread.name == "rank-1":
+                thread.join()
+        exchange.wait()
+        got.append(float(value[0]))
+
+    with pytest.raises(RankwiseError, match="the first that is through fails"):
+        run_in_threads(2, program)
+    assert got == [3.0]
 
 
 @pytest.mark.parametrize("mark", ["OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMIX_RANK"])

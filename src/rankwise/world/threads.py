@@ -175,8 +175,9 @@ class _Board:
     def _until(self, rank: int, ready: Callable[[], bool], lost: Callable[[], object] | None = None) -> None:
         lost = lost or (lambda: not self.is_whole)
         self.changed.wait_for(lambda: self.broken or lost() or ready())
-        # As under MPI an exchange may succeed on one rank and fail on another.
-        if self.broken or not ready():
+        # As under MPI an exchange may succeed on one rank and fail on another; but one to which all have come
+        # is no longer lost, also where one of them was first out of it and has failed by now.
+        if not ready():
             raise RankLost(f"rank {rank} waited for a rank that has ended")
 
 
