@@ -29,7 +29,7 @@ from pathlib import Path
 
 import common
 
-from rankwise.machine import usable_cores
+from rankwise.system.machine import usable_cores
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.hosts import Hosts

@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rankwise.record import RunFolder
-from rankwise.studies import contest
+from rankwise.runs.folder import RunFolder
+from rankwise.studies import strategy_comparison
 from rankwise.studies.folder import StudyFolder
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = StudyFolder(arguments.study)
     with tempfile.TemporaryDirectory() as scratch, Hosts(arguments.rate, arguments.rate) as hosts:
-        for course in contest.COURSES:
+        for course in strategy_comparison.COURSES:
             for entrant in course.entrants:
                 name = f"{course.model}-{entrant.slug}-link"
                 found = sorted(folder.records.glob(f"{course.model}-{entrant.slug}-lr*-seed0.json"))

@@ -26,14 +26,14 @@ from pathlib import Path
 import torch
 from common import command, finish, images_per_s, record_of, spread, start, turns_of
 
-from rankwise import machine
 from rankwise.config import TrainConfig
+from rankwise.doctor.speed import limits_of
 from rankwise.models.airbench import Airbench
 from rankwise.models.blank import blank_batch, make_gradients, seconds_of
 from rankwise.models.optimizers import make_optimizer
 from rankwise.models.paper_cnn import PaperCNN
 from rankwise.models.replica import Replica
-from rankwise.speed import limits_of
+from rankwise.system import machine
 
 EPOCH_FLOPS = 195e9
 EPOCH_IMAGES = 50_000

@@ -102,7 +102,7 @@ world.close()
 
 
 def bare_exchange(arguments: argparse.Namespace, scratch: Path) -> None:
-    from rankwise.world.surroundings import find_mpiexec, mpi_environment
+    from rankwise.comm.mpi_environment import find_mpiexec, mpi_environment
 
     scratch.mkdir(parents=True)
     program = scratch / "exchanges.py"

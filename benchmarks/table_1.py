@@ -20,7 +20,7 @@ from pathlib import Path
 
 import common
 
-from rankwise.machine import usable_cores
+from rankwise.system.machine import usable_cores
 
 STEM = "averaging-r{ranks}-b16-"
 """Names of the reproduction's records begin so."""

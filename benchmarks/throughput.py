@@ -28,13 +28,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from rankwise import data, strategies
+from rankwise.comm import World, solo_world
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Split
-from rankwise.ledger import PHASES, Ledger, Totals
+from rankwise.ledger.phases import PHASES, Ledger, Totals
 from rankwise.models.paper_cnn import PaperCNN
-from rankwise.record import RunFolder
-from rankwise.run import run
-from rankwise.world import World, solo_world
+from rankwise.runs.folder import RunFolder
+from rankwise.training.rank import run
 
 
 class TutorialCNN(PaperCNN):

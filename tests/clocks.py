@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from rankwise.world import join
+from rankwise.comm import join
 
 world = join()
 ahead_ns = round(float(sys.argv[1]) * 1e9)
@@ -20,15 +20,15 @@ for _ in range(3):
     if world.rank == 1:
         time.sleep(0.3)
     world.allreduce(np.zeros(1000))
-world.settle()
+world.reconcile()
 now_ns = np.array([time.monotonic_ns()])
-error_ns = abs(int((world.since_start(now_ns) + world.logbook.origin_ns - (now_ns - ahead_ns))[0]))
+error_ns = abs(int((world.since_start(now_ns) + world.exchange_log.origin_ns - (now_ns - ahead_ns))[0]))
 assert 0 < world.clock_error_ns < 0.1e9, world.clock_error_ns
 assert error_ns <= world.clock_error_ns, (error_ns, world.clock_error_ns)
 totals = world.ledger.close()
 assert sum(totals.phases_ns.values()) == totals.wall_ns
-assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+assert sum(world.exchange_log.wait_on_ns.values()) == totals.phases_ns["wait"]
 if world.rank != 1:
-    assert 0.85e9 < world.logbook.wait_on_ns[1] < 1e9, world.logbook.wait_on_ns
-assert world.logbook.violations == 0
+    assert 0.85e9 < world.exchange_log.wait_on_ns[1] < 1e9, world.exchange_log.wait_on_ns
+assert world.exchange_log.violations == 0
 print(f"{world.rank} {error_ns} {world.clock_error_ns}")

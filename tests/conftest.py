@@ -18,11 +18,12 @@ import pytest
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from rankwise import strategies
+from rankwise.comm import run_in_threads
+from rankwise.comm.mpi_environment import mpi_environment
+from rankwise.comm.threads import Killed
 from rankwise.config import TrainConfig
-from rankwise.record import Record, RunFolder, Samples
-from rankwise.world import run_in_threads
-from rankwise.world.surroundings import mpi_environment
-from rankwise.world.threads import Killed
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record, Samples
 
 from . import effort, tiny, warm
 from .processes import Belongings, Process, where_all_stand
@@ -94,8 +95,8 @@ def config() -> Callable[..., TrainConfig]:
 @pytest.fixture
 def train_in_threads(tmp_path: Path) -> Callable[..., tuple[Record, RunFolder, dict[str, Any]]]:
     """Trains with one thread a rank; gives the record, the folder, and the weights at the end."""
-    from rankwise import checkpoint
-    from rankwise.run import run
+    from rankwise.runs import checkpoint
+    from rankwise.training.rank import run
 
     def train(
         config: TrainConfig,
@@ -221,7 +222,7 @@ class Finished:
 
 def mpiexec_words(ranks: int) -> list[str]:
     """A real mpiexec for any number of ranks on this machine."""
-    from rankwise.world.surroundings import find_mpiexec
+    from rankwise.comm.mpi_environment import find_mpiexec
 
     mpiexec = find_mpiexec()
     crowd = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"] if mpiexec.is_open_mpi else []

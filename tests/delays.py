@@ -25,18 +25,18 @@ from unittest import mock
 import numpy as np
 import torch
 
-import rankwise.training
+import rankwise.training.loop
+from rankwise.comm import World, join
 from rankwise.config import TrainConfig
 from rankwise.data import prepare
 from rankwise.data.feed import Feed
 from rankwise.data.selection import select
-from rankwise.ledger import PHASES
+from rankwise.ledger.phases import PHASES
 from rankwise.models.replica import Replica
-from rankwise.record import RunFolder
-from rankwise.run import _make_job, _make_replica
+from rankwise.runs.folder import RunFolder
 from rankwise.strategies import exchange, resolve
-from rankwise.training import Losses, train_epoch
-from rankwise.world import World, join
+from rankwise.training.loop import Losses, train_epoch
+from rankwise.training.rank import _make_job, _make_replica
 
 ROUNDS = 3
 LATEST_STOP_S = 0.4
@@ -57,8 +57,8 @@ def held_up(kind: str, length_s: float) -> contextlib.AbstractContextManager[Any
     if kind == "data":
         return mock.patch.object(Feed, "take", late(Feed.take, length_s))
     if kind in ("forward", "barriers"):
-        loss = rankwise.training.F.cross_entropy
-        return mock.patch.object(rankwise.training.F, "cross_entropy", late(loss, length_s))
+        loss = rankwise.training.loop.F.cross_entropy
+        return mock.patch.object(rankwise.training.loop.F, "cross_entropy", late(loss, length_s))
     if kind == "pack":
         return mock.patch.object(Replica, "pack", late(Replica.pack, length_s))
     if kind == "optimizer":
@@ -72,12 +72,12 @@ def held_up(kind: str, length_s: float) -> contextlib.AbstractContextManager[Any
 def told(world: World) -> dict[str, Any]:
     """What the ledger says so far, in seconds."""
     world.barrier()
-    world.settle()
+    world.reconcile()
     totals = world.ledger.close()
     assert sum(totals.phases_ns.values()) == totals.wall_ns
-    assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+    assert sum(world.exchange_log.wait_on_ns.values()) == totals.phases_ns["wait"]
     said = {phase: totals.phases_ns[phase] for phase in PHASES}
-    said |= {f"wait_on_{rank}": world.logbook.wait_on_ns[rank] for rank in range(world.size)}
+    said |= {f"wait_on_{rank}": world.exchange_log.wait_on_ns[rank] for rank in range(world.size)}
     said["barrier"] = world.barrier_wait_ns
     return {name: ns / 1e9 for name, ns in said.items()}
 
@@ -114,7 +114,7 @@ def main(topology: str, *cases: str) -> None:
         print(json.dumps(said | {name: after[name] - before[name] for name in after}), flush=True)
 
 
-def live(job: rankwise.training.Job, kind: str, length_s: float) -> None:
+def live(job: rankwise.training.loop.Job, kind: str, length_s: float) -> None:
     """What goes on while a rank is held up."""
     world, topology = job.synchroniser.world, job.config.topology
     started_s = time.monotonic()

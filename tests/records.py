@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from rankwise.config import TrainConfig
-from rankwise.ledger import PHASES, TRAINING, Ledger
-from rankwise.record import (
+from rankwise.ledger.phases import PHASES, TRAINING, Ledger
+from rankwise.ledger.timeline import EXCHANGE, Timeline
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import (
     SCHEMA_VERSION,
     Clock,
     Efficiency,
@@ -20,12 +22,10 @@ from rankwise.record import (
     Host,
     Rank,
     Record,
-    RunFolder,
     Samples,
 )
 from rankwise.studies.folder import StudyFolder
 from rankwise.studies.runner import Run
-from rankwise.timeline import EXCHANGE, Timeline
 
 MS = 1_000_000
 

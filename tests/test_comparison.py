@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rankwise.record import Efficiency, Record, Target
 from rankwise.report.comparison import Comparison, compare
 from rankwise.report.comparison_formats import terminal
+from rankwise.runs.record import Efficiency, Record, Target
 
 from . import records
 from .test_cli import call

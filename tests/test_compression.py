@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rankwise.compression import INT8_CHUNK, ByPayload, parse
+from rankwise.comm import World, run_in_threads
+from rankwise.comm.half_precision import add_bf16, add_fp16, from_words, to_words
 from rankwise.strategies.base import State
+from rankwise.strategies.compression import INT8_CHUNK, ByPayload, parse
 from rankwise.strategies.exchange import Reduction
-from rankwise.world import World, run_in_threads
-from rankwise.world.halves import add_bf16, add_fp16, from_words, to_words
 
 SHAPES = ((8, 3, 3, 3), (8,), (10, 12), (10,), (3,))
 SIZE = sum(math.prod(shape) for shape in SHAPES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.record import Fault, Record
+from rankwise.runs.record import Fault, Record
 from rankwise.strategies import resolve
 from rankwise.studies import failures
 from rankwise.studies.failures import FULL, QUICK, Found, Setting, Trouble

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rankwise.ledger import PHASES
-from rankwise.record import Epoch, Rank, Record
+from rankwise.ledger.phases import PHASES
+from rankwise.runs.record import Epoch, Rank, Record
 from rankwise.studies import grids, paper, plan
 from rankwise.studies.ledgers import PARTS, breakdown, communication, growth
 from rankwise.studies.page import study_page

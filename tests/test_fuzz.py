@@ -16,11 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from rankwise import checkpoint, cli
+from rankwise import cli
 from rankwise.config import TrainConfig, read_toml
 from rankwise.errors import ConfigError, RankwiseError, ResumeError, TimelineError
-from rankwise.record import RunFolder
-from rankwise.timeline import read_timeline
+from rankwise.ledger.timeline import read_timeline
+from rankwise.runs import checkpoint
+from rankwise.runs.folder import RunFolder
 
 from . import effort, records, tiny
 

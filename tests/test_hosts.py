@@ -12,14 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise.comm.mpi_environment import Mpiexec
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, LaunchError, SupersededError, TrainingError
 from rankwise.launch import hosts as launching
-from rankwise.launch.hosts import Host, fit, parse, read, settle
+from rankwise.launch.hosts import Host, fit, parse, read, resolve_hosts
 from rankwise.launch.mpiexec import command_line
 from rankwise.launch.order import without
-from rankwise.record import Record, RunFolder
-from rankwise.world.surroundings import Mpiexec
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 
 from .hosts import Hosts, why_not
 from .test_cli import call
@@ -57,7 +58,7 @@ def test_a_hostfile_is_that_of_mpiexec(tmp_path: Path) -> None:
 def test_what_are_no_hosts_is_told_in_one_line(text: str, told: str) -> None:
     """A host twice with different slots, no slots, no name, and a name that ssh would take for an option."""
     with pytest.raises(ConfigError) as error:
-        settle(TrainConfig(hosts=text))
+        resolve_hosts(TrainConfig(hosts=text))
     assert told in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -69,23 +70,23 @@ def test_what_is_no_hostfile_is_told_in_one_line(tmp_path: Path, content: str | 
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError) as error:
-        settle(TrainConfig(hostfile=path))
+        resolve_hosts(TrainConfig(hostfile=path))
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_ranks_fill_the_slots() -> None:
     """As many ranks as there are slots, less the spares, unless their number was given."""
-    assert settle(TrainConfig(hosts="a:4,b:3")).ranks == 7
-    assert settle(TrainConfig(hosts="a:4,b:3", spares=2)).ranks == 5
-    assert settle(TrainConfig(hosts="a:4,b:3", ranks=2)).ranks == 2
+    assert resolve_hosts(TrainConfig(hosts="a:4,b:3")).ranks == 7
+    assert resolve_hosts(TrainConfig(hosts="a:4,b:3", spares=2)).ranks == 5
+    assert resolve_hosts(TrainConfig(hosts="a:4,b:3", ranks=2)).ranks == 2
     with pytest.raises(ConfigError, match="leaves none to train"):
-        settle(TrainConfig(hosts="a:1", spares=1))
+        resolve_hosts(TrainConfig(hosts="a:1", spares=1))
 
 
 def test_what_is_left_takes_fewer_ranks() -> None:
     """On fewer hosts a run goes on with the ranks that fit, then with spares; with too few it does not."""
-    config = settle(TrainConfig(hosts="a:2,b:2,c:2", spares=1, min_ranks=3))
+    config = resolve_hosts(TrainConfig(hosts="a:2,b:2,c:2", spares=1, min_ranks=3))
     assert config.ranks == 5
     left = fit(config, [Host("a", 2), Host("c", 2)])
     assert (left.ranks, left.spares, left.hosts) == (4, 0, "a:2,c:2")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rankwise import machine
-from rankwise.launch.mpiexec import SURVIVING_BETWEEN_HOSTS, Pauses, command_line
+from rankwise.comm.mpi_environment import Mpiexec, allocated_hosts
+from rankwise.launch.mpiexec import SURVIVING_BETWEEN_HOSTS, RestartBackoff, command_line
 from rankwise.launch.supervision import supervise
-from rankwise.world.surroundings import Mpiexec, allocated_hosts
+from rankwise.system import machine
 
 OPEN_MPI = Mpiexec(Path("mpiexec"), "mpiexec (Open MPI) 5.0.11")
 MPICH = Mpiexec(Path("mpiexec"), "HYDRA build details: Version: 5.0.2")
@@ -69,7 +69,7 @@ def test_other_mpis_get_no_options_of_open_mpi() -> None:
 def test_pauses_grow_only_while_nothing_comes_of_it() -> None:
     """A restart waits a second; twice as long each time that no epoch came to its end since the last one, up
     to a minute."""
-    pauses = Pauses()
+    pauses = RestartBackoff()
     assert [pauses.after(epochs) for epochs in (0, 0, 0, 3, 4, 4, 3, 9)] == [1, 2, 4, 1, 1, 2, 4, 1]
     assert [pauses.after(9) for _ in range(8)][-1] == 60
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rankwise.ledger as ledgers
-from rankwise.ledger import EXCHANGING, PHASES, Ledger, measure_cost
+import rankwise.ledger.phases as ledgers
+from rankwise.ledger.phases import EXCHANGING, PHASES, Ledger, measure_cost
 
 
 class FakeClock:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rankwise.progress import Progress, read_progress
-from rankwise.record import RunFolder
 from rankwise.report.live import Display
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.progress import Progress, read_progress
 
 
 def row(epoch: int) -> str:

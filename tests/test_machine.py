@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 
-from rankwise import machine
+from rankwise.system import machine
 
 
 def test_a_process_knows_when_it_started() -> None:
     """The start of a process lies between when it was asked for and when it could first look, to a tick."""
-    code = "from rankwise import machine; print(machine.process_start_ns())"
+    code = "from rankwise.system import machine; print(machine.process_start_ns())"
     asked_ns = time.monotonic_ns()
     started_ns = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     answered_ns = time.monotonic_ns()
@@ -24,7 +24,7 @@ def test_a_process_knows_when_it_started() -> None:
 def test_freed_memory_is_kept() -> None:
     """Once asked for, memory that is freed serves the next allocation: the kernel gives no new pages."""
     code = (
-        "import resource, torch; from rankwise import machine; machine.keep_freed_memory()\n"
+        "import resource, torch; from rankwise.system import machine; machine.keep_freed_memory()\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for turn in range(20):\n"
         "    before = faults(); [torch.ones(1 << 20) for _ in range(8)]\n"
@@ -37,6 +37,6 @@ def test_freed_memory_is_kept() -> None:
 
 def test_processes_of_one_machine_read_one_clock() -> None:
     """Two processes on one machine name the same clock."""
-    code = "from rankwise import machine; print(machine.clock_name())"
+    code = "from rankwise.system import machine; print(machine.clock_name())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
     assert other.strip() == machine.clock_name()

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rankwise.record import Record, RunFolder
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 
 from . import tiny
 from .conftest import MPI_SIZES, Command, mpiexec_words, read_weights
@@ -92,9 +93,9 @@ def test_mpi_and_threads_give_the_same(command: Command, tmp_path: Path, topolog
     assert all((one[name] == two[name]).all() for name in one)
     if topology == "master":
         from rankwise import strategies
+        from rankwise.comm import run_in_threads
         from rankwise.config import TrainConfig
-        from rankwise.run import run
-        from rankwise.world import run_in_threads
+        from rankwise.training.rank import run
 
         config = strategies.resolve(
             TrainConfig(dataset=tiny.DATASET, model=tiny.MODEL, lr=0.02, epochs=2, ranks=3, threads=1)

@@ -221,7 +221,7 @@ def test_steps_are_numbered_by_who_makes_the_most(
             first_worker=0,
             batch_sizes=sizes[:workers],
             sync_every=lambda epoch: sync_every,
-            in_lockstep=lockstep,
+            syncs_every_step=lockstep,
         )
         for rank in range(workers)
     ]

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from rankwise import machine, strategies
+from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.models.precision import autocast
-from rankwise.record import Record, RunFolder
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
+from rankwise.system import machine
 
 from .conftest import stopped
 

@@ -17,20 +17,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError
 from rankwise.prediction import collectives
 from rankwise.prediction.network import NETWORKS, Cluster, Link, coefficients, read_network
+from rankwise.prediction.options import PredictionOptions
 from rankwise.prediction.predict import predict, read_ranks
 from rankwise.prediction.simulation import gossip, serve_all
 from rankwise.prediction.slowest import expected_maximum, sums
-from rankwise.prediction.source import Crowd, Source, read_source
+from rankwise.prediction.source import OversubscribedRun, Source, read_source
 from rankwise.prediction.steps import SLICE_S, compute_at
 from rankwise.prediction.traffic import SUMMARY, Model, traffic
-from rankwise.prediction.wishes import Wishes
-from rankwise.record import Record, RunFolder
-from rankwise.strategies.assembly import synchronise
-from rankwise.world import World, run_in_threads
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
+from rankwise.training.build import synchronise
 
 from .conftest import Command
 from .test_cli import call
@@ -310,7 +311,7 @@ def test_what_not_every_epoch_has(train_in_threads: Train, config: Make) -> None
     (compute,) = source.compute
     assert compute.evaluation_s == pytest.approx(sorted(told[epoch] for epoch in (3, 6, 7))[1], rel=0.3)
     assert source.checkpoint_s > 0
-    found = predict(source, Wishes(ranks="1"))
+    found = predict(source, PredictionOptions(ranks="1"))
     assert found.points[0].parts.evaluation == pytest.approx(compute.evaluation_s / 3)
     assert any("frozen parameters" in remark for remark in found.remarks)
 
@@ -319,7 +320,7 @@ def test_a_turn_of_another_rank(source: Source) -> None:
     """Where ranks share cores each exchange waits for a turn of another one, and nowhere else."""
 
     def transfer_s(cores: int) -> float:
-        wishes = Wishes(ranks="4", strategy="allreduce", threads=1, cores_per_host=cores)
+        wishes = PredictionOptions(ranks="4", strategy="allreduce", threads=1, cores_per_host=cores)
         return predict(source, wishes).points[0].parts.transfer
 
     rounds = source.samples // (4 * 16)
@@ -340,7 +341,7 @@ def test_ten_thousand_ranks(source: Source) -> None:
         "easgd",
         "gossip",
     ):
-        found = predict(large, Wishes(ranks="1,2,100,10000", strategy=strategy, network="10gbe"))
+        found = predict(large, PredictionOptions(ranks="1,2,100,10000", strategy=strategy, network="10gbe"))
         assert [point.ranks for point in found.points] == [1, 2, 100, 10_000]
         for point in found.points:
             assert 0 < point.low_s <= point.epoch_s <= point.high_s < np.inf
@@ -354,7 +355,9 @@ def test_what_is_only_a_lower_bound_is_called_one(
     source: Source, threads: int, ranks: int, said: bool
 ) -> None:
     """Ranks of several threads that share cores are said to take longer than predicted, and no others."""
-    found = predict(source, Wishes(ranks=str(ranks), threads=threads, cores_per_host=2, strategy="allreduce"))
+    found = predict(
+        source, PredictionOptions(ranks=str(ranks), threads=threads, cores_per_host=2, strategy="allreduce")
+    )
     assert any("share cores" in remark for remark in found.remarks) == said
 
 
@@ -363,7 +366,7 @@ def test_what_must_grow_grows(source: Source) -> None:
 
     def epoch_s(**wishes: Any) -> float:
         defaults = {"ranks": "8", "strategy": "allreduce", "cores_per_host": 8, "threads": 1}
-        return predict(source, Wishes(**defaults | wishes)).points[0].epoch_s
+        return predict(source, PredictionOptions(**defaults | wishes)).points[0].epoch_s
 
     assert epoch_s(network="1gbe", ranks_per_host=2) > epoch_s(network="100gbe", ranks_per_host=2) > epoch_s()
     assert epoch_s(cores_per_host=2) > epoch_s(cores_per_host=4) > epoch_s()
@@ -416,10 +419,12 @@ def test_runs_of_several_ranks_tell_of_messages(
     assert found.messages.measured
     assert found.messages.local.s_per_byte > 0
     assert found.samples == record.epochs[0].train_samples
-    own = predict(found, Wishes(ranks="3"))
+    own = predict(found, PredictionOptions(ranks="3"))
     assert str(options["strategy"]) in own.about
     assert "batches of 16" in own.about
-    more, most = (predict(found, Wishes(ranks="3", samples=times * found.samples)) for times in (10, 100))
+    more, most = (
+        predict(found, PredictionOptions(ranks="3", samples=times * found.samples)) for times in (10, 100)
+    )
     # What an epoch has once, however many samples, weighs less and less.
     assert more.points[0].images_per_s > 0.9 * own.points[0].images_per_s
     assert most.points[0].images_per_s == pytest.approx(more.points[0].images_per_s, rel=0.5)
@@ -448,17 +453,17 @@ def test_runs_on_shared_cores_tell_how_long_ranks_wait_for_one(
     shared cores; where each rank has a core nobody does, and no run makes an exchange shorter."""
 
     def epoch_s(known: Source, ranks: int, cores: int) -> float:
-        wishes = Wishes(ranks=str(ranks), strategy=strategy, threads=1, cores_per_host=cores)
+        wishes = PredictionOptions(ranks=str(ranks), strategy=strategy, threads=1, cores_per_host=cores)
         point = predict(known, wishes).points[0]
         return point.epoch_s - point.parts.evaluation - point.parts.checkpoint
 
     options = config(ranks=5, strategy=strategy, batch_size=16)
     known = replace(source, cores=2)
-    without_s = epoch_s(replace(known, crowds=(Crowd(2.0, options, source.samples, 0.0),)), 5, 2)
+    without_s = epoch_s(replace(known, crowds=(OversubscribedRun(2.0, options, source.samples, 0.0),)), 5, 2)
     steps = -(-source.samples // (options.workers * 16))
     assert epoch_s(known, 5, 2) > without_s
     longer_s = 0.01 * steps
-    told = replace(known, crowds=(Crowd(2.0, options, source.samples, without_s + longer_s),))
+    told = replace(known, crowds=(OversubscribedRun(2.0, options, source.samples, without_s + longer_s),))
     assert epoch_s(told, 5, 2) == pytest.approx(without_s + longer_s, rel=0.02)
     assert epoch_s(told, 5, 5) == pytest.approx(epoch_s(known, 5, 5))
 
@@ -476,7 +481,7 @@ def test_steps_behind_an_exchange(source: Source) -> None:
 
     def compute_s(known: Source, **wishes: Any) -> float:
         wishes = {"ranks": "2", "threads": 1, "cores_per_host": 2} | wishes
-        return predict(known, Wishes(**wishes)).points[0].parts.compute
+        return predict(known, PredictionOptions(**wishes)).points[0].parts.compute
 
     steps = source.samples / 2 / 16
     for every, count in ((1, steps), (8, -(-steps // 8))):
@@ -501,7 +506,8 @@ def test_ranges_of_ranks() -> None:
 
 
 def test_bad_wishes(source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wishes that do not fit end with code 2 and one line that says what was given and what is expected."""
+    """PredictionOptions that do not fit end with code 2 and one line that says what was given and what is
+    expected."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "slow.toml").write_text("latency_us = 5\n")
     (tmp_path / "odd.toml").write_text("latency_us = 5\nbandwidth_gbit_s = 0\n")

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rankwise import data, models, synchronise
+from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.data import resizing
 from rankwise.data.feed import Feed, as_input
@@ -26,8 +27,8 @@ from rankwise.models.muon import COEFFICIENTS, STEPS, Muon, orthogonalised
 from rankwise.models.optimizers import hidden_matrices, make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.models.whitening import whiten
-from rankwise.record import Record, RunFolder
-from rankwise.world import World, run_in_threads
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 
 from . import tiny
 from .conftest import stopped

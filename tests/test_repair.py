@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise.comm import World
+from rankwise.comm.threads import Killed, run_in_threads
+from rankwise.comm.world import Traffic
 from rankwise.errors import RankLost
-from rankwise.world import World
-from rankwise.world.threads import Killed, run_in_threads
-from rankwise.world.world import Traffic
 
 from .world_contract import check
 
@@ -71,12 +71,12 @@ def test_waiting_is_charged_under_first_numbers(lost: int) -> None:
         except RankLost:
             world.repair()
         exchange(world, 2)
-        world.settle()
+        world.reconcile()
         totals = world.ledger.close()
         assert sum(totals.phases_ns.values()) == totals.wall_ns
-        assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+        assert sum(world.exchange_log.wait_on_ns.values()) == totals.phases_ns["wait"]
         assert totals.phases_ns["recovery"] > 0
-        return dict(world.logbook.wait_on_ns)
+        return dict(world.exchange_log.wait_on_ns)
 
     results = run_in_threads(3, program)
     assert results[lost] is Killed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.record import Record
+from rankwise.runs.record import Record
 from rankwise.strategies import entry_of
 from rankwise.studies.folder import PLACES
 

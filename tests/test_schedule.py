@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise import synchronise
+from rankwise.comm import solo_world
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
-from rankwise.schedule import check, rate_factor, scheduler
-from rankwise.world import solo_world
+from rankwise.training.schedule import check, rate_factor, scheduler
 
 from .strategies.loops import BATCH, SAMPLES, gradients, make
 

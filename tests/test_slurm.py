@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.record import Record, RunFolder
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 
 from . import tiny
 from .conftest import SURROUNDINGS

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise.comm import World
+from rankwise.comm.threads import Killed, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.data.sampler import _shares
 from rankwise.errors import RankLost
-from rankwise.record import Record
-from rankwise.strategies import synchroniser
-from rankwise.world import World
-from rankwise.world.threads import Killed, run_in_threads
+from rankwise.runs.record import Record
+from rankwise.training import synchroniser
 
 from . import effort
 from .test_survival import SYNCHRONOUS, loop
@@ -61,12 +61,12 @@ def test_a_spare_comes_in() -> None:
                 raise AssertionError
             except RankLost:
                 standings = world.repair(world.rank)
-            world.broadcast_object(world.logbook.replay, 0)
+            world.broadcast_object(world.exchange_log.ideal_time, 0)
         check(world)
-        world.settle()
+        world.reconcile()
         totals = world.ledger.close()
         assert sum(totals.phases_ns.values()) == totals.wall_ns
-        assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+        assert sum(world.exchange_log.wait_on_ns.values()) == totals.phases_ns["wait"]
         return world.members, standings
 
     results = run_in_threads(5, program)

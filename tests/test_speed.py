@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rankwise import speed
 from rankwise.cli import main
+from rankwise.doctor.installation import speed
 from rankwise.models.blank import blank_batch, seconds_of
 from rankwise.models.replica import Replica
 

@@ -17,10 +17,11 @@ import pytest
 from rich.console import Console
 
 from rankwise.config import read_preset
-from rankwise.progress import Progress
-from rankwise.record import Record, RunFolder
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.progress import Progress
+from rankwise.runs.record import Record
 from rankwise.studies import plan, runner
-from rankwise.studies.board import Board, Pace, in_words
+from rankwise.studies.study_progress import Pace, StudyProgress, in_words
 
 from . import records
 from .conftest import Command
@@ -101,7 +102,7 @@ def test_the_board(tmp_path: Path, terminal: bool) -> None:
     progress.start(2)
     progress.add(500, 800.0)
     console = Console(file=screen, force_terminal=terminal, width=140)
-    with Board(console, [10.0, 30.0, 20.0]) as board:
+    with StudyProgress(console, [10.0, 30.0, 20.0]) as board:
         board.keep(records.record(1, epochs=records.epochs(10, wall_s=2.0)))
         board.start("second")
         board.look("second", folder, epochs=3, samples_per_epoch=1000)

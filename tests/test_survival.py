@@ -10,19 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from rankwise.comm import World
+from rankwise.comm.threads import Killed, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.errors import DivergedError, RankLost
-from rankwise.ledger import Ledger
+from rankwise.ledger.phases import Ledger
 from rankwise.models.replica import Replica
-from rankwise.record import Record
-from rankwise.strategies import entry_of, resolve, synchroniser
-from rankwise.strategies.arrival import stand_by
-from rankwise.strategies.assembly import make_sampler
+from rankwise.runs.record import Record
+from rankwise.strategies import entry_of, resolve
 from rankwise.strategies.base import State
-from rankwise.strategies.past import Past, Position
-from rankwise.strategies.synchroniser import Synchroniser
-from rankwise.world import World
-from rankwise.world.threads import Killed, run_in_threads
+from rankwise.training import synchroniser
+from rankwise.training.admission import stand_by
+from rankwise.training.build import make_sampler
+from rankwise.training.snapshots import Progress, Snapshots
+from rankwise.training.synchroniser import Synchroniser
 
 from . import digits, effort
 from .strategies.loops import BATCH, SAMPLES, gradients, make, weights_of
@@ -123,7 +124,7 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
         arrival=arrival,
     )
     counts = []
-    for epoch in range(arrival.position.epoch if arrival else 1, 4):
+    for epoch in range(arrival.progress.epoch if arrival else 1, 4):
 
         def train(epoch: int = epoch) -> Any:
             for batch in synchroniser.batches(epoch):
@@ -133,7 +134,7 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
             world.allreduce(trained)
             return trained
 
-        counts.append(synchroniser.surely(train))
+        counts.append(synchroniser.retry_until_all(train))
     return weights_of(model), counts
 
 
@@ -171,7 +172,7 @@ def test_a_loss_is_told_and_then_when_a_round_is_committed_again(within: bool) -
                 raise Killed
             world.barrier()
 
-        together.surely(meet)
+        together.retry_until_all(meet)
         for batch in together.batches(1):
             if dies and batch.step == 2:
                 raise Killed
@@ -213,37 +214,37 @@ def test_two_commits_are_kept_for_who_comes_in() -> None:
     """Whoever comes in begins with the weights of the commit that the others say, the last or the one before
     it, whatever they are by now; a round that begins again does so with the last."""
     replica = Replica(*make())
-    past = Past(replica, Ledger(), undoes=True, begins_again=True, keeps_commits=True)
+    snapshots = Snapshots(replica, Ledger(), undoes=True, begins_again=True, keeps_commits=True)
     start = replica.pack().copy()
     for rounds in range(1, 6):
         replica.unpack(start + rounds)
-        past.round_begins(Position(1, rounds))
+        snapshots.round_begins(Progress(1, rounds))
         replica.unpack(start - rounds)
         for back in range(min(rounds, 2)):
-            past.commit_at(Position(1, rounds - back)).restore()
+            snapshots.commit_at(Progress(1, rounds - back)).restore()
             assert np.array_equal(replica.pack(), start + (rounds - back))
         replica.unpack(start - rounds)
-        past.commit_at(Position(2, rounds)).restore()
+        snapshots.commit_at(Progress(2, rounds)).restore()
         assert np.array_equal(replica.pack(), start - rounds)
-        past.begin_again()
+        snapshots.begin_again()
         assert np.array_equal(replica.pack(), start + rounds)
 
 
 def test_an_exchange_that_is_not_made_is_not_taken_back() -> None:
     """Only the last one is forgotten: those before, which others may not have come through, can be undone."""
     replica = Replica(*make())
-    past = Past(replica, Ledger(), undoes=True, begins_again=False, keeps_commits=False)
+    snapshots = Snapshots(replica, Ledger(), undoes=True, begins_again=False, keeps_commits=False)
     start = replica.pack().copy()
     for rounds in range(3):
         replica.unpack(start + rounds)
-        past.exchange_begins(State(pending=10 + rounds), Position(1, rounds))
-    past.exchange_is_off()
-    assert past.reached() == [(Position(1, 0), 10), (Position(1, 1), 11)]
+        snapshots.exchange_begins(State(pending=10 + rounds), Progress(1, rounds))
+    snapshots.exchange_is_off()
+    assert snapshots.reached() == [(Progress(1, 0), 10), (Progress(1, 1), 11)]
     for rounds in (1, 0):
-        assert past.undo() == (State(pending=10 + rounds), Position(1, rounds))
+        assert snapshots.undo() == (State(pending=10 + rounds), Progress(1, rounds))
         assert np.array_equal(replica.pack(), start + rounds)
     with pytest.raises(RuntimeError, match="no step to undo"):
-        past.undo()
+        snapshots.undo()
 
 
 @effort.examples(10, 60)
@@ -265,8 +266,8 @@ def test_rounds_are_counted_alike_after_a_loss(lost: int, call: int) -> None:
                 gradients(model, optimizer, batch.indices)
                 together.step()
 
-        together.surely(train)
-        return together.state.rounds, together.position.rounds
+        together.retry_until_all(train)
+        return together.state.rounds, together.progress.rounds
 
     results = run_in_threads(4, program, kill_at={lost: call})
     left = [found for found in results if found is not Killed]
@@ -339,6 +340,6 @@ def test_batches_after_a_loss(config: Make, shrink: str, batch: int) -> None:
     made = config(ranks=4, topology="master", batch_size=16, on_shrink=shrink, strategy="local-sgd")
     sampler = make_sampler(made, np.arange(960), np.zeros(960, np.int64), 3)
     assert len(next(sampler.batches(1))) == 16
-    sampler.regroup(1, 2, [0, 1, 3], [0, 0, 0])
+    sampler.redistribute(1, 2, [0, 1, 3], [0, 0, 0])
     assert len(next(sampler.batches(1, 2))) == batch
     assert len(next(sampler.batches(2))) == batch

@@ -10,9 +10,10 @@ import torch
 
 from rankwise.cli import main
 from rankwise.config import TrainConfig
-from rankwise.record import Record, RunFolder, Target
 from rankwise.report.run_tables import numbers
 from rankwise.report.summary import summary
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record, Target
 
 from . import records, tiny
 from .conftest import Command

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.errors import TimelineError
-from rankwise.ledger import PHASES, Ledger
-from rankwise.timeline import EXCHANGE, RECENT, SAMPLED, RankTimeline, Timeline, read_timeline
+from rankwise.ledger.phases import PHASES, Ledger
+from rankwise.ledger.timeline import EXCHANGE, RECENT, SAMPLED, RankTimeline, Timeline, read_timeline
 
 from . import effort
 from .test_ledger import FakeClock

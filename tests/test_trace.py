@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from rankwise.config import TrainConfig
-from rankwise.ledger import PHASES
-from rankwise.record import Clock, Record, RunFolder
+from rankwise.ledger.phases import PHASES
+from rankwise.ledger.timeline import EPOCH, EXCHANGE, SPAN, STEP, RankTimeline, read_timeline
+from rankwise.ledger.waits import Pattern
 from rankwise.report.trace import Event, events, write_trace
-from rankwise.timeline import EPOCH, EXCHANGE, SPAN, STEP, RankTimeline, read_timeline
-from rankwise.world.waits import Pattern
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Clock, Record
 
 from . import records, tiny
 from .test_cli import call

@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from rankwise import checkpoint, strategies, training
+from rankwise import strategies
+from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, DivergedError, Interrupted, ResumeError, StorageError
-from rankwise.ledger import PHASES
-from rankwise.record import Record, RunFolder
-from rankwise.run import run
-from rankwise.training import count_samples
-from rankwise.world import World, run_in_threads
+from rankwise.ledger.phases import PHASES
+from rankwise.runs import checkpoint
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
+from rankwise.training import loop
+from rankwise.training.loop import count_samples
+from rankwise.training.rank import run
 
 from . import tiny
 from .conftest import stopped
@@ -138,13 +141,13 @@ def test_what_is_cut_back_is_what_a_stop_leaves(
     in its second epoch: the same files, checkpoints of the same bits, the same metrics, record and notes."""
     options = {**KEPT, "ranks": 3, "strategy": strategy, "optimizer_state": "keep"}
     copy = stopped(train_in_threads(config(**options), folder="whole")[1])
-    real = training.train_epoch
+    real = loop.train_epoch
 
-    def stop_in_the_second(job: training.Job, epoch: int, losses: training.Losses) -> None:
+    def stop_in_the_second(job: loop.Job, epoch: int, losses: loop.Losses) -> None:
         job.synchroniser.world.stopping = epoch == 2
         real(job, epoch, losses)
 
-    monkeypatch.setattr(training, "train_epoch", stop_in_the_second)
+    monkeypatch.setattr(loop, "train_epoch", stop_in_the_second)
     with pytest.raises(Interrupted):
         train_in_threads(config(**options), folder="stopped")
     left = RunFolder(copy.path.with_name("stopped"))

@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rankwise import data, machine
+from rankwise import data
 from rankwise.cli import main
 from rankwise.config import TrainConfig
 from rankwise.errors import LaunchError
 from rankwise.launch import tuning
-from rankwise.launch.contest import Options, TrialFailed, Tried, choose
 from rankwise.launch.order import Order
-from rankwise.record import Record
+from rankwise.launch.tournament import Options, TrialFailed, Tried, choose
+from rankwise.runs.record import Record
+from rankwise.system import machine
 
 from . import records
 

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from rankwise.comm import World
+from rankwise.comm.clock_sync import CommonClock
+from rankwise.comm.world import Exchange
 from rankwise.errors import RankLost
-from rankwise.ledger import Ledger
-from rankwise.timeline import Timeline
-from rankwise.world import World
-from rankwise.world.clocks import CommonClock
-from rankwise.world.logbook import Logbook
-from rankwise.world.replay import Replay
-from rankwise.world.waits import ENTRY, Mail, Pattern, split, violations
-from rankwise.world.world import Exchange
+from rankwise.ledger.exchange_log import ExchangeLog
+from rankwise.ledger.ideal_time import IdealTime
+from rankwise.ledger.phases import Ledger
+from rankwise.ledger.timeline import Timeline
+from rankwise.ledger.waits import ENTRY, MessageMatcher, Pattern, split, violations
 
 from .simulation import Clock, Program, simulate, token
 
@@ -29,7 +29,7 @@ DELAY_NS = 777_000_000
 
 @st.composite
 def logs(draw: st.DrawFn) -> np.ndarray:
-    """Logs of collective exchanges with any times, some in the background, some with lapses."""
+    """Logs of collective exchanges with any times, some in the background, some with stalls."""
     ranks, exchanges = draw(st.integers(2, 6)), draw(st.integers(0, 20))
 
     def some(most: int) -> np.ndarray:
@@ -41,8 +41,8 @@ def logs(draw: st.DrawFn) -> np.ndarray:
     log["posted_ns"] = some(10**15)
     log["entered_ns"] = log["posted_ns"] + some(10**12)
     log["left_ns"] = log["entered_ns"] + some(10**12)
-    log["lapse_start_ns"] = log["entered_ns"] + some(10**12)
-    log["lapse_end_ns"] = np.minimum(log["lapse_start_ns"] + some(10**12), log["left_ns"])
+    log["stall_start_ns"] = log["entered_ns"] + some(10**12)
+    log["stall_end_ns"] = np.minimum(log["stall_start_ns"] + some(10**12), log["left_ns"])
     return log
 
 
@@ -66,7 +66,7 @@ def test_waiting_is_a_part_of_the_exchange_and_charged_to_others(log: np.ndarray
 def test_the_last_to_come_does_not_wait(log: np.ndarray) -> None:
     """In an exchange of all with all the rank that comes last waits for nobody, unless somebody stops."""
     log["pattern"] = Pattern.ALL_TO_ALL
-    log["lapse_start_ns"] = log["lapse_end_ns"] = 0
+    log["stall_start_ns"] = log["stall_end_ns"] = 0
     for exchange in range(log.shape[1]):
         last = int(log["posted_ns"][:, exchange].argmax())
         assert split(log[:, exchange : exchange + 1], last).wait_ns == 0
@@ -92,9 +92,9 @@ def test_a_rank_that_stops_inside_an_exchange_is_the_late_one(size: int) -> None
             [[entry(posted_ns=100 + rank, entered_ns=100 + rank, left_ns=2_050)] for rank in range(size)],
             ENTRY,
         )
-        log["lapse_start_ns"][stopped], log["lapse_end_ns"][stopped] = 500, 2_000
+        log["stall_start_ns"][stopped], log["stall_end_ns"][stopped] = 500, 2_000
         other = (stopped + 1) % size  # has a short one of its own, and a later one
-        log["lapse_start_ns"][other], log["lapse_end_ns"][other] = 2_005, 2_030
+        log["stall_start_ns"][other], log["stall_end_ns"][other] = 2_005, 2_030
         latest = 100 + size - 1
         for rank in range(size):
             found = split(log, rank)
@@ -116,7 +116,7 @@ def test_a_stop_is_passed_on_by_a_master() -> None:
                 entry(**gather, left_ns=2_010),
                 entry(**spread, posted_ns=2_020, entered_ns=2_020, left_ns=2_030),
             ],
-            [entry(**gather, left_ns=2_000, lapse_start_ns=10, lapse_end_ns=2_000), entry(**spread)],
+            [entry(**gather, left_ns=2_000, stall_start_ns=10, stall_end_ns=2_000), entry(**spread)],
             [entry(**gather, left_ns=5), entry(**spread, posted_ns=6, entered_ns=6, left_ns=2_035)],
         ],
         ENTRY,
@@ -133,7 +133,7 @@ def check_sums(worlds: list[World]) -> None:
     for world in worlds:
         totals = world.ledger.close()
         assert sum(totals.phases_ns.values()) == totals.wall_ns
-        assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+        assert sum(world.exchange_log.wait_on_ns.values()) == totals.phases_ns["wait"]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -186,7 +186,7 @@ def test_an_injected_delay_is_charged_to_its_rank(size: int, exchange: str, host
             else:
                 assert phases_ns["forward"] == 0
                 assert phases_ns["wait"] == pytest.approx(3 * DELAY_NS, rel=1e-4, abs=near_ns)
-                assert world.logbook.wait_on_ns[slow] == pytest.approx(phases_ns["wait"], abs=near_ns)
+                assert world.exchange_log.wait_on_ns[slow] == pytest.approx(phases_ns["wait"], abs=near_ns)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -214,7 +214,7 @@ def test_a_stop_inside_an_exchange_is_charged(size: int, hosts: str) -> None:
                 assert phases_ns["other"] == pytest.approx(DELAY_NS, abs=100 * TRANSFER_NS)
                 assert phases_ns["wait"] <= 100 * TRANSFER_NS
             else:
-                waited_ns = world.logbook.wait_on_ns[stopped]
+                waited_ns = world.exchange_log.wait_on_ns[stopped]
                 assert waited_ns == pytest.approx(DELAY_NS, abs=100 * TRANSFER_NS)
 
 
@@ -235,7 +235,7 @@ def test_what_is_hidden_stands_beside_the_sum() -> None:
         assert phases_ns["backward"] == 1_000_000
         assert phases_ns["wait"] <= 50_000 + 10 * TRANSFER_NS
         # Rank 0 posted first: it has company, and something to hide, only once rank 1 has come.
-        assert world.logbook.hidden_ns == pytest.approx(
+        assert world.exchange_log.hidden_ns == pytest.approx(
             950_000 if world.rank == 0 else 1_000_000, abs=TRANSFER_NS
         )
 
@@ -254,18 +254,18 @@ def test_the_ends_of_a_message_may_be_told_apart(late_end: str, hosts: str) -> N
             exchange = world.start_receive(token())
         if (world.rank == 0) != (late_end == "send"):
             exchange.wait()
-            world.settle()
+            world.reconcile()
         else:
-            world.settle()
+            world.reconcile()
             exchange.wait()
 
     worlds = simulate(2, program, clocks=[Clock(), Clock(10**15)] if hosts == "several hosts" else None)
     check_sums(worlds)
-    waited_ns = worlds[1].logbook.wait_on_ns[0]
+    waited_ns = worlds[1].exchange_log.wait_on_ns[0]
     if late_end == "receive":
         # It was in the settling that the receiver waited; when it came to the receive, all was there.
         assert waited_ns == pytest.approx(DELAY_NS, abs=200 * TRANSFER_NS)
-        assert worlds[1].logbook.hidden_ns > 0
+        assert worlds[1].exchange_log.hidden_ns > 0
     else:
         assert waited_ns == pytest.approx(DELAY_NS, abs=200 * TRANSFER_NS)
 
@@ -287,7 +287,7 @@ def test_a_master_passes_waiting_on_by_messages_too() -> None:
     worlds = simulate(3, program)
     check_sums(worlds)
     for rank in (0, 1):
-        assert worlds[rank].logbook.wait_on_ns[2] == pytest.approx(DELAY_NS, abs=50 * TRANSFER_NS)
+        assert worlds[rank].exchange_log.wait_on_ns[2] == pytest.approx(DELAY_NS, abs=50 * TRANSFER_NS)
 
 
 def test_a_synchronous_sender_waits_for_a_late_receiver() -> None:
@@ -296,8 +296,8 @@ def test_a_synchronous_sender_waits_for_a_late_receiver() -> None:
     receive = {"pattern": Pattern.RECEIVE, "peer": 0, "posted_ns": 900, "entered_ns": 900, "left_ns": 1_000}
     held, let_go = (np.array([entry(**send, left_ns=left)], ENTRY) for left in (950, 120))
     other = np.array([entry(**receive)], ENTRY)
-    assert Mail(0).split([held, other])[1].charged_ns == {1: 800}
-    assert Mail(0).split([let_go, other])[1].charged_ns == {}
+    assert MessageMatcher(0).split([held, other])[1].charged_ns == {1: 800}
+    assert MessageMatcher(0).split([let_go, other])[1].charged_ns == {}
 
 
 def test_a_held_sender_charges_its_receiver() -> None:
@@ -308,7 +308,7 @@ def test_a_held_sender_charges_its_receiver() -> None:
     from_0 = entry(pattern=Pattern.RECEIVE, posted_ns=900, entered_ns=900, left_ns=1_000)
     late = entry(pattern=Pattern.SEND, peer=1, posted_ns=790, entered_ns=790, left_ns=800)
     logs = [np.array(rows, ENTRY) for rows in ([to_1], [from_2, from_0], [late])]
-    assert Mail(0).split(logs)[1].charged_ns == {1: 800}
+    assert MessageMatcher(0).split(logs)[1].charged_ns == {1: 800}
 
 
 @pytest.mark.parametrize("first", [0, 300])
@@ -328,7 +328,7 @@ def test_waiting_for_messages_is_a_part_of_them_and_charged_to_others(
             rows[first + owner].append(entry(pattern=pattern, peer=first + peer, number=number, **times))
     logs = [np.array(its, ENTRY) for its in rows]
     for rank in range(first, first + 3):
-        names, found = Mail(rank).split(logs)
+        names, found = MessageMatcher(rank).split(logs)
         assert len(names) == len(logs[rank])
         assert (found.wait_ns >= 0).all()
         assert (found.wait_ns <= logs[rank]["left_ns"] - logs[rank]["entered_ns"]).all()
@@ -348,10 +348,10 @@ def test_an_exchange_that_fails_is_recovery(failed_ns: int) -> None:
         with world.ledger.phase("forward"):
             clock.work(500)
             with pytest.raises(RankLost):
-                world.finish(world.logbook.receive(8), lose)
+                world.finish(world.exchange_log.receive(8), lose)
         phases_ns = world.ledger.close().phases_ns
         assert (phases_ns["recovery"], phases_ns["transfer"]) == (failed_ns, 0)
-        assert phases_ns["forward"] == world.logbook.ideal_ns() == 500
+        assert phases_ns["forward"] == world.exchange_log.ideal_ns() == 500
 
     assert len(simulate(2, program)) == 2
 
@@ -374,16 +374,16 @@ def test_what_survivors_had_together_is_told_apart(lost: int) -> None:
             came_ns = int(begin_ns + delay_ns * (rank.number == late))
             rank.exchange(pattern, root, came_ns, int(begin_ns + delay_ns) + 10)
     left = [rank for rank in range(3) if rank != lost]
-    pages = [ranks[rank].logbook.last_page() for rank in left]
+    pages = [ranks[rank].exchange_log.last_chunk() for rank in left]
     for rank in left:
-        ranks[rank].logbook.leave_out(pages, left, ranks[rank].clock)
+        ranks[rank].exchange_log.leave_out(pages, left, ranks[rank].clock)
         (other,) = {*left} - {rank}
         waited_ns = sum(
             int(delay_ns)
             for (_, root, late), delay_ns in zip(exchanges, delays_ns, strict=True)
             if late == other and root != lost
         )
-        assert ranks[rank].logbook.wait_on_ns == {other: waited_ns}
+        assert ranks[rank].exchange_log.wait_on_ns == {other: waited_ns}
         phases_ns = ranks[rank].ledger.close().phases_ns
         assert phases_ns["wait"] == waited_ns
         others_ns = sum(
@@ -393,7 +393,7 @@ def test_what_survivors_had_together_is_told_apart(lost: int) -> None:
 
 
 class _Recorded:
-    """One rank's logbook, whose exchanges take the time that they are given."""
+    """One rank's exchange_log, whose exchanges take the time that they are given."""
 
     def __init__(self, number: int, size: int) -> None:
         self.number = number
@@ -402,18 +402,18 @@ class _Recorded:
         self.ledger = Ledger(self._now, cpu_clock=lambda: 0)
         transport: Any = SimpleNamespace(rank=number, clock_of=[0] * size)
         self.clock = CommonClock(transport, self._now)
-        self.logbook = Logbook(number, size, self.ledger, Timeline(self.ledger), self.clock)
+        self.exchange_log = ExchangeLog(number, size, self.ledger, Timeline(self.ledger), self.clock)
         self.ledger.enter("other")
 
     def exchange(self, pattern: Pattern, root: int, came_ns: int, left_ns: int) -> None:
         """An exchange of all."""
-        row = self.logbook.collective(pattern, root, 8)
+        row = self.exchange_log.collective(pattern, root, 8)
         self._now.now_ns = came_ns
         before = self.ledger.enter("transfer")
-        self.logbook.enter(row)
+        self.exchange_log.enter(row)
         self._now.now_ns = left_ns
         self.ledger.enter(before)
-        self.logbook.leave(row, -1, (0, 0))
+        self.exchange_log.leave(row, -1, (0, 0))
 
 
 def test_a_long_log_is_settled_on_the_way() -> None:
@@ -423,7 +423,7 @@ def test_a_long_log_is_settled_on_the_way() -> None:
         for _ in range(10_000):
             clock.work(500 * world.rank)
             world.allreduce(token())
-            assert len(world.logbook._collective) <= 4_100
+            assert len(world.exchange_log._collective) <= 4_100
 
     fast, slow = simulate(2, program)
     assert fast.ledger.close().phases_ns["wait"] == pytest.approx(10_000 * 500, rel=0.001)
@@ -458,7 +458,7 @@ def programs(draw: st.DrawFn) -> tuple[int, Program]:
         st.lists(
             st.tuples(
                 st.sampled_from(
-                    ["allreduce", "background", "gather", "broadcast", "message", "later", "settle"]
+                    ["allreduce", "background", "gather", "broadcast", "message", "later", "reconcile"]
                 ),
                 st.integers(0, size - 1),
                 st.lists(st.integers(0, 10**6), min_size=size, max_size=size),
@@ -480,18 +480,18 @@ def programs(draw: st.DrawFn) -> tuple[int, Program]:
                 world.gather(token(), root)
             elif kind == "broadcast":
                 world.broadcast(token(), root)
-            elif kind == "settle":
-                world.settle()
+            elif kind == "reconcile":
+                world.reconcile()
             elif kind == "later":
                 if world.rank == root:
                     exchange = world.start_send(token(), (root + 1) % size)
                     clock.work(work[root])
-                    world.settle()
+                    world.reconcile()
                     exchange.wait()
                 else:
                     if world.rank == (root + 1) % size:
                         world.receive(token(), root)
-                    world.settle()
+                    world.reconcile()
             elif world.rank == root:
                 world.send(token(), (root + 1) % size)
             elif world.rank == (root + 1) % size:
@@ -506,13 +506,13 @@ def programs(draw: st.DrawFn) -> tuple[int, Program]:
 def test_the_ideal_time_is_that_of_a_network_without_cost(
     made: tuple[int, Program], transfer_ns: int
 ) -> None:
-    """The replay of a run finds the time that the same program takes where exchanges take none."""
+    """The ideal_time of a run finds the time that the same program takes where exchanges take none."""
     size, program = made
     real = simulate(size, program, transfer_ns=transfer_ns)
     free = simulate(size, program, transfer_ns=0)
     for slow, ideal in zip(real, free, strict=True):
-        assert slow.logbook.ideal_ns() == ideal.ledger.close().wall_ns
-        assert slow.logbook.ideal_ns() <= slow.ledger.close().wall_ns
+        assert slow.exchange_log.ideal_ns() == ideal.ledger.close().wall_ns
+        assert slow.exchange_log.ideal_ns() <= slow.ledger.close().wall_ns
 
 
 @settings(max_examples=30)
@@ -540,7 +540,7 @@ def test_the_replay_moves_clocks_to_whom_they_cannot_do_without(
     """After each collective exchange a rank's ideal clock is where its own computing brings it, or whoever it
     needs had come, if that is later; newcomers begin where the latest is, however long they have computed."""
     ranks, exchanges = made
-    replay = Replay(ranks)
+    ideal_time = IdealTime(ranks)
     ideal, busy = [0] * ranks, [0] * ranks
     for pattern, root, before, behind in exchanges:
         log = np.zeros((ranks, 1), ENTRY)
@@ -554,11 +554,11 @@ def test_the_replay_moves_clocks_to_whom_they_cannot_do_without(
             needed = came if everybody else [came[rank] if nobody else came[root]]
             ideal[rank] = max(came[rank] + behind[rank], *needed)
         busy = [int(ns) for ns in log["entered_busy_ns"][:, 0]]
-        replay.add(log, [np.zeros(0, ENTRY)] * ranks)
-        assert [replay.ideal_ns(rank, busy[rank]) for rank in range(ranks)] == ideal
-    replay.welcome([*busy, *newcomers])
+        ideal_time.add(log, [np.zeros(0, ENTRY)] * ranks)
+        assert [ideal_time.ideal_ns(rank, busy[rank]) for rank in range(ranks)] == ideal
+    ideal_time.welcome([*busy, *newcomers])
     for rank, busy_ns in enumerate(newcomers, ranks):
-        assert replay.ideal_ns(rank, busy_ns) == max(ideal)
+        assert ideal_time.ideal_ns(rank, busy_ns) == max(ideal)
 
 
 @pytest.mark.parametrize("end", ["send", "receive"])
@@ -583,4 +583,4 @@ def test_messages_in_the_background_are_replayed_where_they_count(end: str) -> N
             world.receive(token(), 0)
 
     worlds = simulate(3, program)
-    assert [world.logbook.ideal_ns() for world in worlds] == [late_ns, late_ns, 0]
+    assert [world.exchange_log.ideal_ns() for world in worlds] == [late_ns, late_ns, 0]

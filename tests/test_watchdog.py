@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from rankwise import machine, watchdog
-from rankwise.ledger import PHASES, Ledger
-from rankwise.watchdog import LOOK_S, Watchdog
+from rankwise.ledger.phases import PHASES, Ledger
+from rankwise.survival import watchdog
+from rankwise.survival.watchdog import LOOK_S, Watchdog
+from rankwise.system import machine
 
 from . import effort
 from .conftest import Command
@@ -28,8 +29,8 @@ pytestmark = pytest.mark.cold
 RANK = """
 import sys, time
 from pathlib import Path
-from rankwise.ledger import Ledger
-from rankwise.watchdog import Watchdog
+from rankwise.ledger.phases import Ledger
+from rankwise.survival.watchdog import Watchdog
 ledger = Ledger()
 path, phase, beats = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 rank, timeout_s = int(sys.argv[4]), float(sys.argv[5])

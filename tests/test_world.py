@@ -9,9 +9,9 @@ import threading
 import numpy as np
 import pytest
 
+from rankwise.comm import World, run_in_threads, solo_world
+from rankwise.comm.mpi_environment import started_as_rank
 from rankwise.errors import RankwiseError
-from rankwise.world import World, run_in_threads, solo_world
-from rankwise.world.surroundings import started_as_rank
 
 from .conftest import Command
 from .world_contract import check
@@ -34,7 +34,7 @@ def test_ranks_that_hang_do_not_keep_the_process(command: Command) -> None:
 import os, signal, threading
 import numpy as np
 from rankwise.errors import RankLost
-from rankwise.world import run_in_threads
+from rankwise.comm import run_in_threads
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may ignore it
 released = threading.Event()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rankwise.world import World
-from rankwise.world.halves import from_words, to_words
+from rankwise.comm import World
+from rankwise.comm.half_precision import from_words, to_words
 
 
 def check(world: World) -> None:
@@ -43,10 +43,10 @@ def check(world: World) -> None:
     world.allreduce(empty)
     world.broadcast(empty)
     world.barrier()
-    world.settle()
+    world.reconcile()
     totals = world.ledger.close()
     assert sum(totals.phases_ns.values()) == totals.wall_ns
-    assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+    assert sum(world.exchange_log.wait_on_ns.values()) == totals.phases_ns["wait"]
     traffic = world.allgather(np.array([world.traffic.bytes_sent, world.traffic.bytes_received]))
     assert traffic[:, 0].sum() == traffic[:, 1].sum()
     assert size == 1 or traffic.all()
@@ -73,7 +73,7 @@ def messages(world: World, length: int) -> None:
 
 
 if __name__ == "__main__":
-    from rankwise.world.mpi import mpi_world
+    from rankwise.comm.mpi import mpi_world
 
     world = mpi_world()
     check(world)

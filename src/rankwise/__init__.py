@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankwise.api import train as train
+    from rankwise.comm import World as World
+    from rankwise.comm import run_in_threads as run_in_threads
+    from rankwise.comm.join import join as join
     from rankwise.config import TrainConfig as TrainConfig
-    from rankwise.record import Record as Record
-    from rankwise.record import RunFolder as RunFolder
-    from rankwise.strategies.assembly import synchronise as synchronise
-    from rankwise.strategies.synchroniser import Synchroniser as Synchroniser
-    from rankwise.world import World as World
-    from rankwise.world import run_in_threads as run_in_threads
-    from rankwise.world.join import join as join
+    from rankwise.runs.folder import RunFolder as RunFolder
+    from rankwise.runs.record import Record as Record
+    from rankwise.training.build import synchronise as synchronise
+    from rankwise.training.synchroniser import Synchroniser as Synchroniser
 
 _HOMES = {
-    "Record": "rankwise.record",
-    "RunFolder": "rankwise.record",
-    "Synchroniser": "rankwise.strategies.synchroniser",
+    "Record": "rankwise.runs.record",
+    "RunFolder": "rankwise.runs.folder",
+    "Synchroniser": "rankwise.training.synchroniser",
     "TrainConfig": "rankwise.config",
-    "World": "rankwise.world",
-    "join": "rankwise.world.join",
-    "run_in_threads": "rankwise.world",
-    "synchronise": "rankwise.strategies.assembly",
+    "World": "rankwise.comm",
+    "join": "rankwise.comm.join",
+    "run_in_threads": "rankwise.comm",
+    "synchronise": "rankwise.training.build",
     "train": "rankwise.api",
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rankwise.config import TrainConfig
 from rankwise.launch import Order, launch
-from rankwise.record import Record
+from rankwise.runs.record import Record
 
 
 def train(config: TrainConfig, *, resume: Path | str | None = None, tune: bool = False) -> Record:

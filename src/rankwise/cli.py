@@ -17,7 +17,7 @@ from rich.console import Console
 
 from rankwise.config import TrainConfig, explain, preset_names, preset_text, read_preset, read_toml
 from rankwise.errors import Interrupted, RankwiseError, UsageError, one_line
-from rankwise.prediction.wishes import Wishes
+from rankwise.prediction.options import PredictionOptions
 from rankwise.submit import Kubernetes, Slurm, hand_over, work_of
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ def train(
 
     The command line wins over --config, and that over --preset.
     """
-    from rankwise import machine
     from rankwise.launch import Order, launch
     from rankwise.report.summary import summary
+    from rankwise.system import machine
 
     order = Order(
         _layered(config, config_file, preset),
@@ -261,7 +261,7 @@ def trace(
 @app.command
 def predict(
     *,
-    wishes: Annotated[Wishes, Parameter(name="*")] = Wishes(),  # noqa: B008
+    wishes: Annotated[PredictionOptions, Parameter(name="*")] = PredictionOptions(),  # noqa: B008
     source: Annotated[
         tuple[Path, ...],
         Parameter(
@@ -343,7 +343,7 @@ def doctor(
     With --hosts: whether they answer and have the same versions, and for each pair latency, bandwidth and how
     far the clocks are apart. With --speed: how far a step is from the machine's limits.
     """
-    from rankwise import doctor as physician
+    from rankwise.doctor import installation as physician
 
     facts: dict[str, object]
     if hosts is not None or hostfile is not None:
@@ -354,7 +354,7 @@ def doctor(
             facts = survey(asked_for(hosts, hostfile), status.update)
         shown = physician.hosts_page(facts)
     elif speed:
-        from rankwise import speed as stopwatch
+        from rankwise.doctor import speed as stopwatch
 
         facts = stopwatch.measure(model, batch_size, threads)
         shown = stopwatch.page(facts)

@@ -16,24 +16,24 @@ from cosmic_ray.ast.ast_query import ASTQuery
 from cosmic_ray.mutating import mutate_code
 
 GROUPS = {
-    "sampler and partition": ("data/sampler.py", "data/partition.py", "balance.py"),
-    "rules of waiting": ("world/waits.py", "world/replay.py", "world/logbook.py"),
-    "ledger": ("ledger.py",),
-    "compression": ("compression.py",),
-    "checkpoints": ("checkpoint.py", "saver.py"),
+    "sampler and partition": ("data/sampler.py", "data/partition.py", "training/batch_sizes.py"),
+    "rules of waiting": ("ledger/waits.py", "ledger/ideal_time.py", "ledger/exchange_log.py"),
+    "ledger": ("ledger/phases.py",),
+    "compression": ("strategies/compression.py",),
+    "checkpoints": ("runs/checkpoint.py", "runs/checkpoint_writer.py"),
     "strategies": (
         "strategies/averaging.py",
         "strategies/gradients.py",
         "strategies/asynchronous.py",
         "strategies/gossip.py",
-        "strategies/levels.py",
+        "strategies/hierarchical.py",
         "strategies/exchange.py",
         "strategies/buckets.py",
     ),
     "recovery": (
-        "strategies/synchroniser.py",
-        "strategies/past.py",
-        "strategies/arrival.py",
+        "training/synchroniser.py",
+        "training/snapshots.py",
+        "training/admission.py",
         "models/replica.py",
     ),
 }

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from rankwise.record import Efficiency, Record, RunFolder
 from rankwise.report.charts.times import LABELS
 from rankwise.report.run_page import write_report
 from rankwise.report.summary import group_seconds
-from rankwise.studies.contest import COURSES
-from rankwise.studies.contest_page import contest_page, judge
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Efficiency, Record
+from rankwise.studies.strategy_comparison import COURSES
+from rankwise.studies.strategy_comparison_page import contest_page, judge
 from tests import effort
 from tests.records import epochs, rank, record, run_folder
 from tests.test_contest import VAL_SAMPLES, made, scored

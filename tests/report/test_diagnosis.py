@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rankwise.record import Record
 from rankwise.report.diagnosis import diagnose
+from rankwise.runs.record import Record
 from tests.records import rank, record
 
 TRAINING_S = {"startup": 1.0, "data": 1.0, "forward": 3.0, "backward": 5.0, "optimizer": 1.0}

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from rankwise.cli import main
-from rankwise.record import Efficiency, Epoch
 from rankwise.report.page import Block, Chart, Notice, Page, Row, Table
 from rankwise.report.run_page import run_page
 from rankwise.report.runs import read_runs
+from rankwise.runs.record import Efficiency, Epoch
 from tests.records import epochs, rank, record, run_folder
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from rankwise import synchronise
-from rankwise.strategies.synchroniser import Synchroniser
-from rankwise.world import World, run_in_threads
+from rankwise.comm import World, run_in_threads
+from rankwise.training.synchroniser import Synchroniser
 
 SAMPLES = 203  # ragged: no worker count of the tests divides it
 FEATURES = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rankwise import synchronise
+from rankwise.comm import World, run_in_threads
 from rankwise.errors import Interrupted
 from rankwise.strategies.asynchronous import EASGD, Downpour
-from rankwise.world import World, run_in_threads
 
 from .loops import BATCH, SAMPLES, gradients, make, set_weights, step_on, train_all, weights_of
 

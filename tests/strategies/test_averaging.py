@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from rankwise import synchronise
+from rankwise.comm import World, run_in_threads, solo_world
 from rankwise.errors import ConfigError, Interrupted, RankLost
 from rankwise.strategies.base import State
 from rankwise.strategies.exchange import Reduction
-from rankwise.world import World, run_in_threads, solo_world
 
 from .loops import FEATURES, LABELS, SAMPLES, assert_alike, make, step_on, train, train_all, weights_of
 
@@ -72,7 +72,7 @@ def test_averaging_is_numpys(topology: str, optimizer_state: str, strategy: str,
 
     from rankwise.config import TrainConfig
     from rankwise.strategies import resolve
-    from rankwise.strategies.assembly import make_sampler
+    from rankwise.training.build import make_sampler
 
     config = resolve(TrainConfig(ranks=ranks, batch_size=16, **options))
     workers = list(range(int(topology == "master"), ranks))

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from rankwise import synchronise
+from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.errors import DivergedError
 from rankwise.models.replica import Replica
-from rankwise.strategies import STRATEGIES, resolve, synchroniser
-from rankwise.strategies.assembly import make_sampler
-from rankwise.strategies.past import Position
-from rankwise.strategies.synchroniser import Synchroniser
-from rankwise.world import World, run_in_threads
+from rankwise.strategies import STRATEGIES, resolve
+from rankwise.training import synchroniser
+from rankwise.training.build import make_sampler
+from rankwise.training.snapshots import Progress
+from rankwise.training.synchroniser import Synchroniser
 
 from .loops import BATCH, LABELS, SAMPLES, gradients, make, train_all, weights_of
 
@@ -87,10 +88,10 @@ def test_logs_are_compared_every_so_many_rounds(
     settled: list[tuple[int, int, int]] = []
 
     def program(world: World) -> list[tuple[int, int]]:
-        def settle() -> None:
-            settled.append((world.rank, ranks.position.epoch, ranks.position.rounds))
+        def reconcile() -> None:
+            settled.append((world.rank, ranks.progress.epoch, ranks.progress.rounds))
 
-        world.settle = settle
+        world.reconcile = reconcile
         model, optimizer = make()
         ranks = synchronise(
             model, optimizer, world, samples=SAMPLES, batch_size=4, epochs=2, strategy=name, **options
@@ -157,13 +158,13 @@ def test_one_step_can_be_undone(name: str) -> None:
 
         object.__setattr__(ranks._strategy, "prepare", prepare)
         # An epoch's end is a commit too; what is to be taken back here is the round before it.
-        ranks._close = lambda _: setattr(ranks, "position", replace(ranks.position, closed=True))
+        ranks._close = lambda _: setattr(ranks, "progress", replace(ranks.progress, closed=True))
         for batch in ranks.batches(1):
             gradients(model, optimizer, batch.indices)
             ranks.step()
         before = ranks.trained()
         ranks.undo()
-        assert ranks.position == Position(1, len(sampler.rounds(1)) - 1, closed=False)
+        assert ranks.progress == Progress(1, len(sampler.rounds(1)) - 1, closed=False)
         last = sampler.rounds(1)[-1].parts[world.rank]
         assert np.array_equal(ranks.trained(), before[: len(before) - len(last)])
         assert np.array_equal(np.concatenate(ranks._under_way), last)
@@ -194,7 +195,7 @@ def test_the_end_of_an_epoch_can_be_undone(name: str) -> None:
             ranks.step()
         before = ranks.trained()
         ranks.undo()
-        assert ranks.position == Position(1, len(sampler.rounds(1)), closed=False)
+        assert ranks.progress == Progress(1, len(sampler.rounds(1)), closed=False)
         assert np.array_equal(ranks.trained(), before)
         assert not ranks._under_way
 
@@ -231,7 +232,7 @@ def test_every_ledger_closes(name: str) -> None:
         world = result.ranks.world
         totals = world.ledger.close()
         assert sum(totals.phases_ns.values()) == totals.wall_ns
-        assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+        assert sum(world.exchange_log.wait_on_ns.values()) == totals.phases_ns["wait"]
 
 
 def test_learning_rates_follow_the_schedule() -> None:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise import synchronise
+from rankwise.comm import World, run_in_threads
 from rankwise.errors import Interrupted
 from rankwise.strategies.gossip import neighbours
-from rankwise.world import World, run_in_threads
 
 from .loops import BATCH, SAMPLES, assert_alike, gradients, make, train_all
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rankwise import synchronise
+from rankwise.comm import World, run_in_threads
 from rankwise.errors import Interrupted
 from rankwise.strategies.buckets import Buckets, _cut
-from rankwise.world import World, run_in_threads
 
 from .loops import (
     BATCH,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rankwise.config import TrainConfig
-from rankwise.record import Record
+from rankwise.runs.record import Record
 from rankwise.strategies import STRATEGIES
 
 from .. import digits, effort

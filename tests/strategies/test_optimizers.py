@@ -16,9 +16,9 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from rankwise import synchronise
+from rankwise.comm import World, run_in_threads, solo_world
 from rankwise.errors import ModelError
 from rankwise.models.replica import Replica
-from rankwise.world import World, run_in_threads, solo_world
 
 from .loops import BATCH, FEATURES, LABELS, SAMPLES
 

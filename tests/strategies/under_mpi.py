@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from rankwise.comm import World, join
 from rankwise.config import TrainConfig
 from rankwise.strategies import STRATEGIES, resolve
-from rankwise.world import World, join
 
 from .loops import SAMPLES, train
 from .test_contract import COMPRESSIONS, few
@@ -33,10 +33,10 @@ def main() -> None:
         check(world, name)
         for compress in COMPRESSIONS if entry.takes("compress") else ():
             check(world, name, compress=compress)
-    world.settle()
+    world.reconcile()
     totals = world.ledger.close()
     assert sum(totals.phases_ns.values()) == totals.wall_ns
-    assert sum(world.logbook.wait_on_ns.values()) == totals.phases_ns["wait"]
+    assert sum(world.exchange_log.wait_on_ns.values()) == totals.phases_ns["wait"]
     if world.rank == 0:
         print("ok", flush=True)
 

@@ -5,8 +5,8 @@ dataset.train.images    # uint8 [10000, 32, 32, 3], a read-only memory map
 """
 
 from rankwise.data.cache import Prepared, prepared, writable_folder
-from rankwise.data.catalogue import check, known, prepare
 from rankwise.data.dataset import Dataset, Split
+from rankwise.data.registry import check, known, prepare
 from rankwise.data.sheet import draw_sheet
 
 __all__ = [

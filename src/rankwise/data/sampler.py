@@ -85,9 +85,9 @@ class Sampler:
     as large to each other as these. `first_worker` is the rank of worker 0: 1 with a master, else 0. A round
     of an epoch ends after `sync_every(epoch)` steps of every worker, None for the whole epoch. Every rank
     sees the same number of rounds, so nobody waits for a round that another never joins. When ranks are lost,
-    `regroup` deals what they had not brought in to the others, whose batches stay as they are, or with
-    `keeps_global_batch` grow so that those of all together do. With `in_lockstep` all ranks make the same
-    number of steps in a round, the last ones perhaps with empty batches.
+    `redistribute` deals what they had not brought in to the others, whose batches stay as they are, or with
+    `keeps_global_batch` grow so that those of all together do. With `syncs_every_step` all ranks make the
+    same number of steps in a round, the last ones perhaps with empty batches.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class Sampler:
         batch_sizes: Sequence[int],
         sync_every: Callable[[int], int | None],
         keeps_global_batch: bool = False,
-        in_lockstep: bool = False,
+        syncs_every_step: bool = False,
     ) -> None:
         self._deal = deal
         self._rank = rank
         self._first_worker = first_worker
         self._batch_sizes = tuple(batch_sizes)
         self._sync_every = sync_every
-        self._in_lockstep = in_lockstep
+        self._syncs_every_step = syncs_every_step
         self._usual_batch = round(sum(batch_sizes) / len(batch_sizes))
         self._global_batch = sum(batch_sizes) if keeps_global_batch else None
         self._planned: tuple[int, list[Round]] = (-1, [])
@@ -163,7 +163,7 @@ class Sampler:
             sizes = round.sizes
             weights = sizes / sizes.sum()
             mine, done = round.left(self._rank), round.done[self._rank]
-            together = range(self._size) if self._in_lockstep else (self._rank,)
+            together = range(self._size) if self._syncs_every_step else (self._rank,)
             turns = max(1, *(self._turns(round, rank) for rank in together))
             for turn in range(turns):
                 ends = turn == turns - 1
@@ -182,7 +182,7 @@ class Sampler:
                     step=int(steps[number + 1] if ends else steps[number] + turn + 1),
                 )
 
-    def regroup(
+    def redistribute(
         self,
         epoch: int,
         number: int,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankwise.comm.mpi_environment import find_mpiexec, started_as_rank
 from rankwise.launch import preflight
-from rankwise.launch.hosts import settle
+from rankwise.launch.hosts import resolve_hosts
 from rankwise.launch.mpiexec import train_by_mpiexec
 from rankwise.launch.order import Order, resumed, run_folder
 from rankwise.launch.progress_bar import showing_progress
 from rankwise.launch.tuning import tuned
-from rankwise.record import Record, RunFolder, Target
-from rankwise.world.surroundings import find_mpiexec, started_as_rank
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record, Target
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def launch(order: Order) -> Result:
         return Result(record, folder.path, speaks=rank == 0 and not order.launched)
     for remark in order.remarks:
         order.say(remark)
-    config = preflight.check(settle(order.config), resumes=order.resume is not None)
+    config = preflight.check(resolve_hosts(order.config), resumes=order.resume is not None)
     by_mpiexec = config.ranks > 1 or config.hosts is not None
     if by_mpiexec:
         find_mpiexec()  # before anything is decoded or written

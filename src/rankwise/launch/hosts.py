@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from rankwise import machine
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, LaunchError, TrainingError
+from rankwise.system import machine
 
 ANSWER_S = 10.0
 """How long a host may take to answer."""
@@ -65,7 +65,7 @@ class Answer:
     trouble: str = ""
 
 
-def settle(config: TrainConfig) -> TrainConfig:
+def resolve_hosts(config: TrainConfig) -> TrainConfig:
     """The configuration with hosts from a file filled in, and as many ranks as they have slots unless it says
     how many. Raises ConfigError, one line."""
     found = asked_for(config.hosts, config.hostfile)

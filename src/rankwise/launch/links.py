@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.errors import LaunchError
 from rankwise.launch.hosts import Host, ask, differences
 from rankwise.launch.mpiexec import command_line
 from rankwise.launch.supervision import supervise
-from rankwise.world.surroundings import find_mpiexec
 
 MARK = "rankwise-link "
 """What begins a line of rank 0 that is for `survey`."""
@@ -80,8 +80,8 @@ def _clocks(links: Sequence[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """One rank, on one of the hosts; rank 0 prints a line a link."""
-    from rankwise.world.links import measure_links
-    from rankwise.world.mpi import mpi_transport
+    from rankwise.comm.link_probe import measure_links
+    from rankwise.comm.mpi import mpi_transport
 
     transport = mpi_transport()
     for link in measure_links(transport):

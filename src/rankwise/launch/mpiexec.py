@@ -10,16 +10,18 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from rankwise import losses, machine
+from rankwise.comm.mpi_environment import Mpiexec, allocated_hosts, find_mpiexec
 from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
-from rankwise.faults import OF_HOSTS, Mark
 from rankwise.launch.hosts import Host, answering, check, fit, parse, passed_on
 from rankwise.launch.order import Order, to_arguments, without
-from rankwise.launch.preflight import Flight
-from rankwise.launch.supervision import Ending, supervise
-from rankwise.record import Record, RunFolder
-from rankwise.world.surroundings import Mpiexec, allocated_hosts, find_mpiexec
+from rankwise.launch.preflight import PreparedRun
+from rankwise.launch.supervision import MpiexecResult, supervise
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
+from rankwise.survival import causes
+from rankwise.survival.fault_injection import OF_HOSTS, Mark
+from rankwise.system import machine
 
 FIRST_PAUSE_S = 1.0
 """How long to wait before a restart."""
@@ -39,7 +41,7 @@ on several hosts (its issues 13915 and 11794); and its daemons find out about a 
 ten seconds instead of never."""
 
 
-class Pauses:
+class RestartBackoff:
     """Before each restart: twice as long as before the last one, up to a limit, unless an epoch came to its
     end since. What fails at once may need time; what trained on for a while does not."""
 
@@ -55,7 +57,7 @@ class Pauses:
         return self._pause_s
 
 
-def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
+def train_by_mpiexec(order: Order, flight: PreparedRun, folder: RunFolder) -> Record:
     """Start the ranks on this machine, show how they fare, and return the final record.
 
     If the run fails in a way that may not come again, it is started again from its newest checkpoint, as
@@ -68,7 +70,7 @@ def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
     survives = config.on_failure == "continue"
     live = order.console.is_terminal
     resume = order.resume is not None
-    pauses = Pauses()
+    pauses = RestartBackoff()
     with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
         for restarts in range(config.max_restarts + 1):
             program = [sys.executable, "-m", "rankwise", "train", *_arguments(order, config, folder, resume)]
@@ -96,13 +98,13 @@ def train_by_mpiexec(order: Order, flight: Flight, folder: RunFolder) -> Record:
     raise AssertionError("the last restart returns or raises")
 
 
-def _note_losses(folder: RunFolder, ending: Ending, lost_hosts: Sequence[str]) -> None:
+def _note_losses(folder: RunFolder, ending: MpiexecResult, lost_hosts: Sequence[str]) -> None:
     """Write down why the run is started again, by what was left in the folder, what mpiexec said, and which
     hosts do not answer: every rank of theirs was lost."""
     record = folder.read()
     epoch = len(record.epochs) + 1
-    strikes = losses.new_strikes(folder, record.faults)
-    struck = {mark.rank for mark in strikes if mark.kind in OF_HOSTS}
+    injected = causes.new_injected_faults(folder, record.faults)
+    struck = {mark.rank for mark in injected if mark.kind in OF_HOSTS}
     hosts = {*lost_hosts, *(row.host for row in record.ranks if row.rank in struck)}
     ranks = [row.rank for row in record.ranks if row.host in hosts and row.died_at_s is None]
     # Others may have gone on for a moment; what came of that is gone.
@@ -111,15 +113,15 @@ def _note_losses(folder: RunFolder, ending: Ending, lost_hosts: Sequence[str]) -
         for fault in record.faults
     ]
     if not ranks and known == record.faults:
-        ranks = [_first_lost(folder, ending, strikes)]
-    new = [losses.explain(folder, rank, record.faults, epoch=epoch, action="restart") for rank in ranks]
+        ranks = [_first_lost(folder, ending, injected)]
+    new = [causes.explain(folder, rank, record.faults, epoch=epoch, action="restart") for rank in ranks]
     folder.write(record.model_copy(update={"faults": [*known, *new]}))
 
 
-def _first_lost(folder: RunFolder, ending: Ending, strikes: Sequence[Mark]) -> int:
+def _first_lost(folder: RunFolder, ending: MpiexecResult, injected: Sequence[Mark]) -> int:
     """The rank that ended a run, -1 if nobody knows."""
-    if strikes:
-        return strikes[-1].rank
+    if injected:
+        return injected[-1].rank
     if named := re.search(r"process rank (\d+)", ending.last_words):
         return int(named[1])
     return int(json.loads(folder.failure.read_bytes())["rank"]) if folder.failure.exists() else -1
@@ -146,7 +148,7 @@ def _arguments(order: Order, config: TrainConfig, folder: RunFolder, resume: boo
     return [*arguments, "--launched"]
 
 
-def _judge(ending: Ending, folder: RunFolder) -> Record:
+def _judge(ending: MpiexecResult, folder: RunFolder) -> Record:
     """What came of the ranks, by what they left in the folder; mpiexec's own code says too little."""
     if folder.failure.exists():
         failure = json.loads(folder.failure.read_bytes())

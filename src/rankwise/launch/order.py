@@ -13,8 +13,9 @@ from rich.console import Console
 
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, RankwiseError, ResumeError, UsageError
-from rankwise.record import Record, RunFolder, new_run_path, utc_before
 from rankwise.report.live import Display
+from rankwise.runs.folder import RunFolder, new_run_path
+from rankwise.runs.record import Record, utc_before
 
 
 @dataclass(frozen=True)

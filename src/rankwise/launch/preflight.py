@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rankwise import balance, data, faults, models, schedule, strategies, tracking
+from rankwise import data, models, strategies
+from rankwise.comm.mpi_environment import survives_failures
 from rankwise.config import TrainConfig
 from rankwise.data import resizing
 from rankwise.data.partition import parse_shards
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError
 from rankwise.models import freezing
-from rankwise.world.surroundings import survives_failures
+from rankwise.runs import trackers
+from rankwise.survival import fault_injection
+from rankwise.training import batch_sizes, schedule
 
 
 @dataclass(frozen=True)
-class Flight:
+class PreparedRun:
     """A run that can start: its resolved configuration, and how many samples an epoch trains."""
 
     config: TrainConfig
@@ -47,19 +50,19 @@ def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
             f"--freeze {config.freeze} was given, but --strategy ddp waits for the gradients of all "
             "parameters: leave it out"
         )
-    balance.check(config)
+    batch_sizes.check(config)
     data.check(config.dataset, config.data_dir)
-    tracking.check(config.track)
+    trackers.check(config.track)
     for text in config.fault:
-        plan = faults.parse(text)
-        if plan.kind in faults.OF_HOSTS and config.hosts is None:
+        plan = fault_injection.parse(text)
+        if plan.kind in fault_injection.OF_HOSTS and config.hosts is None:
             raise ConfigError(f"--fault {text}: expected a run on several --hosts")
         if not resumes and plan.rank is not None and plan.rank >= config.processes:
             raise ConfigError(f"--fault {text}: the run has ranks 0 to {config.processes - 1}")
-    return _settle_failures(config)
+    return _choose_on_failure(config)
 
 
-def _settle_failures(config: TrainConfig) -> TrainConfig:
+def _choose_on_failure(config: TrainConfig) -> TrainConfig:
     """Fill in what a lost rank means, by what strategy and MPI can."""
     assert config.strategy is not None
     if config.min_ranks > config.ranks:
@@ -83,7 +86,7 @@ def _settle_failures(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             f"--spares {config.spares} was given, but they are for --on-failure continue with 2 ranks or more"
         )
-    if config.spares and strategies.entry_of(config.strategy).strategy.in_lockstep:
+    if config.spares and strategies.entry_of(config.strategy).strategy.syncs_every_step:
         raise ConfigError(
             f"--spares {config.spares} was given, but nobody can come in with --strategy {config.strategy}, "
             "where the ranks of a host are alike: leave it out"
@@ -91,7 +94,7 @@ def _settle_failures(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"on_failure": wants})
 
 
-def prepare(config: TrainConfig, on_progress: Callable[[str, int, int], None] | None = None) -> Flight:
+def prepare(config: TrainConfig, on_progress: Callable[[str, int, int], None] | None = None) -> PreparedRun:
     """Decode the dataset if it is not yet in the cache, and check the run against it.
 
     `config` is resolved. Raises UsageError, one line, for a dataset that is missing or damaged or too
@@ -109,4 +112,4 @@ def prepare(config: TrainConfig, on_progress: Callable[[str, int, int], None] | 
     samples = len(select(config, dataset).train_pool)
     assert config.strategy is not None
     copies = config.workers if strategies.entry_of(config.strategy).replicates else 1
-    return Flight(config, samples * copies)
+    return PreparedRun(config, samples * copies)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from rankwise import checkpoint, machine
+from rankwise.comm import World, solo_world
+from rankwise.comm.mpi import mpi_world
 from rankwise.config import TrainConfig
 from rankwise.errors import (
     ConfigError,
@@ -25,19 +26,20 @@ from rankwise.errors import (
 )
 from rankwise.launch import preflight
 from rankwise.launch.order import Order, discard, open_folder
-from rankwise.launch.signals import handling
-from rankwise.ledger import Ledger, measure_cost
-from rankwise.record import Record, RunFolder
+from rankwise.ledger.phases import Ledger, measure_cost
 from rankwise.report.live import Display
-from rankwise.run import Say, run
-from rankwise.world import World, solo_world
-from rankwise.world.mpi import mpi_world
+from rankwise.runs import checkpoint
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
+from rankwise.system import machine
+from rankwise.system.signals import handling
+from rankwise.training.rank import Say, run
 
 FIRST_WORD_S = 2.0
 """How long a rank that fails too leaves the first one to say why, before it ends the job itself."""
 
 
-def train_alone(order: Order, flight: preflight.Flight, folder: RunFolder) -> Record:
+def train_alone(order: Order, flight: preflight.PreparedRun, folder: RunFolder) -> Record:
     """One rank, in this process, without MPI."""
     world = solo_world(_ledger())
     config = flight.config

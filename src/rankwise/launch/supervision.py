@@ -14,10 +14,10 @@ from functools import partial
 from types import FrameType
 from typing import IO
 
-from rankwise import machine
+from rankwise.comm.mpi_environment import mpi_environment
 from rankwise.errors import LaunchError
-from rankwise.launch.signals import handling
-from rankwise.world.surroundings import mpi_environment
+from rankwise.system import machine
+from rankwise.system.signals import handling
 
 LEAVE_S = 3.0
 """How long ranks may take to leave after mpiexec has ended."""
@@ -27,7 +27,7 @@ GRACE_S = 30.0
 
 
 @dataclass(frozen=True)
-class Ending:
+class MpiexecResult:
     """How the ranks ended: mpiexec's code, whether the user stopped them, mpiexec's last words."""
 
     code: int
@@ -35,7 +35,7 @@ class Ending:
     last_words: str
 
 
-def supervise(command: list[str], show: Callable[[str], None]) -> Ending:
+def supervise(command: list[str], show: Callable[[str], None]) -> MpiexecResult:
     """Run mpiexec to its end, in a session of its own so that a terminal's Ctrl-C does not reach it.
 
     SIGINT, SIGTERM and SIGUSR1 here become SIGUSR1 to mpiexec, which passes it on to the ranks untouched
@@ -72,7 +72,7 @@ def supervise(command: list[str], show: Callable[[str], None]) -> Ending:
     _end_session(process.pid)
     for reader in readers:
         reader.join()
-    return Ending(process.returncode, bool(asked_at), "\n".join(banners))
+    return MpiexecResult(process.returncode, bool(asked_at), "\n".join(banners))
 
 
 @contextlib.contextmanager

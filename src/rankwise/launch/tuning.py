@@ -13,18 +13,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rankwise import data, machine, models
+from rankwise import data, models
+from rankwise.comm.mpi_environment import started_as_rank
 from rankwise.config import TrainConfig
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError, LaunchError
 from rankwise.launch import preflight
-from rankwise.launch.contest import Options, Stage, TrialFailed, Tried, choose
 from rankwise.launch.order import Order, to_arguments
 from rankwise.launch.progress_bar import showing_progress
-from rankwise.record import Record, RunFolder
+from rankwise.launch.tournament import Options, Stage, TrialFailed, Tried, choose
 from rankwise.report.words import duration
-from rankwise.storage import write_atomically
-from rankwise.world.surroundings import started_as_rank
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
+from rankwise.system import machine
+from rankwise.system.files import write_atomically
 
 EPOCH_S = 1.5
 """About how long an epoch of a trial is."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import ModelError, one_line, unknown_name
-from rankwise.importing import import_from
+from rankwise.system.user_code import import_from
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,9 +7,9 @@ from functools import cache
 
 import numpy as np
 
-from rankwise import compression
-from rankwise.compression import ByPayload
 from rankwise.prediction.traffic import Model, Traffic
+from rankwise.strategies import compression
+from rankwise.strategies.compression import ByPayload
 
 TRIALS = 5
 

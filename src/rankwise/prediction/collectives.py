@@ -152,7 +152,7 @@ def broadcast(ranks: int, size: int) -> Hops:
 
 
 def ring(ranks: int, size: int) -> Hops:
-    """A sum whose pieces go around a ring twice: Open MPI's, and that of `rankwise.world.Circle`."""
+    """A sum whose pieces go around a ring twice: Open MPI's, and that of `rankwise.comm.Subgroup`."""
     piece = size / ranks
     return (Hop(ranks - 1, piece, piece, ring=True), Hop(ranks - 1, piece, ring=True)) if ranks > 1 else ()
 

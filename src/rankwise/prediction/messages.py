@@ -9,15 +9,15 @@ import numpy as np
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from rankwise.config import TrainConfig
-from rankwise.ledger import PHASES
+from rankwise.ledger.phases import PHASES
+from rankwise.ledger.timeline import RankTimeline
+from rankwise.ledger.waits import Pattern
 from rankwise.prediction import collectives
 from rankwise.prediction.collectives import Hops
 from rankwise.prediction.network import Link, coefficients
-from rankwise.prediction.spans import spent_in_steps
+from rankwise.prediction.step_phases import spent_in_steps
 from rankwise.prediction.traffic import SUMMARY, Model, traffic
-from rankwise.record import Record
-from rankwise.timeline import RankTimeline
-from rankwise.world.waits import Pattern
+from rankwise.runs.record import Record
 
 
 @dataclass(frozen=True)

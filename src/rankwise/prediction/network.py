@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rankwise.comm.link_probe import Message
 from rankwise.config import read_table
 from rankwise.errors import ConfigError, unknown_name
 from rankwise.prediction.collectives import Hop
-from rankwise.world.links import Message
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 from rankwise.prediction.network import read_network
+from rankwise.prediction.options import PredictionOptions
 from rankwise.prediction.points import Place, Point, best_of, predict_point
 from rankwise.prediction.source import Source
-from rankwise.prediction.wishes import Wishes
 
 MOST_RANKS = 10_000
 MOST_POINTS = 64
@@ -56,7 +56,7 @@ class Prediction:
         }
 
 
-def predict(source: Source, wishes: Wishes) -> Prediction:
+def predict(source: Source, wishes: PredictionOptions) -> Prediction:
     """Predict an epoch of each number of ranks. Raises ConfigError, one line, for wishes that do not fit."""
     network = read_network(wishes.network) if wishes.network else None
     source = replace(source, samples=wishes.samples or source.samples)
@@ -82,7 +82,7 @@ def predict(source: Source, wishes: Wishes) -> Prediction:
     )
 
 
-def _resolved(source: Source, wishes: Wishes, ranks: int) -> TrainConfig:
+def _resolved(source: Source, wishes: PredictionOptions, ranks: int) -> TrainConfig:
     """The options of a run of so many ranks. One rank alone keeps in step with nobody."""
     config = _over(source.config, wishes, ranks)
     if ranks == 1:
@@ -95,7 +95,7 @@ def _resolved(source: Source, wishes: Wishes, ranks: int) -> TrainConfig:
     return resolved
 
 
-def _over(source: TrainConfig, wishes: Wishes, ranks: int) -> TrainConfig:
+def _over(source: TrainConfig, wishes: PredictionOptions, ranks: int) -> TrainConfig:
     """The source's options with the wishes on top; not yet resolved."""
     values = source.model_dump()
     values |= {"ranks": ranks, "hosts": None, "hostfile": None, "spares": 0, "fault": (), "min_ranks": 1}

@@ -15,13 +15,14 @@ import numpy as np
 from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError, one_line
-from rankwise.ledger import PHASES
+from rankwise.ledger.phases import PHASES
+from rankwise.ledger.timeline import RankTimeline, read_timeline
 from rankwise.prediction.messages import ASSUMED, Messages, fit_messages
 from rankwise.prediction.slowest import Seconds
-from rankwise.prediction.spans import spent_in_steps
+from rankwise.prediction.step_phases import spent_in_steps
 from rankwise.prediction.traffic import ASYNCHRONOUS, Model
-from rankwise.record import Record, RunFolder
-from rankwise.timeline import RankTimeline, read_timeline
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 
 LEAST_STEPS = 16
 """Full steps without which nothing can be said of their distribution."""
@@ -57,7 +58,7 @@ class Compute:
 
 
 @dataclass(frozen=True)
-class Crowd:
+class OversubscribedRun:
     """A run with `per_core` threads of working ranks for each core: its options, samples, and seconds of an
     epoch's training. From what that took longer than its work follows how long ranks wait for a core."""
 
@@ -84,7 +85,7 @@ class Source:
     epoch_s: float
     startup_s: float
     rss_bytes: int
-    crowds: tuple[Crowd, ...] = ()
+    crowds: tuple[OversubscribedRun, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def with_compute_of(self, other: Source) -> Source:
@@ -148,10 +149,10 @@ def _read(path: Path) -> Source:
     train_s = np.array([row.train_s for row in later])
     samples = later[0].train_samples // copies
     per_core = sum(row.threads for row in workers) / sum(host.cores for host in hosts)
-    crowds: tuple[Crowd, ...] = ()
+    crowds: tuple[OversubscribedRun, ...] = ()
     if per_core > 1:
         if len(hosts) == 1 and config.strategy not in (*ASYNCHRONOUS, "gossip"):
-            crowds = (Crowd(per_core, config, samples, float(np.median(train_s))),)
+            crowds = (OversubscribedRun(per_core, config, samples, float(np.median(train_s))),)
         off = sum(sum(row.off_cpu_ns.get(p, 0) for p in ("forward", "backward")) for row in workers)
         on = sum(sum(row.phases_ns[p] for p in ("forward", "backward")) for row in workers)
         steps = steps * (1 - off / max(on, 1))

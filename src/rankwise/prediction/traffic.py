@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rankwise import compression
-from rankwise.compression import ByPayload, PowerSGD
 from rankwise.config import TrainConfig
 from rankwise.prediction import collectives
 from rankwise.prediction.collectives import ITEM_BYTES, Hop, Hops
+from rankwise.strategies import compression
+from rankwise.strategies.compression import ByPayload, PowerSGD
 
 ASYNCHRONOUS = ("easgd", "downpour")
 GRADIENTS = ("allreduce", "gradient-server")

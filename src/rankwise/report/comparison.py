@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import TrainConfig
-from rankwise.record import Record, RunFolder
 from rankwise.report.runs import different_datasets
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 
 Value = str | int | float | None
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from rankwise.ledger import TRAINING
-from rankwise.record import Rank, Record
+from rankwise.ledger.phases import TRAINING
 from rankwise.report.words import count, duration, percent
+from rankwise.runs.record import Rank, Record
 
 WORTH_TELLING = 0.02
 """The smallest share of the time that is told."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.timeline import RankTimeline
-from rankwise.world.waits import Pattern
+from rankwise.ledger.timeline import RankTimeline
+from rankwise.ledger.waits import Pattern
 
 _TITLES = {
     Pattern.ALL_TO_ALL: "all to all",

@@ -16,9 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rankwise.progress import read_progress
-from rankwise.record import RunFolder
 from rankwise.report import words
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.progress import read_progress
 
 REFRESH_S = 0.25
 

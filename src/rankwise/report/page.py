@@ -15,7 +15,7 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rankwise.errors import StorageError, UsageError
-from rankwise.storage import write_atomically
+from rankwise.system.files import write_atomically
 
 Spec = dict[str, Any]
 

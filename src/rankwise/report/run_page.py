@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from rankwise.record import Record
 from rankwise.report import run_tables
 from rankwise.report.charts import learning, scaling, timeline, times
 from rankwise.report.diagnosis import diagnose
 from rankwise.report.page import Block, Notice, Page, Paragraph, Row, Section
 from rankwise.report.runs import Run, read_runs
 from rankwise.report.words import count
+from rankwise.runs.record import Record
 
 
 def write_report(folders: Sequence[Path], output: Path) -> tuple[str, ...]:

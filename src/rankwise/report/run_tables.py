@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rankwise.record import Fault, Record, Target
 from rankwise.report import words
 from rankwise.report.charts.scaling import strategy
 from rankwise.report.page import Cell, Number, Numbers, Table
 from rankwise.report.runs import Run
 from rankwise.report.words import duration, percent
+from rankwise.runs.record import Fault, Record, Target
 
 EFFICIENCIES = {
     "parallel": "Useful time of all ranks, training and evaluation, over all their time since start-up, a "

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.errors import TimelineError, UsageError, one_line
-from rankwise.record import Record, RunFolder
-from rankwise.timeline import RankTimeline, read_timeline
+from rankwise.ledger.timeline import RankTimeline, read_timeline
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.ledger import TRAINING
-from rankwise.record import Rank, Record, Target
+from rankwise.ledger.phases import TRAINING
 from rankwise.report import words
+from rankwise.runs.record import Rank, Record, Target
 
 GROUPS = {
     "start": ("startup",),

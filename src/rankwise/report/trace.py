@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import StorageError, TimelineError, UsageError
-from rankwise.ledger import PHASES
-from rankwise.record import Record, RunFolder
+from rankwise.ledger.phases import PHASES
+from rankwise.ledger.timeline import RankTimeline, read_timeline
 from rankwise.report.exchanges import Exchange, arrows, read_exchanges
-from rankwise.storage import write_atomically
-from rankwise.timeline import RankTimeline, read_timeline
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
+from rankwise.system.files import write_atomically
 
 INSIDE_NS = 1
 """How far behind the beginning of a slice the end of an arrow lies: viewers bind it to the innermost slice

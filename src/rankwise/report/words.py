@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankwise.record import Target
+from rankwise.runs.record import Target
 
 
 def count(number: int, noun: str) -> str:

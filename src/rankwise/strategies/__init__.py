@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankwise import compression, machine
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, unknown_name
-from rankwise.importing import import_from
+from rankwise.strategies import compression
 from rankwise.strategies.asynchronous import EASGD, Downpour
 from rankwise.strategies.averaging import ParameterAveraging
 from rankwise.strategies.base import State, Strategy
+from rankwise.strategies.ddp import DDP
 from rankwise.strategies.gossip import Gossip
 from rankwise.strategies.gradients import GradientAveraging
-from rankwise.strategies.levels import TwoLevel
-from rankwise.strategies.peer import Peer
+from rankwise.strategies.hierarchical import Hierarchical
+from rankwise.strategies.paper_exchange import PaperExchange
 from rankwise.strategies.single import Single
-from rankwise.strategies.stopwatch import PaperStopwatch
+from rankwise.system import machine
+from rankwise.system.user_code import import_from
 
 OPTIONS = {
     "optimizer_state": "keep",
@@ -81,7 +82,7 @@ STRATEGIES: dict[str, Entry] = {
     "single": Entry(Single),
     "parameter-averaging": Entry(ParameterAveraging, hides=_OUTER),
     "replication": Entry(ParameterAveraging, replicates=True, hides=_OUTER),
-    "paper-stopwatch": Entry(PaperStopwatch, hides=(*_OUTER, "compress")),
+    "paper-stopwatch": Entry(PaperExchange, hides=(*_OUTER, "compress")),
     "allreduce": Entry(GradientAveraging, topologies=("allreduce",)),
     "gradient-server": Entry(GradientAveraging, topologies=("master",), hides=("bucket_mb",)),
     "local-sgd": Entry(ParameterAveraging, **_LOCAL, hides=_OUTER),
@@ -92,11 +93,11 @@ STRATEGIES: dict[str, Entry] = {
         {"outer_lr": 0.7, "outer_momentum": 0.9, "nesterov_outside": True},
         **_LOCAL | {"sync_every": 32},
     ),
-    "two-level": Entry(TwoLevel, hides=_OUTER),
+    "two-level": Entry(Hierarchical, hides=_OUTER),
     "easgd": Entry(EASGD),
     "downpour": Entry(Downpour),
     "gossip": Entry(Gossip),
-    "ddp": Entry(Peer),
+    "ddp": Entry(DDP),
 }
 
 
@@ -190,7 +191,7 @@ def _check_average(name: str, entry: Entry, config: TrainConfig) -> None:
         )
     fits = {
         "none": True,
-        "ema": entry.strategy.in_step,
+        "ema": entry.strategy.synchronous,
         "lookahead": entry.strategy.sends_gradients,
     }
     if not fits[kind]:

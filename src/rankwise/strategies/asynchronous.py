@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.compression import Flat
+from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted, RankLost
 from rankwise.strategies.base import State, Strategy, require_finite
-from rankwise.world import World
+from rankwise.strategies.compression import Flat
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -86,7 +86,7 @@ class Asynchronous(Strategy):
     """
 
     topologies: ClassVar = ("master",)
-    in_step: ClassVar = False
+    synchronous: ClassVar = False
     sync_every: ClassVar = 4
 
     max_staleness: int | None = None

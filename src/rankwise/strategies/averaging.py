@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.compression import Flat
+from rankwise.comm import Ranks, World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.base import State, Strategy, require_finite
+from rankwise.strategies.compression import Flat
 from rankwise.strategies.exchange import Reduction
-from rankwise.world import Ranks, World
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RoundState(State):
-    """`reduction` is how ranks add up; `about` are the weights that the last round ended with, where somebody
-    needs them."""
+    """`reduction` is how ranks add up; `anchor` are the weights that the last round ended with, where
+    somebody needs them."""
 
     reduction: Reduction | None = None
-    about: Flat | None = None
+    anchor: Flat | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ParameterAveraging(Strategy):
 
     topologies: ClassVar[tuple[str, ...]] = ("master", "allreduce")
     sync_every: ClassVar[int | str | None] = "epoch"
-    alike: ClassVar[tuple[str, ...]] = ("outer_momentum", "directions")
+    replicated: ClassVar[tuple[str, ...]] = ("outer_momentum", "directions")
 
     topology: Literal["master", "allreduce"]
     optimizer_state: Literal["keep", "average", "reset"]
@@ -74,7 +74,7 @@ class ParameterAveraging(Strategy):
         assert isinstance(state, RoundState)
         assert state.reduction is not None
         if self._steps_outside or state.reduction.compressor:
-            return replace(state, about=replica.pack().copy())
+            return replace(state, anchor=replica.pack().copy())
         return state
 
     def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Averaged:
@@ -97,8 +97,8 @@ class ParameterAveraging(Strategy):
                 after, flat = self._step_outside(after, flat, prepared.rate, replica.size)
         with world.ledger.phase("pack"):
             replica.unpack(flat)
-            if after.about is not None:
-                after = replace(after, about=flat.copy())
+            if after.anchor is not None:
+                after = replace(after, anchor=flat.copy())
         if self.optimizer_state == "reset":
             replica.reset_optimizer()
         return after.commit()
@@ -113,12 +113,12 @@ class ParameterAveraging(Strategy):
         assert isinstance(state, RoundState)
         assert state.reduction is not None
         with ranks.ledger.phase("pack"):
-            if state.reduction.compressor and state.about is not None:
-                flat[:-1] -= state.about  # what has changed is small, and can be sent with fewer bits
+            if state.reduction.compressor and state.anchor is not None:
+                flat[:-1] -= state.anchor  # what has changed is small, and can be sent with fewer bits
             flat[:-1] *= flat.dtype.type(weights[ranks.rank])
         stops, after = state.reduction(flat, weights, ranks, state)
-        if state.reduction.compressor and state.about is not None:
-            flat[:-1] += state.about
+        if state.reduction.compressor and state.anchor is not None:
+            flat[:-1] += state.anchor
         return stops, after
 
     @property
@@ -129,9 +129,9 @@ class ParameterAveraging(Strategy):
         self, state: RoundState, mean: Flat, rate: float, parameters: int
     ) -> tuple[RoundState, Flat]:
         """The outer optimiser's step on the parameters; of shared optimiser state the mean is taken."""
-        assert state.about is not None
+        assert state.anchor is not None
         scale = mean.dtype.type(rate if self.by_rate else 1)
-        before = state.about[:parameters]
+        before = state.anchor[:parameters]
         gradient = (before - mean[:parameters]) / scale
         momentum = gradient.copy()
         if "outer_momentum" in state.memory:

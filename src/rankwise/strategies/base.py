@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.compression import Flat, Memory
+from rankwise.comm import World
 from rankwise.data.sampler import Batch
-from rankwise.world import World
+from rankwise.strategies.compression import Flat, Memory
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -76,18 +76,18 @@ class Strategy(ABC):
     """Whether what a rank has trained in a round is still in its replica when the round's exchange failed;
     otherwise it is trained again."""
 
-    in_step: ClassVar[bool] = True
+    synchronous: ClassVar[bool] = True
     """Whether no rank ends a round before all have come to its end. Otherwise ranks are rounds apart when one
     is lost, and each goes on from where it is."""
 
-    in_lockstep: ClassVar[bool] = False
+    syncs_every_step: ClassVar[bool] = False
     """Whether `train` exchanges too, so that all ranks make every step of a round, with an empty batch if
     they have nothing left. A round is then trained again from its beginning when a rank is lost."""
 
     sends_gradients: ClassVar[bool] = False
     """Whether ranks agree on gradients, never on weights, so that all may change their weights alike."""
 
-    alike: ClassVar[tuple[str, ...]] = ()
+    replicated: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays in a state's memory that are the same on all ranks, so that a newcomer takes them
     from another."""
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rankwise.compression import Flat
-from rankwise.world import World
-from rankwise.world.world import Exchange
+from rankwise.comm import World
+from rankwise.comm.world import Exchange
+from rankwise.strategies.compression import Flat
 
 if TYPE_CHECKING:
     from torch import Tensor

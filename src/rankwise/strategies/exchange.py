@@ -8,10 +8,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise import compression
-from rankwise.compression import Compressor, Flat
+from rankwise.comm import Ranks
+from rankwise.strategies import compression
 from rankwise.strategies.base import State
-from rankwise.world import Ranks
+from rankwise.strategies.compression import Compressor, Flat
 
 S = TypeVar("S", bound=State)
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.compression import Flat
+from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.base import State, Strategy, require_finite
-from rankwise.world import World
+from rankwise.strategies.compression import Flat
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -40,7 +40,7 @@ class Gossip(Strategy):
     """
 
     topologies: ClassVar = ("ring", "exponential", "complete")
-    in_step: ClassVar = False
+    synchronous: ClassVar = False
 
     topology: Literal["ring", "exponential", "complete"]
 

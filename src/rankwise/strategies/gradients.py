@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rankwise.compression import Flat
+from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.base import State, Strategy, require_finite
 from rankwise.strategies.buckets import Buckets
+from rankwise.strategies.compression import Flat
 from rankwise.strategies.exchange import Reduction, gather_sum
-from rankwise.world import World
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -42,7 +42,7 @@ class GradientAveraging(Strategy):
     shares_optimizer: ClassVar = True
     sends_gradients: ClassVar = True
     keeps_local_work: ClassVar = False
-    alike: ClassVar = ("directions",)
+    replicated: ClassVar = ("directions",)
 
     topology: Literal["master", "allreduce"]
     compress: str = "none"

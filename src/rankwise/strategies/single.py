@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.base import State, Strategy
-from rankwise.world import World
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica

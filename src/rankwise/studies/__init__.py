@@ -1,11 +1,11 @@
 """Several runs that answer a question: the paper's experiments, and strategies against each other."""
 
+from rankwise.comm.mpi_environment import started_as_rank
 from rankwise.errors import LaunchError
-from rankwise.studies.contest_study import hold_contest
 from rankwise.studies.failures_study import meet_failures
+from rankwise.studies.strategy_comparison_study import hold_contest
 from rankwise.studies.study import CONTEST, FAILURES, Reproduction, Study, reproduce_paper
 from rankwise.studies.summary import summary, to_json
-from rankwise.world.surroundings import started_as_rank
 
 
 def reproduce(study: Study) -> Reproduction:

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rankwise import machine, strategies
+from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import UsageError
 from rankwise.launch import Order, launch, preflight
+from rankwise.prediction.options import PredictionOptions
 from rankwise.prediction.points import Place
 from rankwise.prediction.predict import read_ranks
 from rankwise.prediction.source import Source, read_source
-from rankwise.prediction.wishes import Wishes
+from rankwise.system import machine
 
 _PLACES = ("ranks", "strategy", "topology", "sync_every", "hosts", "hostfile", "spares", "fault", "min_ranks")
 NOT_OF_SHORT_RUNS = {*_PLACES, "out", *strategies.OPTIONS}
@@ -28,7 +29,7 @@ EPOCHS = 3
 """The first of them warms up."""
 
 
-def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -> Source:
+def measure(config: TrainConfig, wishes: PredictionOptions, folders: Sequence[Path] = ()) -> Source:
     """Run shortly what `wishes` need to know, beside the finished runs in `folders`.
 
     Two ranks meet in every step, on one thread each, and one rank alone trains on each number of threads that
@@ -65,7 +66,7 @@ def measure(config: TrainConfig, wishes: Wishes, folders: Sequence[Path] = ()) -
     return source
 
 
-def _places(wishes: Wishes, samples: int) -> set[tuple[int, int]]:
+def _places(wishes: PredictionOptions, samples: int) -> set[tuple[int, int]]:
     """Ranks of a host, and threads of each, for all numbers of ranks that are wished for."""
     cores = wishes.cores_per_host or machine.usable_cores()
     place = Place(wishes.ranks_per_host, cores, None, wishes.threads or "auto")

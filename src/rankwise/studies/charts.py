@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from rankwise.record import Record
 from rankwise.report.charts.learning import HEIGHT, line_chart
 from rankwise.report.page import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, Chart, Spec
+from rankwise.runs.record import Record
 from rankwise.studies import paper
 from rankwise.studies.grids import PART_NAMES, Grid
 from rankwise.studies.ledgers import Communication, mean_breakdown

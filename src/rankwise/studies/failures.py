@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rankwise.ledger import TRAINING
-from rankwise.record import Record
+from rankwise.ledger.phases import TRAINING
+from rankwise.runs.record import Record
 from rankwise.studies.grids import Cell, Grid
 from rankwise.studies.plan import AVERAGED, Options
 from rankwise.studies.results import last_accuracy, last_gain

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rankwise.report.charts.learning import HEIGHT
 from rankwise.report.page import Block, Chart, Notice, Page, Paragraph, Row, Section, Spec
-from rankwise.studies import blocks
+from rankwise.studies import page_parts
 from rankwise.studies.failures import BEFORE, PARTS, Found, Trouble, failures_grid, parts_s
 from rankwise.studies.results import last_accuracy
 from rankwise.studies.verdicts import Verdict
@@ -109,6 +109,6 @@ def _time(trouble: Trouble, found: Found) -> Chart:
 
 
 def _how(trouble: Trouble, found: Found, command: str) -> Iterable[Block]:
-    yield blocks.how_to_run(command, "Who fails, and in which step, follows from the seed.")
-    yield Paragraph(f"Options of all runs: {blocks.options(trouble.options)}.")
-    yield from blocks.environment([record for records in found.values() for record in records])
+    yield page_parts.how_to_run(command, "Who fails, and in which step, follows from the seed.")
+    yield Paragraph(f"Options of all runs: {page_parts.options(trouble.options)}.")
+    yield from page_parts.environment([record for records in found.values() for record in records])

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from rankwise.config import TrainConfig
 from rankwise.errors import StorageError, UsageError, one_line
-from rankwise.record import Record, RunFolder
-from rankwise.storage import write_atomically
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
+from rankwise.system.files import write_atomically
 
 PLACES = ("out", "data_dir", "cache_dir")
 """Options that say where things lie on one machine; a study's records are for others too."""

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankwise.record import Record
 from rankwise.report import page
-from rankwise.storage import write_atomically
+from rankwise.runs.record import Record
 from rankwise.studies import paper
 from rankwise.studies.ledgers import PARTS, Breakdown, Growth, breakdown, growth, mean_breakdown
 from rankwise.studies.plan import Trial
@@ -27,6 +26,7 @@ from rankwise.studies.results import (
 )
 from rankwise.studies.statistics import Estimate
 from rankwise.studies.verdicts import FEW, MANY, Verdict
+from rankwise.system.files import write_atomically
 
 Cell = str | int | float | Estimate | None
 

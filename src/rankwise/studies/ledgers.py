@@ -14,8 +14,8 @@ from dataclasses import asdict, astuple, dataclass
 
 import numpy as np
 
-from rankwise.ledger import PHASES
-from rankwise.record import Rank, Record, Role
+from rankwise.ledger.phases import PHASES
+from rankwise.runs.record import Rank, Record, Role
 from rankwise.studies import paper
 
 _COMPUTING = ("data", "forward", "backward", "optimizer", "other")

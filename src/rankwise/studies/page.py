@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
-from rankwise.record import Record, Role
 from rankwise.report.page import Block, Notice, Number, Numbers, Page, Paragraph, Row, Section, Table
 from rankwise.report.words import count
-from rankwise.studies import blocks, charts, grids, paper
+from rankwise.runs.record import Record, Role
+from rankwise.studies import charts, grids, page_parts, paper
 from rankwise.studies.ledgers import Growth, communication, mean_breakdown
 from rankwise.studies.results import Results, epoch_s
 from rankwise.studies.statistics import TIME_SPREAD
@@ -285,8 +285,8 @@ def _in_words(one: Growth) -> str:
 
 
 def _how(records: list[Record], command: str) -> Iterable[Block]:
-    yield blocks.how_to_run(command)
-    yield from blocks.environment(records)
+    yield page_parts.how_to_run(command)
+    yield from page_parts.environment(records)
     yield Paragraph(
         "The tables stand as CSV files in tables/, the record of each run in records/: all its options, its "
         "epochs, and the time of each rank."

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rankwise.record import Epoch, Record
+from rankwise.runs.record import Epoch, Record
 from rankwise.studies.plan import Scale, Trial
 from rankwise.studies.statistics import Contrast, Estimate, accuracy_difference, estimate, time_ratio
 

@@ -15,15 +15,15 @@ from types import FrameType
 
 from rich.console import Console
 
-from rankwise import machine
 from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, UsageError
 from rankwise.launch.order import Order, to_arguments
-from rankwise.launch.signals import handling
-from rankwise.record import Record
-from rankwise.studies.board import Board
+from rankwise.runs.record import Record
 from rankwise.studies.folder import StudyFolder, require_options
 from rankwise.studies.plan import expected_s
+from rankwise.studies.study_progress import StudyProgress
+from rankwise.system import machine
+from rankwise.system.signals import handling
 
 LOOK_S = 0.5
 ATTEMPTS = 2
@@ -47,7 +47,7 @@ def run_all(runs: Sequence[Run], folder: StudyFolder, console: Console) -> dict[
     cores = machine.usable_cores()
     weights = [expected_s(run.config, run.samples_per_epoch, cores) for run in runs]
     failed: dict[str, str] = {}
-    with Board(console, weights) as board:
+    with StudyProgress(console, weights) as board:
         for run in runs:
             if record := folder.finished(run.name, run.config):
                 board.keep(record)
@@ -63,7 +63,7 @@ def run_all(runs: Sequence[Run], folder: StudyFolder, console: Console) -> dict[
     return failed
 
 
-def _train(run: Run, folder: StudyFolder, board: Board) -> Record | str:
+def _train(run: Run, folder: StudyFolder, board: StudyProgress) -> Record | str:
     """The record of a completed run, or the last words of one that failed twice."""
     place = folder.run(run.name)
     last_words = ""

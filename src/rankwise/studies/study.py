@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rankwise import data
+from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.config import TrainConfig
 from rankwise.data.selection import select
 from rankwise.errors import TrainingError, UsageError, unknown_name
@@ -21,7 +22,6 @@ from rankwise.studies.page import study_page
 from rankwise.studies.results import Results
 from rankwise.studies.runner import Run, run_all
 from rankwise.studies.verdicts import Verdict, judge
-from rankwise.world.surroundings import find_mpiexec
 
 CONTEST = "strategies"
 """An experiment that is not the paper's: all strategies against each other."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankwise.errors import ConfigError, LaunchError, StorageError, one_line
-from rankwise.storage import write_atomically
+from rankwise.system.files import write_atomically
 
 PATIENCE_S = 60.0
 """How long a batch system may take to accept a job."""

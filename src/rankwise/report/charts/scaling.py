@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rankwise.record import Record
 from rankwise.report.charts.learning import HEIGHT
 from rankwise.report.page import Chart, Spec
 from rankwise.report.runs import Run
+from rankwise.runs.record import Record
 
 
 def strategy(record: Record) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rankwise.ledger import PHASES
+from rankwise.ledger.phases import PHASES
+from rankwise.ledger.timeline import RankTimeline
 from rankwise.report.charts.times import height, rank_name
 from rankwise.report.page import GREEN, GREY, ORANGE, PURPLE, VERMILION, YELLOW, Chart, Spec, Table
-from rankwise.timeline import RankTimeline
 
 COLOURS = {
     "data": "#9ccbee",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankwise.record import Rank, Record
+from rankwise.ledger.timeline import RankTimeline
 from rankwise.report.page import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, Chart, Spec, Table
 from rankwise.report.runs import Run
 from rankwise.report.summary import group_seconds
-from rankwise.timeline import RankTimeline
+from rankwise.runs.record import Rank, Record
 
 LABELS = {
     "start": "start-up",

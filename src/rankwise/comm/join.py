@@ -1,0 +1,33 @@
+"""Joining the world from a script of the user's own."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import traceback
+from types import TracebackType
+
+from rankwise.comm.mpi import mpi_world
+from rankwise.comm.mpi_environment import started_as_rank
+from rankwise.comm.threads import solo_world
+from rankwise.comm.world import World
+
+
+def join() -> World:
+    """The ranks that mpiexec or srun started together with this process, or this one alone.
+
+    Alone no MPI is needed. From here on an uncaught exception in one rank ends all of them: left to
+    itself it would hang the others.
+    """
+    if not started_as_rank():
+        return solo_world()
+    world = mpi_world()
+
+    def end_all_ranks(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        traceback.print_exception(kind, error, trace)
+        print(f"rank {world.rank} failed, so all {world.size} ranks end", file=sys.stderr)
+        world.abort(1)
+
+    sys.excepthook = end_all_ranks
+    atexit.register(world.close)
+    return world

@@ -1,0 +1,111 @@
+"""What carries bytes between ranks: the contract that MPI and the threads of one process fulfil."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankwise.comm.half_precision import add_bf16, add_fp16
+from rankwise.ledger.stalls import StallDetector
+
+Buffer = NDArray[Any]
+Op = Literal["sum", "max", "sum-fp16", "sum-bf16"]
+"""The last two add up floats of 16 bits in arrays of uint16 (`world.halves`)."""
+
+COMBINE: dict[Op, Callable[..., Any]] = {
+    "sum": np.add,
+    "max": np.maximum,
+    "sum-fp16": add_fp16,
+    "sum-bf16": add_bf16,
+}
+"""What adds two arrays up, into `out`."""
+
+
+class Pending(Protocol):
+    """An exchange that goes on; its buffers are the transport's until `wait` returns."""
+
+    def poll(self) -> None:
+        """Let it go on for a moment; where nobody looks an exchange may stand still."""
+
+    def wait(self, stalls: StallDetector) -> int:
+        """Come to its end, showing itself to the stall detector meanwhile. Returns a receive's source, else
+        -1. Called once. Raises RankLost if a rank without which it cannot end was lost, or the world is
+        repaired."""
+
+
+class Transport(Protocol):
+    """What carries bytes between ranks.
+
+    Collective calls are made by all ranks in the same order. Every call up to `allgather` starts
+    an exchange and returns at once.
+    """
+
+    rank: int
+    size: int
+    in_threads: bool
+    """Whether ranks are threads of one process, which share whatever a process has one of."""
+
+    clock_of: list[int]
+    """For each rank the lowest rank that reads the same monotonic clock, as all those of one host do."""
+
+    host_of: list[int]
+    """For each rank the lowest rank on a host of the same name."""
+
+    def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> Pending:
+        """Combine the buffers of all ranks element by element, in place on every rank.
+
+        One in the `background` goes on while it is polled, another not before it is waited for.
+        """
+
+    def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> Pending:
+        """Put rank k's buffer into row k of `into`, which only the root has."""
+
+    def broadcast(self, buffer: Buffer, root: int) -> Pending:
+        """Overwrite every rank's buffer with the root's."""
+
+    def send(self, buffer: Buffer, dest: int, tag: int = 0) -> Pending:
+        """Send to one rank."""
+
+    def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
+        """Overwrite the buffer with the next message with this tag from `source`, or from whoever comes
+        first."""
+
+    def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
+        """Put rank k's buffer into row k of `into` on every rank."""
+
+    def set_aside(self, ranks: int) -> None:
+        """From now on the ranks from this number on stand by: their `rank` is -1, and only `stand_by` and
+        `repair` are for them. All call it."""
+
+    def stand_by(self, alive: Callable[[], None]) -> bool:
+        """Sleep until others call off what they are in, or are done (False), with a call of `alive` now and
+        then."""
+
+    def call_off(self, under_way: Iterable[Pending]) -> None:
+        """Whoever is in an exchange finds it failed with RankLost, and whoever stands by is called.
+        `under_way` are this rank's exchanges in the background, which are given up."""
+
+    def repair(self, *, fill: bool) -> list[int]:
+        """Go on without ranks that are gone, and if all that are left want to `fill` up, with some that stood
+        by in their place. All that are left call it after `call_off`, and it waits for them. Returns the
+        numbers with which the ranks began, in the order of their new ones; `rank`, `size`, `clock_of` and
+        `host_of` are new."""
+
+    def agree(self, mine: bool) -> bool:
+        """Whether all ranks say yes; no if one was lost. All that are left get the same answer, whatever
+        happens meanwhile."""
+
+    def die(self) -> None:
+        """End this rank at once, as kill -9 does: the others find out by themselves."""
+
+    def describe(self) -> str:
+        """The library behind this transport, with its version."""
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once, this one included, without waiting for anybody."""
+
+    def close(self) -> None:
+        """Leave in good order, all ranks together."""

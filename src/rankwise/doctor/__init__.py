@@ -1,0 +1,1 @@
+"""What rankwise finds on this machine, and how far a training step is from the machine's limits."""

@@ -1,0 +1,1 @@
+"""Where time goes: phases, exchanges, waiting, ideal time. Knows neither MPI nor torch."""

@@ -1,0 +1,194 @@
+"""Writes checkpoints beside the training: a copy is made in it, and the disk is waited for in a thread.
+
+Each rank writes its part, and then a note with the sums of its files. When the notes of all ranks are there,
+rank 0 writes the manifest and renames the folder: until then there is no checkpoint, whoever is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from rankwise.runs.checkpoint import AVERAGE, MANIFEST, MODEL, Memory, finished, memory_file, worker_file
+from rankwise.errors import StorageError
+from rankwise.models.replica import Replica
+from rankwise.system.files import write_atomically
+from rankwise.comm import World
+
+LOOK_S = 0.02
+"""How often rank 0 looks for the notes of the others."""
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run into `folder`, which all ranks see, and keeps the newest `keep`.
+
+    `gave_up` says that the last one may have been lost. An error of the disk is raised, as StorageError,
+    when the next checkpoint begins or in `finish`; the checkpoints before stay. So is what `may_write`
+    raises, which is asked before anything of others is touched.
+    """
+
+    def __init__(self, folder: Path, keep: int, may_write: Callable[[], None] = lambda: None) -> None:
+        self._folder = folder
+        self._may_write = may_write
+        self._keep = keep
+        self._under_way: _Part | None = None
+        self._given_up: list[_Part] = []
+        self.gave_up = False
+
+    def save(
+        self,
+        epoch: int,
+        replica: Replica,
+        world: World,
+        *,
+        worker: int | None,
+        writers: int,
+        memory: Memory,
+        notes: dict[str, Any],
+    ) -> None:
+        """Begin the checkpoint of `epoch`; all ranks together, and it holds what they are now.
+
+        Rank 0 writes the model, the workers below `writers` their optimiser state (`worker` is this rank's
+        number among them, None if it has none), and each rank its strategy's `memory`, if any.
+        """
+        self._wait_for_part()
+        draft = self._new_draft(epoch) if world.rank == 0 else None
+        draft = Path(world.allgather_object(draft)[0])
+        self._complete()  # of the one before all parts are there now
+        files = {}
+        if world.rank == 0:
+            files[MODEL] = _packed(replica.model.state_dict())
+            if replica.average is not None:
+                files[AVERAGE] = _packed(replica.average.model.state_dict())
+        if worker is not None and worker < writers:
+            files[worker_file(worker)] = _packed(replica.optimizer_state())
+        if memory:
+            files[memory_file(world.rank)] = _packed({k: torch.from_numpy(a) for k, a in memory.items()})
+        self.gave_up = False
+        manifest = {"epoch": epoch, "workers": writers, "notes": notes} if world.rank == 0 else None
+        self._under_way = _Part(draft, world.rank, world.size, files, manifest, self._keep, self._may_write)
+
+    def finish(self, world: World) -> None:
+        """Wait until the last checkpoint is on disk; all ranks together."""
+        self._wait_for_part()
+        world.barrier()
+        self._complete()
+
+    def give_up(self) -> None:
+        """Ranks were lost: what is under way may never be whole."""
+        if self._under_way is not None:
+            self._under_way.given_up.set()
+            self._given_up.append(self._under_way)
+            self._under_way = None
+            self.gave_up = True
+
+    def _new_draft(self, epoch: int) -> Path:
+        self._may_write()
+        while self._given_up:  # or its folder might be renamed while it is removed
+            self._given_up.pop().thread.join()
+        kept = self._under_way.draft if self._under_way else None
+        for path in self._folder.glob(".epoch-*"):
+            if path != kept:
+                shutil.rmtree(path, ignore_errors=True)
+        draft = self._folder / f".epoch-{epoch:04d}.{os.urandom(4).hex()}"
+        try:
+            draft.mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(f"cannot write checkpoint {draft}: {error.strerror}") from error
+        return draft
+
+    def _wait_for_part(self) -> None:
+        if self._under_way is not None:
+            self._under_way.written.wait()
+            if self._under_way.error is not None:
+                raise self._under_way.error
+
+    def _complete(self) -> None:
+        part, self._under_way = self._under_way, None
+        if part is not None:
+            part.thread.join()
+            if part.error is not None:
+                raise part.error
+
+
+class _Part:
+    """What one rank writes of a checkpoint, in a thread; with a `manifest`, on rank 0, the end of it too."""
+
+    def __init__(
+        self,
+        draft: Path,
+        rank: int,
+        ranks: int,
+        files: dict[str, bytes],
+        manifest: dict[str, Any] | None,
+        keep: int,
+        may_write: Callable[[], None],
+    ) -> None:
+        self.draft = draft
+        self.written = threading.Event()
+        self.given_up = threading.Event()
+        self.error: StorageError | None = None
+        self._rank, self._ranks = rank, ranks
+        self._files = files
+        self._manifest = manifest
+        self._keep = keep
+        self._may_write = may_write
+        self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            sums = {}
+            for name, content in self._files.items():
+                write_atomically(self.draft / name, content)
+                sums[name] = hashlib.sha256(content).hexdigest()
+            write_atomically(_note(self.draft, self._rank), json.dumps(sums).encode())
+            self.written.set()
+            if self._manifest is not None and self._all_wrote():
+                self._close(self._manifest)
+        except StorageError as error:
+            self.error = error
+        except OSError as error:
+            self.error = StorageError(f"cannot write checkpoint {self.draft}: {error.strerror}")
+        finally:
+            self.written.set()
+
+    def _all_wrote(self) -> bool:
+        """Wait for the notes of all ranks; returns False if they were given up."""
+        for rank in range(self._ranks):
+            while not _note(self.draft, rank).exists():
+                if self.given_up.wait(LOOK_S):
+                    return False
+        return True
+
+    def _close(self, manifest: dict[str, Any]) -> None:
+        notes = [_note(self.draft, rank) for rank in range(self._ranks)]
+        sums = {name: digest for note in notes for name, digest in json.loads(note.read_bytes()).items()}
+        for note in notes:
+            note.unlink()
+        content = json.dumps({**manifest, "files": sums}, indent=1).encode()
+        write_atomically(self.draft / MANIFEST, content)
+        self._may_write()
+        final = self.draft.with_name(f"epoch-{manifest['epoch']:04d}")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(self.draft, final)
+        for old in finished(final.parent)[self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _note(draft: Path, rank: int) -> Path:
+    return draft / f"sums-{rank:04d}.json"
+
+
+def _packed(tensors: dict[str, torch.Tensor]) -> bytes:
+    """Tensors as a file's content. Copies: the format takes no strides and no sharing."""
+    return safetensors.torch.save({k: v.detach().clone().contiguous() for k, v in tensors.items()})

@@ -1,0 +1,272 @@
+"""What a run writes down of itself: the record, and what it is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from rankwise.config import TrainConfig
+from rankwise.errors import ResumeError, StorageError, SupersededError, UsageError, one_line
+from rankwise.ledger.phases import PHASES
+from rankwise.system.files import write_atomically
+
+SCHEMA_VERSION = 1
+
+Outcome = Literal["running", "completed", "interrupted", "failed"]
+Role = Literal["master", "worker", "spare"]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="allow")  # later versions may add keys
+
+
+class Host(_Row):
+    """One machine of the run."""
+
+    name: str
+    cores: int
+    ranks: int
+    cpu_model: str
+
+
+class Environment(_Row):
+    """What the run ran on."""
+
+    python: str
+    torch: str
+    mpi4py: str | None
+    mpi: str = Field(description="the MPI library, or the threads that stood in for it")
+    git_commit: str | None = Field(description="of the folder where the command was given")
+    hosts: list[Host]
+
+
+class Epoch(_Row):
+    """One pass over the training set; a line of metrics.jsonl."""
+
+    epoch: int = Field(ge=1)
+    train_loss: float | None = Field(
+        description="mean over the samples that ranks trained which are still there; None if none of them is"
+    )
+    val_loss: float | None = Field(default=None, description="None: --evaluate-every left this epoch out")
+    val_accuracy: float | None = Field(default=None, ge=0, le=1)
+    train_samples: int
+    steps: int = Field(description="of the worker with the most")
+    learning_rate: float
+    wall_s: float = Field(description="evaluation and checkpoint included")
+    train_s: float = Field(gt=0, description="training and synchronisation alone")
+    evaluation_s: float | None = Field(default=None, description="of the rank that took longest")
+    since_launch_s: float | None = Field(
+        default=None, description="from the launch of the first sitting until this epoch was evaluated"
+    )
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples that all ranks together trained a second, without evaluation and checkpoint."""
+        return self.train_samples / self.train_s
+
+
+class Evaluated(Epoch):
+    """One after which the network was evaluated."""
+
+    val_loss: float
+    val_accuracy: float = Field(ge=0, le=1)
+
+
+EpochRow = Evaluated | Epoch
+
+
+def _all_phases(phases_ns: dict[str, int]) -> dict[str, int]:
+    return dict.fromkeys(PHASES, 0) | phases_ns
+
+
+class Rank(_Row):
+    """One rank's time and traffic. The phases add up to `wall_ns` exactly."""
+
+    rank: int
+    role: Role
+    host: str
+    threads: int
+    wall_ns: int
+    phases_ns: Annotated[dict[str, int], AfterValidator(_all_phases)]
+    wait_on_ns: dict[str, int]
+    hidden_ns: int
+    cpu_s: float
+    cpu_percent: float
+    bytes_sent: int
+    bytes_received: int
+    messages_sent: int
+    messages_received: int | None = None
+    max_rss_bytes: int
+    died_at_s: float | None
+    off_cpu_ns: dict[str, int] = Field(
+        default_factory=dict,
+        description="part of each phase outside exchanges in which the main thread was not on a CPU",
+    )
+    ideal_ns: int = Field(
+        default=0, description="time after start-up if exchanges took no time, and were only waited for"
+    )
+    barrier_wait_ns: int | None = Field(
+        default=None, description="waiting by the stopwatch of --cross-check, beside that of the logs"
+    )
+    measured: dict[str, float] = Field(default_factory=dict, description="what the strategy measured")
+
+
+class Clock(_Row):
+    """How well the hosts' clocks agree. One host has one clock."""
+
+    error_bound_ns: int
+    violations: int
+
+
+class Efficiency(_Row):
+    """POP efficiencies as fractions; None where this run cannot tell."""
+
+    parallel: float | None = None
+    load_balance: float | None = None
+    serialization: float | None = None
+    transfer: float | None = None
+
+
+class Samples(_Row):
+    """Whether every sample was trained once an epoch. Replication counts a sample once a worker."""
+
+    expected: int
+    trained: int
+    duplicated: int
+    lost: int
+
+
+class Fault(_Row):
+    """A rank that was lost, or a fault that was injected, and what became of it."""
+
+    rank: int = Field(description="-1 if nobody could tell")
+    kind: str = Field(description="what was injected; lost for what nobody asked for")
+    found_at: str | None = Field(default=None, description="UTC, ISO 8601")
+    epoch: int
+    step: int | None = None
+    detected_after_s: float | None = Field(
+        default=None, description="from the injection, or from the last sign of life"
+    )
+    recovered_after_s: float | None = Field(
+        default=None, description="from the same moment until a round was committed again"
+    )
+    action: str = Field(description="what was done about it: continue, restart, dropped, none")
+
+
+class Target(_Row):
+    """Whether and when the accuracy was reached that a run was to stop at. Times are None where it was not,
+    and include evaluation and, after a resume, the time between sittings."""
+
+    accuracy: float
+    reached: bool
+    epoch: int | None = Field(default=None, description="the first that reached it")
+    from_launch_s: float | None = Field(
+        default=None, description="from the launch of the first sitting until that epoch was evaluated"
+    )
+    from_first_step_s: float | None = None
+    evaluation_s: float | None = Field(default=None, description="part of both that went to evaluations")
+
+    @classmethod
+    def of(cls, accuracy: float | None, epochs: Sequence[Epoch], first_step_s: float | None) -> Target | None:
+        """What the epochs so far say about an accuracy, None if none was asked for; `first_step_s` is from
+        launch to first step."""
+        if accuracy is None:
+            return None
+        for place, row in enumerate(epochs, start=1):
+            if row.val_accuracy is not None and row.val_accuracy >= accuracy:
+                told = [one.evaluation_s for one in epochs[:place]]
+                launch_s = row.since_launch_s
+                return cls(
+                    accuracy=accuracy,
+                    reached=True,
+                    epoch=row.epoch,
+                    from_launch_s=launch_s,
+                    from_first_step_s=None
+                    if launch_s is None or first_step_s is None
+                    else launch_s - first_step_s,
+                    evaluation_s=None if None in told else sum(s for s in told if s is not None),
+                )
+        return cls(accuracy=accuracy, reached=False)
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run, checked, with those that its version did not know yet at their defaults."""
+    checked = TrainConfig.model_validate({k: v for k, v in config.items() if k in TrainConfig.model_fields})
+    return {**checked.model_dump(mode="json"), **config}
+
+
+class Record(_Row):
+    """record.json."""
+
+    schema_version: int
+    rankwise_version: str
+    started_at: str = Field(description="UTC, ISO 8601")
+    launched_at: str | None = Field(
+        default=None,
+        description="UTC: when the command of the first sitting was given, before any rank began",
+    )
+    first_step_s: float | None = Field(
+        default=None, description="from then to the first step of the first sitting"
+    )
+    wall_s: float = Field(description="of the last sitting, from the start of rank 0's process")
+    elapsed_s: float = Field(
+        default=0.0, description="from the start of the first sitting, with the time between sittings"
+    )
+    outcome: Outcome
+    message: str | None = Field(description="why the run did not complete, one line")
+    resumed_from_epoch: int | None = Field(description="the epoch after which this sitting went on")
+    config: Annotated[dict[str, Any], AfterValidator(_options)]
+    environment: Environment
+    epochs: list[EpochRow]
+    target: Target | None = Field(default=None, description="None without --target-accuracy")
+    ranks: list[Rank]
+    clock: Clock
+    cpu_percent: float = Field(default=0.0, description="CPU time of all ranks, of all cores of their hosts")
+    efficiency: Efficiency
+    samples: Samples
+    faults: list[Fault]
+
+    def elapsed_before_s(self, moment: str) -> float:
+        """Seconds from the start of its first sitting to a moment that `utc_before` gave."""
+        sitting_s = (datetime.fromisoformat(moment) - datetime.fromisoformat(self.started_at)).total_seconds()
+        return sitting_s + max(self.elapsed_s - self.wall_s, 0.0)
+
+    @property
+    def evaluated(self) -> list[Evaluated]:
+        """The epochs after which the network was evaluated."""
+        return [row for row in self.epochs if isinstance(row, Evaluated)]
+
+    @property
+    def best(self) -> Evaluated:
+        """The epoch with the highest validation accuracy, the first of them. Raises ValueError without
+        evaluated epochs, as the two below do without epochs."""
+        return max(self.evaluated, key=lambda row: row.val_accuracy)
+
+    @property
+    def median_epoch_s(self) -> float:
+        """Median wall time of an epoch, evaluation and checkpoint included, in seconds."""
+        return median(row.wall_s for row in self.epochs)
+
+    @property
+    def median_samples_per_s(self) -> float:
+        """Median over the epochs of the samples that all ranks together trained a second."""
+        return median(row.samples_per_s for row in self.epochs)
+
+
+def utc_before(seconds: float, timespec: str = "seconds") -> str:
+    """The moment so many seconds ago, as the record writes it."""
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec=timespec)
+
+
+def seconds_since(moment: str) -> float:
+    """How long ago a moment was that `utc_before` gave."""
+    return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()

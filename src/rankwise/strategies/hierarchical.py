@@ -1,0 +1,110 @@
+"""Two levels: every step in step inside a host, and weights averaged across hosts every so many steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from rankwise.comm import Subgroup, World
+from rankwise.data.sampler import Batch
+from rankwise.errors import Interrupted
+from rankwise.strategies.averaging import Averaged, ParameterAveraging, RoundState
+from rankwise.strategies.base import State, require_finite
+from rankwise.strategies.buckets import Buckets
+from rankwise.strategies.compression import Flat
+
+if TYPE_CHECKING:
+    from rankwise.models.replica import Replica
+
+
+@dataclass(frozen=True)
+class LevelsState(RoundState):
+    """`buckets` hold the gradients of a step."""
+
+    buckets: Buckets | None = None
+
+
+@dataclass(frozen=True)
+class Hierarchical(ParameterAveraging):
+    """Ranks of a host step together with the mean of their gradients, as if they were one rank with a
+    larger batch; every `sync_across_hosts` steps the hosts average their weights (hierarchical local SGD, Lin
+    et al. 2018, arXiv:1808.07217).
+
+    The lowest rank of each host leads it: leaders average among themselves, weighted by the samples of their
+    hosts, and hand the mean out. Only what goes between leaders is compressed. When a leader is lost the next
+    rank of its host leads; what compression has left out so far is then forgotten.
+    """
+
+    topologies: ClassVar[tuple[str, ...]] = ("allreduce",)
+    sync_every: ClassVar = 8
+    keeps_local_work: ClassVar = False
+    syncs_every_step: ClassVar = True
+    replicated: ClassVar = ("outer_momentum",)
+
+    sync_across_hosts: int = 8
+
+    def init(self, replica: Replica, world: World) -> State:
+        state = super().init(replica, world)
+        assert isinstance(state, RoundState)
+        return LevelsState(reduction=state.reduction, buckets=Buckets(replica.parameters, math.inf, world))
+
+    def expect(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
+        _buckets(state).expect(len(batch), sends=False)
+
+    def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
+        """A step of the whole host, with the mean over the samples of its ranks."""
+        buckets = _buckets(state)
+        if len(batch):
+            buckets.add()
+        flat = buckets.close()
+        flat[-1] = len(batch)
+        _inside(world).allreduce(flat)
+        if not flat[-1]:
+            return state
+        with world.ledger.phase("pack"):
+            flat[:-1] /= flat[-1]
+            require_finite(flat)
+            buckets.give()
+        with world.ledger.phase("optimizer"):
+            replica.step()
+        return state.trained(len(batch))
+
+    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Averaged:
+        hosts, inside = world.hosts, _inside(world)
+        with world.ledger.phase("pack"):
+            flat = replica.pack(tail=1)
+            flat[-1] = world.stopping
+            require_finite(flat)  # alike on all ranks of a host
+        wishes = flat[-1:].copy()
+        inside.allreduce(wishes, "max")
+        flat[-1:] = wishes
+        after = state
+        if inside.rank == 0:
+            shares = np.array([batch.weights[ranks].sum() for ranks in hosts])
+            leaders = Subgroup(world, [ranks[0] for ranks in hosts])
+            stops, after = self._average(flat, state, shares, leaders)
+            flat[-1] = stops
+        inside.broadcast(flat)
+        if flat[-1]:
+            raise Interrupted(f"stopped in epoch {batch.epoch}")
+        return Averaged(flat[:-1], after, replica.optimizer.param_groups[0]["lr"])
+
+    def recover(self, state: State, replica: Replica, world: World) -> State:
+        _buckets(state).clear()
+        # Others may lead now, and what leaders compress with must be alike on all of them.
+        kept: dict[str, Flat] = {name: state.memory[name] for name in self.replicated if name in state.memory}
+        return replace(state, pending=0, memory=kept)
+
+
+def _inside(world: World) -> Subgroup:
+    """The ranks of this rank's host."""
+    return Subgroup(world, next(ranks for ranks in world.hosts if world.rank in ranks))
+
+
+def _buckets(state: State) -> Buckets:
+    assert isinstance(state, LevelsState)
+    assert state.buckets is not None
+    return state.buckets

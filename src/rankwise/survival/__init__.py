@@ -1,0 +1,1 @@
+"""What happens to ranks: faults on demand, hangs, and why a rank was lost."""

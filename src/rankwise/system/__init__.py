@@ -1,0 +1,1 @@
+"""The operating system: processes, cores, files, signals, and users' own code by name."""

@@ -1,0 +1,1 @@
+"""One rank, from its options to its last epoch."""

@@ -1,0 +1,243 @@
+"""The loop of one rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from rankwise.comm import World
+from rankwise.config import TrainConfig
+from rankwise.data.augmentation import Augmentation
+from rankwise.data.dataset import Split
+from rankwise.data.feed import Feed, feed
+from rankwise.data.partition import Indices
+from rankwise.data.resizing import height_in
+from rankwise.errors import DivergedError
+from rankwise.models.evaluation import score
+from rankwise.models.freezing import frozen_in
+from rankwise.models.precision import autocast
+from rankwise.runs.progress import ProgressFile
+from rankwise.runs.record import Epoch, Evaluated
+from rankwise.training.synchroniser import Synchroniser
+
+EVALUATION_BATCH = 500
+"""Samples a forward pass of the evaluation; a matter of speed alone."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that one rank trains with.
+
+    `train` and `validation` are whole splits; the sampler's indices point into the first, and `val_pool`
+    holds those of the second that all ranks evaluate together. `pool` are the indices of the samples
+    that are trained.
+    """
+
+    config: TrainConfig
+    synchroniser: Synchroniser
+    train: Split
+    validation: Split
+    val_pool: Indices
+    pool: Indices
+    progress: ProgressFile
+
+    @property
+    def worker(self) -> int | None:
+        """This rank's number among those that train, None for a master. It changes when ranks are lost."""
+        world = self.synchroniser.world
+        worker = world.rank - self.first_worker
+        return worker if worker >= 0 else None
+
+    @property
+    def first_worker(self) -> int:
+        """The lowest rank that trains; a master that is alone does."""
+        return int(self.config.has_master and self.synchroniser.world.size > 1)
+
+    def expected(self, epoch: int) -> Indices:
+        """How often an epoch shall train each sample of the training split."""
+        counts = np.zeros(len(self.train.labels), np.int64)
+        counts[self.pool] = self.synchroniser.sampler.samples(epoch) // len(self.pool)
+        return counts
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """An epoch, what went wrong in its sample count, and whether it is the last one of the run."""
+
+    epoch: Epoch
+    duplicated: int
+    lost: int
+    last: bool
+
+
+def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float], None]) -> None:
+    """Train from `first_epoch` to the last, or to the target accuracy; all ranks call it together.
+
+    `after_epoch` gets each epoch's result, alike on all ranks, and the monotonic second at which
+    the epoch started. Raises DivergedError, Interrupted.
+    """
+    for number in range(first_epoch, job.config.epochs + 1):
+        start_s = time.monotonic()
+        losses = Losses()
+
+        def whole_epoch(number: int = number, losses: Losses = losses, start_s: float = start_s) -> bool:
+            train_epoch(job, number, losses)
+            train_s = time.monotonic() - start_s
+            evaluation = evaluate(job, number) if is_evaluated(job.config, number) else None
+            evaluation_s = time.monotonic() - start_s - train_s
+            result = summarise(job, number, losses, evaluation, train_s, evaluation_s)
+            after_epoch(result, start_s)
+            return result.last
+
+        if job.synchroniser.retry_until_all(whole_epoch):
+            return
+
+
+@dataclass
+class Losses:
+    """The sum of the losses of `samples` samples."""
+
+    total: float = 0.0
+    samples: int = 0
+
+
+def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
+    """One pass over this rank's share, or over what is left of it; adds to the losses."""
+    config, synchroniser = job.config, job.synchroniser
+    model = synchroniser.model
+    ledger = synchroniser.world.ledger
+
+    ledger.enter("data")
+    # Every random number is drawn from seed, epoch and worker, or sample: a resumed run draws the same ones.
+    seed = np.random.SeedSequence([config.seed, epoch, job.worker or 0]).generate_state(1, np.uint64)
+    torch.manual_seed(int(seed[0]))
+    augmentation = Augmentation(config.seed, epoch, config.flip, config.translate, config.cutout)
+    batches = Feed(
+        job.train,
+        synchroniser.sampler.shard(epoch),
+        augmentation=augmentation,
+        height=height_in(config, epoch),
+    )
+    arithmetic = autocast(config.precision)
+    job.progress.start(epoch)
+    model.train()
+    synchroniser.replica.freeze(frozen_in(config, epoch))
+
+    ledger.enter("other")
+    for step, batch in enumerate(synchroniser.batches(epoch), start=1):
+        ledger.enter("data")
+        images, labels = batches.take(batch.indices)
+
+        ledger.enter("forward")
+        with arithmetic:
+            loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
+
+        ledger.enter("backward")
+        synchroniser.replica.forget_gradients()
+        torch.autograd.backward(loss)
+        value = loss.item()
+        if not math.isfinite(value):
+            synchroniser.drop(
+                f"the loss is {value} in epoch {epoch}, step {step}: try a smaller --lr than {config.lr}"
+            )
+            continue
+
+        ledger.enter("optimizer")
+        synchroniser.step()
+
+        ledger.enter("other")
+        losses.total += value * len(batch)
+        losses.samples += len(batch)
+        job.progress.add(len(batch), value * len(batch))
+
+
+def is_evaluated(config: TrainConfig, epoch: int) -> bool:
+    """Whether the network is evaluated after an epoch."""
+    return epoch % config.evaluate_every == 0 or epoch == config.epochs
+
+
+def evaluate(job: Job, epoch: int) -> tuple[float, int]:
+    """Sum of the losses and number of right answers on this rank's share of the validation samples, after an
+    epoch."""
+    tta = job.config.tta if epoch >= job.config.tta_from_epoch else "none"
+    model, world = job.synchroniser.replica.evaluated, job.synchroniser.world
+    evaluators = 1 if job.config.has_master else world.size
+    shares = np.array_split(job.val_pool, evaluators)
+    mine = shares[world.rank] if world.rank < evaluators else job.val_pool[:0]
+    loss_sum, correct = 0.0, 0
+    with (
+        world.ledger.phase("evaluation"),
+        job.synchroniser.faults.during("evaluation"),
+        torch.inference_mode(),
+        autocast(job.config.precision),
+    ):
+        model.eval()
+        for images, labels in feed(job.validation, mine, EVALUATION_BATCH):
+            world.ledger.enter("evaluation")  # a sign of life
+            scores = score(model, images, tta, job.config.tta_below)
+            loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
+            correct += int((scores.argmax(1) == labels).sum())
+    return loss_sum, correct
+
+
+def summarise(
+    job: Job,
+    epoch: int,
+    losses: Losses,
+    evaluation: tuple[float, int] | None,
+    train_s: float,
+    evaluation_s: float,
+) -> EpochResult:
+    """Add up what all ranks did in the epoch; without an `evaluation` none was due."""
+    world = job.synchroniser.world
+    val_loss_sum, correct = evaluation or (0.0, 0)
+    sums = np.array([losses.total, losses.samples, val_loss_sum, correct], np.float64)
+    world.allreduce(sums)
+    expected = job.expected(epoch)
+    counts = np.bincount(job.synchroniser.trained(), minlength=len(expected))
+    trained, duplicated, lost = count_samples(world, counts, expected, job.config.seed)
+    slowest = np.array([train_s, evaluation_s])
+    world.allreduce(slowest, op="max")
+    if not math.isfinite(sums[2]):
+        raise DivergedError(f"the validation loss is {sums[2]} after epoch {epoch}: try a smaller --lr")
+    row = Epoch(
+        epoch=epoch,
+        train_loss=sums[0] / sums[1] if sums[1] else None,  # all that trained in it were lost since
+        train_samples=trained,
+        steps=job.synchroniser.sampler.steps(epoch),
+        learning_rate=job.synchroniser.replica.optimizer.param_groups[0]["lr"],
+        wall_s=0.0,
+        train_s=float(slowest[0]),
+        evaluation_s=float(slowest[1]),
+    )
+    last = epoch == job.config.epochs
+    if evaluation is not None:
+        n, target = len(job.val_pool), job.config.target_accuracy
+        row = Evaluated(**{**dict(row), "val_loss": sums[2] / n, "val_accuracy": sums[3] / n})
+        last = last or (target is not None and row.val_accuracy >= target)
+    return EpochResult(row, duplicated, lost, last)
+
+
+def count_samples(world: World, counts: Indices, expected: Indices, seed: int) -> tuple[int, int, int]:
+    """How many samples all ranks trained in an epoch, how many of them too often, and how many too seldom.
+
+    `counts` [n] says how often this rank trained each sample, `expected` [n] how often all should. To
+    prove that what all ranks trained is that, 8 bytes are enough: each sample has a random 64-bit
+    number, and the sums of the numbers trained and expected agree, modulo 2**64, only for the same
+    samples. If they do not, the counts themselves are added up.
+    """
+    numbers = np.random.default_rng(seed).integers(2**64, size=len(counts), dtype=np.uint64)
+    fingerprint = np.array([np.sum(numbers * counts.astype(np.uint64))])
+    world.allreduce(fingerprint)
+    if fingerprint[0] == np.sum(numbers * expected.astype(np.uint64)):
+        return int(expected.sum()), 0, 0
+    total = counts.copy()
+    world.allreduce(total)
+    surplus = total - expected
+    return int(total.sum()), int(surplus.clip(min=0).sum()), int(-surplus.clip(max=0).sum())

@@ -1,0 +1,277 @@
+"""One run on one rank: builds all parts from the configuration, and trains."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+import torch
+
+from rankwise import data, models
+from rankwise.comm import World
+from rankwise.config import TrainConfig
+from rankwise.data import resizing
+from rankwise.data.dataset import Dataset
+from rankwise.data.feed import feed
+from rankwise.data.selection import Selection, at_most, select
+from rankwise.errors import ConfigError, Interrupted
+from rankwise.models import freezing
+from rankwise.models.optimizers import make_optimizer
+from rankwise.models.replica import Replica
+from rankwise.models.whitening import whiten
+from rankwise.runs.checkpoint import Checkpoint
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.progress import ProgressFile
+from rankwise.runs.record import Host, Record
+from rankwise.survival.fault_injection import Faults, NoFaults, parse
+from rankwise.survival.watchdog import Watchdog
+from rankwise.system import machine
+from rankwise.training import batch_sizes, compile, cpu_threads
+from rankwise.training.accounting import standing_by
+from rankwise.training.admission import JoinState, stand_by
+from rankwise.training.build import build, make_replica
+from rankwise.training.loop import Job, train
+from rankwise.training.recorder import Recorder
+
+Say = Callable[[str], None]
+
+WHITENING_BATCH = 250
+"""Images whose patches are in memory at once."""
+
+_SEEDING = threading.Lock()
+"""Ranks that are threads share torch's generator: each seeds it and draws its weights in one go."""
+
+
+def run(
+    config: TrainConfig, world: World, folder: RunFolder, *, say: Say, start: Checkpoint | None = None
+) -> Record:
+    """Train as `config` (resolved) says, as one rank of `world`; all ranks call it together.
+
+    With `start` the run goes on after that checkpoint. `say` gets remarks for the user, on rank 0
+    only. Returns the final record. Raises UsageError before training; after it began Interrupted, on
+    all ranks at once and with the record written, or the error of the rank on which it happened.
+    """
+    ledger = world.ledger
+    announce = _announcer(say)
+    say = _by_rank_0(say, world)
+    _agree_on_options(config, world)
+    world.cross_check = config.cross_check
+    ledger.enter("data")
+    dataset = data.prepare(
+        config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir, on_progress=announce
+    )
+    ledger.enter("startup")
+    threads, hosts = _take_seats(config, world, say)
+    spares = standing_by(config, world, threads)
+    torch.backends.mkldnn.set_flags(config.onednn)  # type: ignore[no-untyped-call]
+    machine.keep_freed_memory()
+    chosen = select(config, dataset)
+    # Also of a spare, which then is there at once when it is needed.
+    replica = _make_replica(config, dataset, chosen)
+    compiled = compile.choose_compile(
+        config,
+        replica,
+        world,
+        image_shape=dataset.image_shape,
+        classes=len(dataset.classes),
+        samples=len(chosen.train_pool),
+        say=say,
+    )
+    config = config.model_copy(update={"compile": "on" if compiled else "off"})
+    config = batch_sizes.choose_batch_sizes(
+        config,
+        replica,
+        world,
+        image_shape=dataset.image_shape,
+        classes=len(dataset.classes),
+        say=say,
+    )
+    world.set_aside(config.ranks)
+    with _watchdog(config, folder, world) as dog:
+        join_state = None
+        if world.rank < 0:
+            world.survives = True  # nobody needs it yet
+            join_state = stand_by(world)
+            if join_state is None:
+                return folder.read()
+        job = _make_job(config, dataset, chosen, replica, world, folder, join_state)
+        history = join_state.history if join_state else None
+        recorder = Recorder(config, world, folder, job, threads, hosts, spares, start, history, say)
+        return _train(job, recorder, world, dog, start, join_state, folder)
+
+
+def _train(
+    job: Job,
+    recorder: Recorder,
+    world: World,
+    dog: Watchdog,
+    start: Checkpoint | None,
+    join_state: JoinState | None,
+    folder: RunFolder,
+) -> Record:
+    """From the first epoch that is not over to the last."""
+    ledger, synchroniser = world.ledger, job.synchroniser
+
+    def after_recovery(lost: list[int], new: list[int], seconds: float) -> None:
+        dog.forget(lost)
+        recorder.after_recovery(lost, new, seconds)
+
+    synchroniser.on_recovery = after_recovery
+    synchroniser.on_next_commit = recorder.after_next_commit
+    synchroniser.history = lambda: recorder.history
+    if join_state is not None:
+        first = join_state.progress.epoch
+        world.timeline.begin(ledger.close())
+    else:
+        if start is None:
+            recorder.save_checkpoint(0)
+        else:
+            synchroniser.resume(start, job.worker)
+        first = start.epoch + 1 if start else 1
+        recorder.write("running")
+        ledger.enter("other")
+        world.reconcile()  # so that no waiting from before is found out in the first epoch
+        world.timeline.begin(ledger.close())
+    world.survives = synchroniser.survives
+    recorder.before_first_step()
+    try:
+        if recorder.target is None or not recorder.target.reached:
+            train(job, first, recorder.after_epoch)
+    except Interrupted as stop:
+        message = f"{stop}; go on with: rankwise train --resume {folder.path}"
+        recorder.write("interrupted", message)
+        raise Interrupted(message) from None
+    record = synchroniser.retry_until_all(recorder.complete, fill=False)
+    world.survives = False
+    return record
+
+
+def _by_rank_0(say: Say, world: World) -> Say:
+    """Says what whoever is rank 0 at that time has to say."""
+
+    def speak(line: str) -> None:
+        if world.rank == 0:
+            say(line)
+
+    return speak
+
+
+def _announcer(say: Say) -> Callable[[str, int, int], None]:
+    """Says once what is being done; for whichever rank decodes the dataset while the others wait."""
+    said: set[str] = set()
+
+    def announce(what: str, done: int, total: int) -> None:
+        if what not in said:
+            said.add(what)
+            say(what)
+
+    return announce
+
+
+def _agree_on_options(config: TrainConfig, world: World) -> None:
+    mine = config.model_dump(mode="json", exclude={"out"})
+    for rank, theirs in enumerate(world.allgather_object(mine)):
+        for name in mine:
+            if theirs[name] != mine[name]:
+                raise ConfigError(
+                    f"ranks were given different options: --{name.replace('_', '-')} is {mine[name]} on rank "
+                    f"{world.rank} and {theirs[name]} on rank {rank}; start all ranks with the same command"
+                )
+
+
+def _take_seats(config: TrainConfig, world: World, say: Say) -> tuple[int, list[Host]]:
+    """Set this rank's arithmetic threads; returns them, and the hosts of the world in rank order."""
+    works = world.rank < config.ranks
+    mine = cpu_threads.here(trains=works and not (config.has_master and world.rank == 0))
+    seats: list[cpu_threads.RankPlacement] = world.allgather_object(mine)
+    threads = cpu_threads.share_threads(seats, config.threads)
+    for warning in cpu_threads.oversubscribed(seats, threads):
+        say(warning)
+    slow = sorted({seat.host for seat in seats if not seat.multiplies_bf16})
+    if config.precision == "bf16" and slow:
+        say(
+            f"--precision bf16 is slow here: {', '.join(slow)} has no instructions for bfloat16 and goes "
+            "by way of float32, which --precision fp32 does at once"
+        )
+    if not works:  # it will take the place of one that trains, most likely
+        threads[world.rank] = min(n for n, seat in zip(threads, seats, strict=True) if seat.trains)
+    torch.set_num_threads(threads[world.rank])
+    models_of = {seat.host: seat.cpu_model for seat in seats}
+    hosts = [
+        Host(
+            name=name, cores=cores, ranks=sum(seat.host == name for seat in seats), cpu_model=models_of[name]
+        )
+        for name, cores in cpu_threads.cores_of_hosts(seats).items()
+    ]
+    return threads[world.rank], hosts
+
+
+def _make_replica(config: TrainConfig, dataset: Dataset, chosen: Selection) -> Replica:
+    with _SEEDING:
+        torch.manual_seed(config.seed)
+        smaller = [resizing.shape_at(height, dataset.image_shape) for height, _ in resizing.stages(config)]
+        model = models.build(config.model, dataset.image_shape, len(dataset.classes), takes=smaller)
+    if config.whitening:
+        seen = at_most(chosen.train_pool, config.whitening, config.seed)
+        whiten(model, (images for images, _ in feed(dataset.train, seen, WHITENING_BATCH)))
+    if config.memory_format == "contiguous":
+        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    else:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
+    freezing.check(config, [name for name, value in model.named_parameters() if value.requires_grad])
+    return make_replica(config, model, make_optimizer(config, model))
+
+
+def _make_job(
+    config: TrainConfig,
+    dataset: Dataset,
+    chosen: Selection,
+    replica: Replica,
+    world: World,
+    folder: RunFolder,
+    join_state: JoinState | None = None,
+) -> Job:
+    return Job(
+        config=config,
+        synchroniser=build(
+            config,
+            replica,
+            chosen.train_pool,
+            dataset.train.labels[chosen.train_pool],
+            world,
+            faults=_faults(config, folder, world, replica),
+            join_state=join_state,
+        ),
+        train=dataset.train,
+        validation=chosen.validation,
+        val_pool=chosen.val_pool,
+        pool=chosen.train_pool,
+        progress=ProgressFile(folder.progress, world.number, config.processes),
+    )
+
+
+def _watchdog(config: TrainConfig, folder: RunFolder, world: World) -> Watchdog:
+    def report(rank: int, words: str, silent_s: float) -> None:
+        folder.leave_words(rank, "hang", words, silent_s=silent_s)
+
+    return Watchdog(
+        folder.beats,
+        rank=world.number,
+        ranks=config.processes,
+        ledger=world.ledger,
+        # Ranks that are threads are one process: none of them can be ended alone.
+        timeout_s=math.inf if world.in_threads else config.hang_timeout or math.inf,
+        report=report,
+    )
+
+
+def _faults(config: TrainConfig, folder: RunFolder, world: World, replica: Replica) -> NoFaults:
+    if not config.fault:
+        return NoFaults()
+    plans = [parse(text) for text in config.fault]
+    if any(plan.kind == "cut" for plan in plans) and not machine.can_cut_links():
+        raise ConfigError("--fault cut takes links down, which needs the program ip and CAP_NET_ADMIN")
+    return Faults(
+        plans, folder.faults, rank=world.number, seed=config.seed, victim=world, poison=replica.poison
+    )
