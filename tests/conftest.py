@@ -229,6 +229,11 @@ def mpiexec_words(ranks: int) -> list[str]:
     return [str(mpiexec.path), *crowd, "-n", str(ranks)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that mostly wait begin first."""
+    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """When a test's time is up, its report tells where its processes stand; the threads of this one pytest
@@ -269,7 +274,8 @@ def warm_processes(warm_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def command(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Command]:
     """Programs run in the test's own folder, and are ended with the test."""
-    cold = request.node.get_closest_marker("cold") is not None
+    markers = ("cold", "cold_in_full") if effort.FULL else ("cold",)
+    cold = any(request.node.get_closest_marker(name) for name in markers)
     python = sys.executable if cold else request.getfixturevalue("warm_python")
     with launched(tmp_path, python) as runner:
         yield runner

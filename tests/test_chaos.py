@@ -27,7 +27,7 @@ from .processes import wait_for
 from .test_cli import count_epochs
 from .test_mpi import closes, ranks_of
 
-pytestmark = [pytest.mark.mpi, pytest.mark.cold, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.mpi, pytest.mark.cold_in_full, pytest.mark.timeout(240)]
 
 WAYS = [
     ("parameter-averaging", "master"),
@@ -224,6 +224,7 @@ def test_spares_come_in(command: Command, tmp_path: Path, strategy: str, topolog
     assert ranks_of(tmp_path / "run") == []
 
 
+@pytest.mark.cold
 def test_a_spare_that_died_in_its_sleep(command: Command, tmp_path: Path) -> None:
     """kill -9 of a rank that stands by disturbs nobody; when it is missed, the others go on with fewer."""
     words = [*SMALL, "--ranks", "3", "--spares", "1", "--epochs", "2000", "--out", "run"]
@@ -253,6 +254,7 @@ def test_only_one_is_left(command: Command, tmp_path: Path, strategy: str) -> No
     survives(RunFolder(tmp_path / "run").read(), {0, 1, 2})
 
 
+@pytest.mark.cold
 def test_a_kill_that_nobody_asked_for(command: Command, tmp_path: Path) -> None:
     """kill -9 from outside is survived as one on demand is; rank 0 is another one then, and Ctrl-C still
     stops the run, which goes on later with all its ranks."""
@@ -303,6 +305,7 @@ def test_all_ranks_raise(command: Command, tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "run").read().outcome == "failed"
 
 
+@pytest.mark.cold
 def test_a_rank_that_hangs(command: Command, tmp_path: Path) -> None:
     """A stopped process is found, named and killed after --hang-timeout, and the others go on."""
     words = [*SMALL, "--ranks", "3", "--epochs", "2", "--hang-timeout", "2"]
@@ -361,6 +364,7 @@ def test_restarts_come_to_an_end(command: Command, tmp_path: Path) -> None:
     assert command.rankwise("train", "--resume", "run").code == 0
 
 
+@pytest.mark.cold
 def test_under_a_given_mpiexec(command: Command, tmp_path: Path) -> None:
     """The user's own mpiexec --with-ft ulfm is enough for ranks to go on, and progress is still shown when
     rank 0 is gone; without it they are told so."""

@@ -245,6 +245,7 @@ def test_a_host_is_dropped(hosts: Hosts, tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
+@pytest.mark.waits
 @pytest.mark.parametrize("hosts", [(None, None, None)], indirect=True, ids=["three"])
 def test_a_link_is_cut(hosts: Hosts, tmp_path: Path) -> None:
     """Both sides live and see the folder: the one without the launcher ends, and the run goes on once, on the

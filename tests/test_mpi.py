@@ -355,12 +355,12 @@ def test_the_public_function(command: Command, tmp_path: Path) -> None:
     assert done.out.split() == ["completed", "3", "random"]
 
 
-def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
+def test_a_live_bar_on_a_terminal(command: Command, tmp_path: Path) -> None:
     """On a terminal a bar shows epoch, samples a second, loss, accuracy and the time left."""
     words = train("--dataset", "synthetic:8000", "--ranks", "3", "--epochs", "2", "--out", "run")
     mine, theirs = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, *words],
+        [command.python, *words],
         cwd=tmp_path,
         env=os.environ | {"COLUMNS": "140", "TERM": "xterm"},
         stdin=theirs,

@@ -20,6 +20,7 @@ from .test_mpi import closes
 
 pytestmark = [
     pytest.mark.mpi,
+    pytest.mark.waits,
     pytest.mark.timeout(420),  # the first test may have to install Slurm
     pytest.mark.xdist_group("slurm"),  # of which a machine has one
 ]

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from rankwise.cli import main
-from rankwise.doctor.installation import speed
+from rankwise.doctor import speed
 from rankwise.models.blank import blank_batch, seconds_of
 from rankwise.models.replica import Replica
 
