@@ -252,6 +252,16 @@ def test_an_unwritable_home_falls_back_to_a_private_temp_folder(
     prepare("synthetic:10", on_progress=lambda *_: pytest.fail("decoded again"))
 
 
+def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system knows no home, the private folder in the temp folder stands in, and no folder named ~
+    appears."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: Path("~/.cache/rankwise"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    prepare("synthetic:10")
+    assert [path.name for path in tmp_path.iterdir()] == [f"rankwise-{os.getuid()}"]
+
+
 def test_a_temp_folder_laid_out_by_others_is_not_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

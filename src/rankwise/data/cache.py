@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import platformdirs
 from numpy.typing import NDArray
 
 from rankwise.data.dataset import Dataset, Report, Samples, Source, Split
@@ -120,10 +121,14 @@ def _folders(cache_dir: Path | None) -> list[Path]:
     """Where finished datasets may stand: the folder that was asked for, or the user's and the fallback."""
     if cache_dir is not None:
         return [cache_dir.absolute()]
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(shared) if os.path.isabs(shared) else Path(os.path.expanduser("~/.cache"))
-    fallback = Path(tempfile.gettempdir()) / f"rankwise-{os.getuid()}"
-    return [home / "rankwise", *([fallback] if _is_private(fallback) else [])]
+    home = platformdirs.user_cache_path("rankwise", appauthor=False)  # which obeys XDG_CACHE_HOME
+    fallback = _fallback()
+    return [home, *([fallback] if _is_private(fallback) else [])]
+
+
+def _fallback() -> Path:
+    """The folder in the shared temp folder for users whose home cannot hold a cache."""
+    return Path(tempfile.gettempdir()) / f"rankwise-{os.getuid()}"
 
 
 def _is_private(folder: Path) -> bool:
@@ -139,6 +144,8 @@ def writable_folder(cache_dir: Path | None) -> Path:
     """The cache folder, made if need be; without `cache_dir`, one in the temp folder if home is read-only."""
     chosen = _folders(cache_dir)[0]
     try:
+        if not chosen.is_absolute():  # a user without a home, for whom it would be a folder named ~
+            raise NotADirectoryError("it is no absolute path")
         chosen.mkdir(parents=True, exist_ok=True)
         if os.access(chosen, os.W_OK | os.X_OK):
             return chosen
@@ -148,7 +155,7 @@ def writable_folder(cache_dir: Path | None) -> Path:
     if cache_dir is not None:
         raise DataError(f"the cache folder {chosen} cannot be used: {reason}; choose another")
 
-    fallback = Path(tempfile.gettempdir()) / f"rankwise-{os.getuid()}"
+    fallback = _fallback()
     with suppress(OSError):
         fallback.mkdir(mode=0o700, exist_ok=True)
     if not (_is_private(fallback) and os.access(fallback, os.W_OK | os.X_OK)):
