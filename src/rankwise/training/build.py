@@ -17,6 +17,7 @@ from rankwise.strategies import entry_of, resolve
 from rankwise.survival.fault_injection import NoFaults
 from rankwise.training import batch_sizes, schedule
 from rankwise.training.admission import JoinState
+from rankwise.training.observer import Observer
 from rankwise.training.synchroniser import Synchroniser
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def build(
     world: World,
     *,
     faults: NoFaults | None = None,
+    observer: Observer | None = None,
     join_state: JoinState | None = None,
 ) -> Synchroniser:
     """What a resolved configuration describes, over the samples `pool`, whose classes are `labels`; for a
@@ -109,6 +111,7 @@ def build(
         min_ranks=config.min_ranks,
         spares=config.spares,
         faults=faults,
+        observer=observer,
         join_state=join_state,
     )
 
