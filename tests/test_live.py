@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rankwise.report.live import Display
 from rankwise.runs.folder import RunFolder
-from rankwise.runs.progress import Progress, read_progress
+from rankwise.runs.progress import ProgressFile, read_progress
 
 
 def row(epoch: int) -> str:
@@ -72,7 +72,7 @@ def test_progress_adds_up_over_ranks(tmp_path: Path) -> None:
     """The standing is that of the newest epoch, over all ranks that are in it."""
     path = tmp_path / ".progress"
     assert read_progress(path) is None
-    ranks = [Progress(path, rank, 3) for rank in range(3)]
+    ranks = [ProgressFile(path, rank, 3) for rank in range(3)]
     assert read_progress(path) is None
     for rank in ranks:
         rank.start(1)

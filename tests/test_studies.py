@@ -18,7 +18,7 @@ from rich.console import Console
 
 from rankwise.config import read_preset
 from rankwise.runs.folder import RunFolder
-from rankwise.runs.progress import Progress
+from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Record
 from rankwise.studies import plan, runner
 from rankwise.studies.study_progress import Pace, StudyProgress, in_words
@@ -98,7 +98,7 @@ def test_the_board(tmp_path: Path, terminal: bool) -> None:
     screen = io.StringIO()
     folder = RunFolder(tmp_path)
     folder.metrics.write_text(records.epochs(1)[0].model_dump_json() + "\n")
-    progress = Progress(folder.progress, 0, 1)
+    progress = ProgressFile(folder.progress, 0, 1)
     progress.start(2)
     progress.add(500, 800.0)
     console = Console(file=screen, force_terminal=terminal, width=140)

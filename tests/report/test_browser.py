@@ -17,7 +17,7 @@ from rankwise.studies.strategy_comparison import COURSES
 from rankwise.studies.strategy_comparison_page import contest_page, judge
 from tests import effort
 from tests.records import epochs, rank, record, run_folder
-from tests.test_contest import VAL_SAMPLES, made, scored
+from tests.test_strategy_comparison import VAL_SAMPLES, made, scored
 
 from .browser import DESKTOP, PHONE, Browser, find_or_install
 
