@@ -11,6 +11,7 @@ import torch
 from rankwise.config import TrainConfig
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
+from rankwise.training import compile
 from rankwise.training.compile import _judge, _Trial
 
 Make = Callable[..., TrainConfig]
