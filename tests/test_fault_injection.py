@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ class Patient:
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.suffered: list[str] = []
+        self.exchange: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def at_each_exchange(self, action: Callable[[], None]) -> Iterator[None]:
+        before, self.exchange = self.exchange, action
+        yield
+        self.exchange = before
 
     def die(self) -> None:
         self.suffered.append("kill")
@@ -113,13 +121,13 @@ def test_an_exchange_belongs_to_the_phase_around_it(tmp_path: Path) -> None:
     made, patient = faults(tmp_path, "kill:rank=0,phase=checkpoint,step=3")
     made.begin(1, 5)
     made.step(4)
-    made.in_exchange()
+    patient.exchange()
     with made.during("exchange"):
-        made.in_exchange()
+        patient.exchange()
     with made.during("checkpoint"):
-        made.in_exchange()
+        patient.exchange()
         assert patient.suffered == []
-        made.in_exchange()
+        patient.exchange()
         assert patient.suffered == ["kill"]
 
 

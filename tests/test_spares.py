@@ -29,7 +29,7 @@ Train = Callable[..., tuple[Record, Any, Any]]
 @pytest.fixture(autouse=True)
 def _logs_are_compared_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that ranks are lost, and come in, between and in these exchanges too."""
-    monkeypatch.setattr(synchroniser, "SETTLE_ROUNDS", 2)
+    monkeypatch.setattr(synchroniser, "RECONCILE_ROUNDS", 2)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 100), st.integers(1, 40))

@@ -19,9 +19,10 @@ from rankwise.models.replica import Replica
 from rankwise.runs.record import Record
 from rankwise.strategies import entry_of, resolve
 from rankwise.strategies.base import State
-from rankwise.training import synchroniser
+from rankwise.training import recovery, synchroniser
 from rankwise.training.admission import stand_by
 from rankwise.training.build import make_sampler
+from rankwise.training.observer import NoObserver, Recovered
 from rankwise.training.snapshots import Progress, Snapshots
 from rankwise.training.synchroniser import Synchroniser
 
@@ -56,7 +57,7 @@ OUT_OF_STEP = [
 @pytest.fixture(autouse=True)
 def _logs_are_compared_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that ranks are lost, and come in, between and in these exchanges too."""
-    monkeypatch.setattr(synchroniser, "SETTLE_ROUNDS", 2)
+    monkeypatch.setattr(synchroniser, "RECONCILE_ROUNDS", 2)
 
 
 @pytest.mark.parametrize("call", [63, 101])
@@ -161,11 +162,19 @@ def test_a_loss_is_told_and_then_when_a_round_is_committed_again(within: bool) -
         config = resolve(TrainConfig(ranks=3, batch_size=BATCH, strategy="local-sgd", sync_every=1))
         sampler = make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), world.rank)
         strategy = entry_of("local-sgd").build(config)
-        together = Synchroniser(Replica(model, optimizer), strategy, sampler, world, survives=True)
         losses: list[list[int]] = []
         commits: list[float] = []
-        together.on_recovery = lambda lost, new, seconds: losses.append(lost)
-        together.on_next_commit = commits.append
+
+        class Notes(NoObserver):
+            def recovered(self, event: Recovered) -> None:
+                losses.append(event.lost)
+
+            def committed(self, seconds: float) -> None:
+                commits.append(seconds)
+
+        together = Synchroniser(
+            Replica(model, optimizer), strategy, sampler, world, survives=True, observer=Notes()
+        )
 
         def meet() -> None:
             if dies and not within:
@@ -207,14 +216,14 @@ def test_exchanges_that_fail_for_no_reason_end_the_run() -> None:
 
     with pytest.raises(RankLost, match="again and again"):
         run_in_threads(2, program)
-    assert failed.count(0) == failed.count(1) == 1 + synchroniser.MOST_FRUITLESS
+    assert failed.count(0) == failed.count(1) == 1 + recovery.MOST_FRUITLESS
 
 
 def test_two_commits_are_kept_for_who_comes_in() -> None:
     """Whoever comes in begins with the weights of the commit that the others say, the last or the one before
     it, whatever they are by now; a round that begins again does so with the last."""
     replica = Replica(*make())
-    snapshots = Snapshots(replica, Ledger(), undoes=True, begins_again=True, keeps_commits=True)
+    snapshots = Snapshots(replica, Ledger(), begins_again=True, keeps_commits=True)
     start = replica.pack().copy()
     for rounds in range(1, 6):
         replica.unpack(start + rounds)
@@ -233,7 +242,7 @@ def test_two_commits_are_kept_for_who_comes_in() -> None:
 def test_an_exchange_that_is_not_made_is_not_taken_back() -> None:
     """Only the last one is forgotten: those before, which others may not have come through, can be undone."""
     replica = Replica(*make())
-    snapshots = Snapshots(replica, Ledger(), undoes=True, begins_again=False, keeps_commits=False)
+    snapshots = Snapshots(replica, Ledger(), begins_again=False, keeps_commits=False)
     start = replica.pack().copy()
     for rounds in range(3):
         replica.unpack(start + rounds)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from rankwise.ledger.phases import PHASES, Ledger
+from rankwise.runs.folder import RunFolder
 from rankwise.survival import watchdog
 from rankwise.survival.watchdog import LOOK_S, Watchdog
 from rankwise.system import machine
@@ -30,13 +31,14 @@ RANK = """
 import sys, time
 from pathlib import Path
 from rankwise.ledger.phases import Ledger
+from rankwise.runs.folder import RunFolder
 from rankwise.survival.watchdog import Watchdog
 ledger = Ledger()
-path, phase, beats = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+folder, phase, beats = RunFolder(Path(sys.argv[1])), sys.argv[2], sys.argv[3] == "True"
 rank, timeout_s = int(sys.argv[4]), float(sys.argv[5])
-dog = Watchdog(path, rank=rank, ranks=2, ledger=ledger, timeout_s=timeout_s, report=print)
+watchdog = Watchdog(folder, rank=rank, ranks=2, ledger=ledger, timeout_s=timeout_s)
 ledger.enter(phase)
-with dog:
+with watchdog:
     print("ready", flush=True)
     end = time.monotonic() + 60
     while time.monotonic() < end:
@@ -44,6 +46,22 @@ with dog:
         if beats:
             ledger.enter(phase)
 """
+
+
+class Folder(RunFolder):
+    """A run folder that keeps the last words it gets, as rank, message and seconds of silence."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.found: list[tuple[int, str, float | None]] = []
+        self.heard = threading.Event()
+
+    def leave_words(
+        self, rank: int, kind: str, message: str, *, silent_s: float | None = None, **more: Any
+    ) -> None:
+        assert kind == "hang"
+        self.found.append((rank, message, silent_s))
+        self.heard.set()
 
 
 # ---- By a clock of the test's own
@@ -57,19 +75,18 @@ class Pair:
         self, path: Path, process: subprocess.Popen[Any], clock: FakeClock, timeout_s: float
     ) -> None:
         self.clock = clock
-        self.found: list[tuple[int, str, float]] = []
-        dogs = [
+        self.folder = Folder(path)
+        self.found = self.folder.found
+        self.watching, self.watched = (
             Watchdog(
-                path,
+                self.folder,
                 rank=rank,
                 ranks=2,
                 ledger=Ledger(clock, cpu_clock=lambda: 0),
                 timeout_s=timeout_s,
-                report=lambda *told: self.found.append(told),
             )
             for rank in (0, 1)
-        ]
-        self.watching, self.watched = dogs
+        )
         self.process = process
 
     def tell(self) -> None:
@@ -101,7 +118,7 @@ def pair(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """Ranks that may be silent for 30 s; rank 1 has told of itself once."""
     clock = FakeClock(10**15)
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic_ns=clock))
-    pair = Pair(tmp_path / "beats", command.start("sleep", "600"), clock, timeout_s=30)
+    pair = Pair(tmp_path, command.start("sleep", "600"), clock, timeout_s=30)
     pair.tell()
     return pair
 
@@ -177,17 +194,10 @@ def test_after_a_pause_of_the_machine_the_others_tell_first(pair: Pair, away_s: 
 # ---- With real processes in real time
 
 
-class Watcher:
+def watcher(path: Path, timeout_s: float) -> tuple[Watchdog, Folder]:
     """Rank 0, in this process, which watches rank 1."""
-
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        self.found: list[tuple[int, str]] = []
-        self.heard = threading.Event()
-        self.dog = Watchdog(path, rank=0, ranks=2, ledger=Ledger(), timeout_s=timeout_s, report=self._report)
-
-    def _report(self, rank: int, words: str, silent_s: float) -> None:
-        self.found.append((rank, words))
-        self.heard.set()
+    folder = Folder(path)
+    return Watchdog(folder, rank=0, ranks=2, ledger=Ledger(), timeout_s=timeout_s), folder
 
 
 def start(
@@ -206,16 +216,15 @@ def test_a_rank_that_hangs_is_ended(
 ) -> None:
     """A process that was stopped, wherever it was, and one that computes without an end, are named with what
     they were at, and killed."""
-    path = tmp_path / "beats"
-    process = start(command, path, phase, beats=False)
+    process = start(command, tmp_path, phase, beats=False)
     if stops:
         os.kill(process.pid, signal.SIGSTOP)
     monkeypatch.setattr(watchdog, "LOOK_S", 0.1)
-    watcher = Watcher(path, timeout_s=0.7)
-    with watcher.dog:
-        assert watcher.heard.wait(30)
+    watchdog_of_0, folder = watcher(tmp_path, timeout_s=0.7)
+    with watchdog_of_0:
+        assert folder.heard.wait(30)
         assert process.wait(10) == -signal.SIGKILL
-    ((rank, words),) = watcher.found
+    ((rank, words, _),) = folder.found
     assert rank == 1
     assert f"in {phase}" in words
 
@@ -226,20 +235,18 @@ def test_a_rank_that_takes_long_is_left_alone(
     command: Command, tmp_path: Path, phase: str, beats: bool
 ) -> None:
     """A long evaluation gives signs; a slow disk and waiting for others may take any time."""
-    path = tmp_path / "beats"
-    process = start(command, path, phase, beats)
-    watcher = Watcher(path, timeout_s=1.0)
-    with watcher.dog:
-        assert not watcher.heard.wait(4)
+    process = start(command, tmp_path, phase, beats)
+    watchdog_of_0, folder = watcher(tmp_path, timeout_s=1.0)
+    with watchdog_of_0:
+        assert not folder.heard.wait(4)
     assert process.poll() is None
 
 
 @effort.only_in_full
 def test_a_real_pause(command: Command, tmp_path: Path) -> None:
     """A watchdog that was itself away for long does not judge by what it finds at its return."""
-    path = tmp_path / "beats"
-    watched = start(command, path, "forward", beats=True)
-    watching = start(command, path, "forward", beats=True, rank=0, timeout_s=2)
+    watched = start(command, tmp_path, "forward", beats=True)
+    watching = start(command, tmp_path, "forward", beats=True, rank=0, timeout_s=2)
     time.sleep(1)
     for process in (watching, watched):
         os.kill(process.pid, signal.SIGSTOP)

@@ -417,7 +417,7 @@ def _layered(config: TrainConfig, config_file: Path | None, preset: str | None) 
 
 def _prepare(dataset: str, data_dir: Path | None, cache_dir: Path | None, refresh: bool = False) -> Dataset:
     from rankwise import data
-    from rankwise.launch import showing_progress
+    from rankwise.report.progress_bar import showing_progress
 
     with showing_progress(Console(stderr=True)) as on_progress:
         return data.prepare(

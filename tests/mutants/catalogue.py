@@ -32,6 +32,7 @@ GROUPS = {
     ),
     "recovery": (
         "training/synchroniser.py",
+        "training/recovery.py",
         "training/snapshots.py",
         "training/admission.py",
         "models/replica.py",

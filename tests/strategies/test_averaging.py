@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from rankwise import synchronise
 from rankwise.comm import World, run_in_threads, solo_world
+from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, Interrupted, RankLost
 from rankwise.strategies.base import State
 from rankwise.strategies.exchange import Reduction
+from rankwise.training.options import LoopOptions
 
 from .loops import FEATURES, LABELS, SAMPLES, assert_alike, make, step_on, train, train_all, weights_of
 
@@ -206,6 +208,12 @@ def test_wrong_options_of_a_users_loop(options: dict[str, Any], words: str) -> N
     model, optimizer = make()
     with pytest.raises(ConfigError, match=words):
         synchronise(model, optimizer, solo_world(), samples=SAMPLES, **options)
+
+
+def test_editors_complete_a_users_options() -> None:
+    """Options that `synchronise` names are options of `rankwise train`, and take the same kinds of values."""
+    command, loop = get_type_hints(TrainConfig), get_type_hints(LoopOptions)
+    assert loop == {name: command.get(name) for name in loop}
 
 
 def test_batchnorm_is_averaged_and_counts_stay_integers(ranks: int) -> None:

@@ -84,7 +84,7 @@ def test_logs_are_compared_every_so_many_rounds(
     monkeypatch: pytest.MonkeyPatch, name: str, every: int
 ) -> None:
     """So that no log grows with the run, on each rank after the same rounds of each epoch."""
-    monkeypatch.setattr(synchroniser, "SETTLE_ROUNDS", every)
+    monkeypatch.setattr(synchroniser, "RECONCILE_ROUNDS", every)
     settled: list[tuple[int, int, int]] = []
 
     def program(world: World) -> list[tuple[int, int]]:
@@ -158,7 +158,7 @@ def test_one_step_can_be_undone(name: str) -> None:
 
         object.__setattr__(ranks._strategy, "prepare", prepare)
         # An epoch's end is a commit too; what is to be taken back here is the round before it.
-        ranks._close = lambda _: setattr(ranks, "progress", replace(ranks.progress, closed=True))
+        ranks._close = lambda _: setattr(ranks._work, "progress", replace(ranks.progress, closed=True))
         for batch in ranks.batches(1):
             gradients(model, optimizer, batch.indices)
             ranks.step()
@@ -167,7 +167,7 @@ def test_one_step_can_be_undone(name: str) -> None:
         assert ranks.progress == Progress(1, len(sampler.rounds(1)) - 1, closed=False)
         last = sampler.rounds(1)[-1].parts[world.rank]
         assert np.array_equal(ranks.trained(), before[: len(before) - len(last)])
-        assert np.array_equal(np.concatenate(ranks._under_way), last)
+        assert np.array_equal(np.concatenate(ranks._work.under_way), last)
         state, weights, momentum = seen[-1]
         assert ranks.state is state
         for key, value in model.state_dict().items():
@@ -197,7 +197,7 @@ def test_the_end_of_an_epoch_can_be_undone(name: str) -> None:
         ranks.undo()
         assert ranks.progress == Progress(1, len(sampler.rounds(1)), closed=False)
         assert np.array_equal(ranks.trained(), before)
-        assert not ranks._under_way
+        assert not ranks._work.under_way
 
     assert run_in_threads(3, program) == [None] * 3
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,8 +77,7 @@ class World:
     `members` are the numbers that the ranks began with, `number` this one's: they stay when ranks are lost
     and `rank` changes.
 
-    With `survives` the others go on if this rank ends. `in_exchange` is called in each exchange, after
-    this rank has begun it and before it is over.
+    With `survives` the others go on if this rank ends.
 
     Once `cross_check` is set, each blocking collective exchange is preceded by a barrier whose time is
     added up in `barrier_wait_ns`: the stopwatch that the logs do without, to check them by.
@@ -94,7 +94,7 @@ class World:
         self.in_threads = transport.in_threads
         self.cross_check = False
         self.barrier_wait_ns = 0
-        self.in_exchange: Callable[[], None] = lambda: None
+        self._in_exchange: Callable[[], None] = lambda: None
         self.survives = False
         self._is_new = False
         self._refused = False
@@ -187,6 +187,15 @@ class World:
         lengths = self.allgather(np.array([len(mine)]))[:, 0]
         rows = self.allgather(np.pad(mine, (0, lengths.max() - len(mine))))
         return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+    @contextmanager
+    def at_each_exchange(self, action: Callable[[], None]) -> Iterator[None]:
+        """Inside, `action` is called in each exchange, after this rank has begun it and before it is over."""
+        before, self._in_exchange = self._in_exchange, action
+        try:
+            yield
+        finally:
+            self._in_exchange = before
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -384,7 +393,7 @@ class World:
         exchange_log.enter(row)
         try:
             pending = start()
-            self.in_exchange()
+            self._in_exchange()
             source = pending.wait(stalls)
         except BaseException as error:
             ledger.enter(before)

@@ -10,8 +10,8 @@ from rankwise.launch import preflight
 from rankwise.launch.hosts import resolve_hosts
 from rankwise.launch.mpiexec import train_by_mpiexec
 from rankwise.launch.order import Order, resumed, run_folder
-from rankwise.launch.progress_bar import showing_progress
 from rankwise.launch.tuning import tuned
+from rankwise.report.progress_bar import showing_progress
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record, Target
 
@@ -66,4 +66,4 @@ def launch(order: Order) -> Result:
         return Result(record, folder.path, speaks=True)
 
 
-__all__ = ["Order", "Result", "launch", "showing_progress"]
+__all__ = ["Order", "Result", "launch"]

@@ -20,8 +20,8 @@ from rankwise.data.selection import select
 from rankwise.errors import ConfigError, LaunchError
 from rankwise.launch import preflight
 from rankwise.launch.order import Order, to_arguments
-from rankwise.launch.progress_bar import showing_progress
 from rankwise.launch.tournament import Options, Stage, TrialFailed, Tried, choose
+from rankwise.report.progress_bar import showing_progress
 from rankwise.report.words import duration
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record

@@ -174,7 +174,7 @@ def _evaluated(value: Callable[[Record], Value]) -> Callable[[Record], Value]:
     return lambda record: value(record) if record.evaluated else None
 
 
-_percent: Callable[[float], str] = "{:.1%}".format
+_one_decimal: Callable[[float], str] = "{:.1%}".format
 _seconds: Callable[[float], str] = "{:.1f}".format
 
 SETTINGS = (
@@ -186,7 +186,7 @@ SETTINGS = (
     Column("ranks", "ranks", lambda r: len(r.ranks), setting=True),
     Column("batch_size", "batch size", _option("batch_size"), setting=True),
     Column("epochs", "epochs done", lambda r: len(r.epochs), setting=True),
-    Column("target_accuracy", "target accuracy", _option("target_accuracy"), _percent, setting=True),
+    Column("target_accuracy", "target accuracy", _option("target_accuracy"), _one_decimal, setting=True),
 )
 
 RESULTS = (
@@ -205,8 +205,8 @@ RESULTS = (
         "{:,.0f}".format,
     ),
     Column("cpu_percent", "CPU", lambda r: r.cpu_percent or None, "{:.0f}%".format),
-    Column("parallel_efficiency", "parallel eff.", lambda r: r.efficiency.parallel, _percent),
-    Column("load_balance", "load balance", lambda r: r.efficiency.load_balance, _percent),
-    Column("wait_share", "waiting", _share("wait"), _percent),
-    Column("transfer_share", "transfer", _share("transfer"), _percent),
+    Column("parallel_efficiency", "parallel eff.", lambda r: r.efficiency.parallel, _one_decimal),
+    Column("load_balance", "load balance", lambda r: r.efficiency.load_balance, _one_decimal),
+    Column("wait_share", "waiting", _share("wait"), _one_decimal),
+    Column("transfer_share", "transfer", _share("transfer"), _one_decimal),
 )

@@ -7,16 +7,10 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 from rankwise.report import words
+from rankwise.report.progress_bar import make_bar
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import read_progress
 
@@ -24,7 +18,7 @@ REFRESH_S = 0.25
 
 
 class Display:
-    """A live bar on a terminal, one line an epoch elsewhere; used as a context manager.
+    """A live bar on a terminal, one line per epoch elsewhere; used as a context manager.
 
     It runs beside the ranks, in the launcher or in a thread of the only rank, and polls the folder:
     ranks never print.
@@ -123,14 +117,5 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
 
 
 def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=20,
-    )
+    rate, state = "{task.fields[rate]}", "{task.fields[state]}"
+    return make_bar(console, rate, state, TimeElapsedColumn(), "left", TimeRemainingColumn())

@@ -49,7 +49,8 @@ def _page_of_one(runs: Sequence[Run], notices: Iterable[Notice]) -> Page:
             Section("Throughput", tuple(_throughput(runs))),
             *(Section("Faults", (table,)) for table in run_tables.faults(record)),
             Section(
-                "Configuration and environment", (run_tables.options(runs), *run_tables.environment(runs))
+                "Configuration and environment",
+                (run_tables.options(runs), *run_tables.environments(runs)),
             ),
         ),
     )
@@ -68,7 +69,11 @@ def _page_of_several(runs: Sequence[Run], notices: Iterable[Notice]) -> Page:
             *(Section(f"Run {run.name}", tuple(_one_of_several(run))) for run in runs),
             Section(
                 "Configuration and environment",
-                (run_tables.differences(runs), run_tables.options(runs), *run_tables.environment(runs)),
+                (
+                    run_tables.differences(runs),
+                    run_tables.options(runs),
+                    *run_tables.environments(runs),
+                ),
             ),
         ),
     )

@@ -135,7 +135,7 @@ def differences(runs: Sequence[Run]) -> Table:
     return Table(every.columns, rows, "Options that differ")
 
 
-def environment(runs: Sequence[Run]) -> tuple[Table, Table]:
+def environments(runs: Sequence[Run]) -> tuple[Table, Table]:
     """Versions and clocks, and hosts."""
     facts = [_facts(run.record) for run in runs]
     rows = tuple((name, *(fact[name] for fact in facts)) for name in facts[0])

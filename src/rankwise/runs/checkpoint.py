@@ -1,10 +1,9 @@
 """Checkpoints that are whole or not there, and are verified before they are believed.
 
 A checkpoint is a folder ``epoch-NNNN`` with the model, the average of its weights if there is one, the
-optimiser state of each worker that has
-one of its own, and a manifest with the SHA-256 of every file. It is written (by `saver`) under another
-name, synced, and renamed. All randomness is a function of seed, epoch and worker, so the epoch is all the
-generator state there is.
+optimiser state of each worker that has one of its own, and a manifest with the SHA-256 of every file.
+`checkpoint_writer` writes it under another name, syncs it, and renames it. All randomness is a function of
+seed, epoch and worker, so the epoch is all the generator state there is.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ AVERAGE = "average.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: `epoch` is done, `notes` are what the run wrote beside the tensors."""
+    """A verified checkpoint: `epoch` is over, `notes` is what the run wrote beside the tensors."""
 
     path: Path
     epoch: int
@@ -65,7 +64,8 @@ class Checkpoint:
             ) from None
 
     def memory_of(self, rank: int) -> Memory:
-        """What the strategy of a rank had to remember; nothing for a rank that was not there."""
+        """What the strategy of a rank had to remember; nothing for a rank that was not there. Raises
+        ResumeError if it cannot be read."""
         path = self.path / memory_file(rank)
         try:
             return safetensors.numpy.load_file(path) if path.exists() else {}
@@ -76,7 +76,7 @@ class Checkpoint:
 def newest(folder: Path, on_damage: Callable[[str], None]) -> Checkpoint:
     """The newest checkpoint whose files are all there and unchanged.
 
-    Each damaged one is named to `on_damage` in one line. Raises ResumeError if none is good.
+    `on_damage` gets one line about each damaged one. Raises ResumeError if none is good.
     """
     for path in finished(folder):
         try:

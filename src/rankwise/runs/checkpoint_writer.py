@@ -1,7 +1,7 @@
-"""Writes checkpoints beside the training: a copy is made in it, and the disk is waited for in a thread.
+"""Writes checkpoints beside the training, which makes a copy and leaves it to a thread to wait for the disk.
 
 Each rank writes its part, and then a note with the sums of its files. When the notes of all ranks are there,
-rank 0 writes the manifest and renames the folder: until then there is no checkpoint, whoever is lost.
+rank 0 writes the manifest and renames the folder: until then there is no checkpoint, whichever rank is lost.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from rankwise.runs.checkpoint import AVERAGE, MANIFEST, MODEL, Memory, finished, memory_file, worker_file
+from rankwise.comm import World
 from rankwise.errors import StorageError
 from rankwise.models.replica import Replica
+from rankwise.runs.checkpoint import AVERAGE, MANIFEST, MODEL, Memory, finished, memory_file, worker_file
 from rankwise.system.files import write_atomically
-from rankwise.comm import World
 
 LOOK_S = 0.02
 """How often rank 0 looks for the notes of the others."""
@@ -31,9 +31,9 @@ LOOK_S = 0.02
 class CheckpointWriter:
     """Writes the checkpoints of one run into `folder`, which all ranks see, and keeps the newest `keep`.
 
-    `gave_up` says that the last one may have been lost. An error of the disk is raised, as StorageError,
-    when the next checkpoint begins or in `finish`; the checkpoints before stay. So is what `may_write`
-    raises, which is asked before anything of others is touched.
+    `gave_up` says that the last one may have been lost. When the next checkpoint begins, and in `finish`, an
+    error of the disk is raised as StorageError; the checkpoints before stay. `may_write` is called before
+    files of other ranks are touched, and what it raises is raised there too.
     """
 
     def __init__(self, folder: Path, keep: int, may_write: Callable[[], None] = lambda: None) -> None:
@@ -55,7 +55,7 @@ class CheckpointWriter:
         memory: Memory,
         notes: dict[str, Any],
     ) -> None:
-        """Begin the checkpoint of `epoch`; all ranks together, and it holds what they are now.
+        """Begin the checkpoint of `epoch`, as all is now; all ranks together. Raises StorageError.
 
         Rank 0 writes the model, the workers below `writers` their optimiser state (`worker` is this rank's
         number among them, None if it has none), and each rank its strategy's `memory`, if any.
@@ -78,7 +78,7 @@ class CheckpointWriter:
         self._under_way = _Part(draft, world.rank, world.size, files, manifest, self._keep, self._may_write)
 
     def finish(self, world: World) -> None:
-        """Wait until the last checkpoint is on disk; all ranks together."""
+        """Wait until the last checkpoint is on disk; all ranks together. Raises StorageError."""
         self._wait_for_part()
         world.barrier()
         self._complete()

@@ -1,4 +1,4 @@
-"""The run folder: the files of one run by name, and the only bridge between a run and whatever reads it later."""
+"""The run folder: the files of one run by name, and the only bridge between a run and its readers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rankwise.system.files import write_atomically
 
 
 class RunFolder:
-    """The files of one run, by name. `launched_at` is when the start was asked for in which this process
-    takes part, None if nobody said."""
+    """The files of one run, by name. `launched_at` is when the user asked for the start in which this process
+    takes part, None if that is not known."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,14 +44,14 @@ class RunFolder:
     def leave_words(
         self, rank: int, kind: str, message: str, *, silent_s: float | None = None, **more: Any
     ) -> None:
-        """Leave word of why a rank ends that the others go on without. The first one counts."""
+        """Write down why a rank ends that the others go on without. The first reason counts."""
         content = {"kind": kind, "message": message, "silent_s": silent_s, **more}
         with suppress(OSError):
             self.last_words.mkdir(exist_ok=True)
             _create(self._words_of(rank), content)
 
     def leave_failure(self, content: dict[str, Any]) -> bool:
-        """Leave word of what ends the run; returns whether it was the first, which counts."""
+        """Write down what ends the run; returns whether it was the first reason, which counts."""
         try:
             _create(self.failure, content)
         except OSError:

@@ -1,7 +1,7 @@
-"""How far each rank is, for whoever watches the run: a small file in the run folder, shared as memory.
+"""How far each rank is, for displays: a small file in the run folder, shared as memory.
 
 Writing is three stores into a memory map, so it costs a step nothing and needs no messages. On a
-shared file system the rows of other hosts arrive late; nothing but a display depends on them.
+shared file system the rows of other hosts arrive late; only displays depend on them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _COLUMNS = 3  # epoch, samples trained in it, sum of their losses
 
 
 class ProgressFile:
-    """One rank's row."""
+    """One rank's row. Raises StorageError if the file cannot be written."""
 
     def __init__(self, path: Path, rank: int, ranks: int) -> None:
         try:
@@ -33,7 +33,7 @@ class ProgressFile:
         self._row[:] = (epoch, 0, 0)
 
     def add(self, samples: int, loss_sum: float) -> None:
-        """So many more samples are trained, and these are their losses added up."""
+        """`samples` more are trained, whose losses add up to `loss_sum`."""
         self._row[1] += samples
         self._row[2] += loss_sum
 
@@ -48,7 +48,7 @@ class LiveProgress:
 
 
 def read_progress(path: Path) -> LiveProgress | None:
-    """Where the run stands, or None before it has started."""
+    """How far the run is, or None before it has started."""
     try:
         rows = np.fromfile(path, np.float64).reshape(-1, _COLUMNS)
     except (OSError, ValueError):

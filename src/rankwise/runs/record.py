@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from rankwise.config import TrainConfig
-from rankwise.errors import ResumeError, StorageError, SupersededError, UsageError, one_line
 from rankwise.ledger.phases import PHASES
-from rankwise.system.files import write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -70,7 +63,7 @@ class Epoch(_Row):
 
     @property
     def samples_per_s(self) -> float:
-        """Samples that all ranks together trained a second, without evaluation and checkpoint."""
+        """Samples per second that all ranks together trained, without evaluation and checkpoint."""
         return self.train_samples / self.train_s
 
 
@@ -137,7 +130,7 @@ class Efficiency(_Row):
 
 
 class Samples(_Row):
-    """Whether every sample was trained once an epoch. Replication counts a sample once a worker."""
+    """Whether every sample was trained once per epoch. Replication counts a sample once per worker."""
 
     expected: int
     trained: int
@@ -148,8 +141,8 @@ class Samples(_Row):
 class Fault(_Row):
     """A rank that was lost, or a fault that was injected, and what became of it."""
 
-    rank: int = Field(description="-1 if nobody could tell")
-    kind: str = Field(description="what was injected; lost for what nobody asked for")
+    rank: int = Field(description="-1 if it is not known")
+    kind: str = Field(description="what was injected; lost for what was not")
     found_at: str | None = Field(default=None, description="UTC, ISO 8601")
     epoch: int
     step: int | None = None
@@ -258,12 +251,12 @@ class Record(_Row):
 
     @property
     def median_samples_per_s(self) -> float:
-        """Median over the epochs of the samples that all ranks together trained a second."""
+        """Median over the epochs of the samples per second that all ranks together trained."""
         return median(row.samples_per_s for row in self.epochs)
 
 
 def utc_before(seconds: float, timespec: str = "seconds") -> str:
-    """The moment so many seconds ago, as the record writes it."""
+    """The moment `seconds` ago, as the record writes it."""
     return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec=timespec)
 
 

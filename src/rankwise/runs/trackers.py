@@ -17,8 +17,8 @@ from typing import Any, cast
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError, one_line
 from rankwise.ledger.phases import PHASES
-from rankwise.runs.record import Epoch, Record
 from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Epoch, Record
 from rankwise.system.files import write_atomically
 
 Say = Callable[[str], None]
@@ -37,7 +37,7 @@ class Tracker(ABC):
 
 
 class NoTracker(Tracker):
-    """Nobody wants to know."""
+    """Writes nothing."""
 
     def epoch(self, row: Epoch) -> None:
         """Nothing."""
@@ -47,7 +47,7 @@ class NoTracker(Tracker):
 
 
 def check(name: str) -> None:
-    """Raises ConfigError, with what to install, if the tracker's package is not there."""
+    """Raises ConfigError, which says what to install, if the tracker's package is missing."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise ConfigError(f"--track {name} needs a package that is missing: pip install 'rankwise[{name}]'")
 

@@ -111,4 +111,4 @@ def _time(trouble: Trouble, found: Found) -> Chart:
 def _how(trouble: Trouble, found: Found, command: str) -> Iterable[Block]:
     yield page_parts.how_to_run(command, "Who fails, and in which step, follows from the seed.")
     yield Paragraph(f"Options of all runs: {page_parts.options(trouble.options)}.")
-    yield from page_parts.environment([record for records in found.values() for record in records])
+    yield from page_parts.machines([record for records in found.values() for record in records])

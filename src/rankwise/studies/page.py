@@ -286,7 +286,7 @@ def _in_words(one: Growth) -> str:
 
 def _how(records: list[Record], command: str) -> Iterable[Block]:
     yield page_parts.how_to_run(command)
-    yield from page_parts.environment(records)
+    yield from page_parts.machines(records)
     yield Paragraph(
         "The tables stand as CSV files in tables/, the record of each run in records/: all its options, its "
         "epochs, and the time of each rank."

@@ -19,10 +19,10 @@ def how_to_run(command: str, more: str = "") -> Paragraph:
     return Paragraph(f"{text} {more}".rstrip())
 
 
-def environment(records: Sequence[Record]) -> Iterable[Block]:
+def machines(records: Sequence[Record]) -> Iterable[Block]:
     """What all runs ran on, as the one with the most ranks saw it; nothing without runs."""
     if records:
-        yield from run_tables.environment([Run("all runs", max(records, key=lambda run: len(run.ranks)))])
+        yield from run_tables.environments([Run("all runs", max(records, key=lambda run: len(run.ranks)))])
 
 
 def options(given: Mapping[str, object]) -> str:

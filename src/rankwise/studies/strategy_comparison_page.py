@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rankwise.report.charts.learning import HEIGHT
 from rankwise.report.page import Block, Chart, Notice, Page, Paragraph, Row, Section, Spec
 from rankwise.studies import page_parts
 from rankwise.studies.grids import Grid
 from rankwise.studies.results import last_gain
-from rankwise.studies.statistics import Contrast
+from rankwise.studies.statistics import Contrast, Estimate
 from rankwise.studies.strategy_comparison import REFERENCE, WORKERS, Course, Score
 from rankwise.studies.verdicts import Answer, Finding, Verdict, answer_of, points
 
@@ -122,8 +121,8 @@ def score_grid(course: Course, scores: Sequence[Score]) -> Grid:
         (
             score.entrant.name,
             score.rate,
-            _percent(score.accuracy),
-            _percent(score.in_time) if score.in_time else None,
+            _in_percent(score.accuracy),
+            _in_percent(score.in_time) if score.in_time else None,
             score.bytes_sent / 1e6 if score.bytes_sent else None,
             _times_fewer(score, reference),
             score.epoch_s,
@@ -235,9 +234,10 @@ def _scatter(scores: Sequence[Score], across: tuple[str, list[float], Spec], cap
     return Chart(spec, caption, caption)
 
 
-def _percent(estimate: Any) -> Any:
+def _in_percent(estimate: Estimate) -> Estimate:
+    """An estimate of a fraction, as one in percent."""
     half = None if estimate.half_width is None else 100 * estimate.half_width
-    return type(estimate)(100 * estimate.mean, half, estimate.n)
+    return Estimate(100 * estimate.mean, half, estimate.n)
 
 
 def _how(found: Mapping[Course, Sequence[Score]], command: str) -> Iterable[Block]:
@@ -248,4 +248,4 @@ def _how(found: Mapping[Course, Sequence[Score]], command: str) -> Iterable[Bloc
             f"{', '.join(f'{rate:g}' for rate in course.rates)}: {page_parts.options(course.tuning)}.",
             lead=f"{course.model}.",
         )
-    yield from page_parts.environment([score.records[0] for scores in found.values() for score in scores])
+    yield from page_parts.machines([score.records[0] for scores in found.values() for score in scores])

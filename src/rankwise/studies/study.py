@@ -14,7 +14,8 @@ from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.config import TrainConfig
 from rankwise.data.selection import select
 from rankwise.errors import TrainingError, UsageError, unknown_name
-from rankwise.launch import preflight, showing_progress
+from rankwise.launch import preflight
+from rankwise.report.progress_bar import showing_progress
 from rankwise.studies import plan
 from rankwise.studies.folder import StudyFolder
 from rankwise.studies.grids import all_grids

@@ -1,4 +1,4 @@
-"""What a person sees of a study while it runs: one bar over all its runs, or a line a run."""
+"""What a person sees of a study while it runs: one bar over all its runs, or a line per run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import TaskID
 
+from rankwise.report.progress_bar import PERCENT, make_bar
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import read_progress
 from rankwise.runs.record import Record
@@ -46,7 +47,7 @@ class StudyProgress:
         self._kept = 0
         self._began_s = 0.0
         self._task = TaskID(0)
-        self._bar = _bar(console) if console.is_terminal else None
+        self._bar = make_bar(console, PERCENT, "{task.fields[left]}") if console.is_terminal else None
 
     def __enter__(self) -> StudyProgress:
         if self._bar:
@@ -132,13 +133,3 @@ def in_words(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02} min"
     return f"{minutes} min" if minutes else f"{seconds:.0f} s"
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-    )

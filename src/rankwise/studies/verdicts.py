@@ -273,11 +273,11 @@ def _gap(results: Results, ranks: int) -> str:
 
 def _accuracy(results: Results, trial: Trial) -> str:
     found = results.estimate(trial, best_accuracy)
-    return percent(found) if found else "not run"
+    return with_interval(found) if found else "not run"
 
 
-def percent(value: Estimate) -> str:
-    """An accuracy in words."""
+def with_interval(value: Estimate) -> str:
+    """An accuracy in percent, with its interval."""
     spread = "" if value.half_width is None else f" ± {100 * value.half_width:.1f}"
     return f"{100 * value.mean:.1f}{spread}%"
 

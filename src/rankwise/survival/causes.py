@@ -1,4 +1,4 @@
-"""Why a rank was lost, by what it left behind: the mark of a fault on demand, or its last words."""
+"""Why a rank was lost, by what it left behind: the mark of an injected fault, or its last words."""
 
 from __future__ import annotations
 
@@ -11,25 +11,41 @@ from rankwise.survival.fault_injection import DEADLY, Mark, read_marks
 
 
 def new_injected_faults(folder: RunFolder, known: Iterable[Fault]) -> list[Mark]:
-    """Faults on demand that ended ranks, in the order of time, but for those that are `known`."""
-    told = {(fault.rank, fault.kind, fault.epoch) for fault in known}
+    """Injected faults that ended ranks, in the order of time, but for those that are `known`."""
+    seen = {(fault.rank, fault.kind, fault.epoch) for fault in known}
     marks = (mark for mark in read_marks(folder.faults) if mark.kind in DEADLY)
-    return [mark for mark in marks if (mark.rank, mark.kind, mark.epoch) not in told]
+    return [mark for mark in marks if (mark.rank, mark.kind, mark.epoch) not in seen]
+
+
+def harmless_faults(folder: RunFolder) -> list[Fault]:
+    """Injected faults that did not end their rank, in the order of time."""
+    return [
+        Fault(
+            rank=mark.rank,
+            kind=mark.kind,
+            epoch=mark.epoch,
+            step=mark.step,
+            action="dropped" if mark.kind == "nan" else "none",
+        )
+        for mark in read_marks(folder.faults)
+        if mark.kind not in DEADLY
+    ]
 
 
 def explain(
     folder: RunFolder, rank: int, known: Iterable[Fault], *, epoch: int, action: str, ago_s: float = 0.0
 ) -> Fault:
-    """The loss of a rank that was found so many seconds ago, after others that are `known`."""
-    strike = next((mark for mark in reversed(new_injected_faults(folder, known)) if mark.rank == rank), None)
+    """The loss of a rank that was found `ago_s` ago, after others that are `known`. It was lost in `epoch`,
+    unless its mark says another."""
+    mark = next((mark for mark in reversed(new_injected_faults(folder, known)) if mark.rank == rank), None)
     words = folder.read_words(rank)
     found_s = time.time() - ago_s
     return Fault(
         rank=rank,
-        kind=strike.kind if strike else words.get("kind", "lost"),
+        kind=mark.kind if mark else words.get("kind", "lost"),
         found_at=utc_before(ago_s, "milliseconds"),
-        epoch=strike.epoch if strike else epoch,
-        step=strike.step if strike else None,
-        detected_after_s=max(0.0, found_s - strike.at_s) if strike else words.get("silent_s"),
+        epoch=mark.epoch if mark else epoch,
+        step=mark.step if mark else None,
+        detected_after_s=max(0.0, found_s - mark.at_s) if mark else words.get("silent_s"),
         action=action,
     )

@@ -138,6 +138,9 @@ class Victim(Protocol):
 
     ledger: Ledger
 
+    def at_each_exchange(self, action: Callable[[], None]) -> AbstractContextManager[None]:
+        """Inside, `action` is called in each exchange of the rank."""
+
     def die(self) -> None:
         """End this rank at once, without a word."""
 
@@ -155,7 +158,7 @@ class NoFaults:
     """What strikes when nothing was asked for: nothing."""
 
     def begin(self, epoch: int, steps: int) -> None:
-        """An epoch of so many steps begins."""
+        """An epoch of `steps` steps begins."""
 
     def step(self, step: int) -> None:
         """A step begins."""
@@ -163,11 +166,8 @@ class NoFaults:
     def at(self, moment: Moment) -> None:
         """A point at which a rank can be struck."""
 
-    def in_exchange(self) -> None:
-        """The same, between the start of an exchange and its end."""
-
     def during(self, moment: Moment) -> AbstractContextManager[None]:
-        """Exchanges inside belong to this."""
+        """Inside, each exchange is such a point, between its start and its end."""
         return nullcontext()
 
 
@@ -194,7 +194,6 @@ class Faults(NoFaults):
         self._due: dict[int, int] = {}
         self._epoch = self._step = 0
         self._step_began_s = 0.0
-        self._moment: Moment | None = None
         self._points = 0
 
     def begin(self, epoch: int, steps: int) -> None:
@@ -220,21 +219,20 @@ class Faults(NoFaults):
             elif self._mark_once(number):
                 self._strike(plan)
 
-    def in_exchange(self) -> None:
-        if self._moment is not None:
-            self._points += 1
-            self.at(self._moment)
-
     @contextmanager
     def during(self, moment: Moment) -> Iterator[None]:
-        before = self._moment, self._points
-        self._moment, self._points = moment, 0
-        if moment != "exchange":
-            self.in_exchange()
+        def point() -> None:
+            self._points += 1
+            self.at(moment)
+
+        before, self._points = self._points, 0
         try:
-            yield
+            if moment != "exchange":
+                point()
+            with self._victim.at_each_exchange(point):
+                yield
         finally:
-            self._moment, self._points = before
+            self._points = before
 
     def _mark_once(self, number: int) -> bool:
         """Leave the mark of a fault; returns False if it was left before."""

@@ -1,10 +1,10 @@
 """Finds ranks that hang, and ends them, so that the others need not wait for ever.
 
-Every rank has a thread that tells in a small shared file, twice in a second, what its main thread is at
-and since when, and reads what the other ranks of its host tell. A process that is stopped tells nothing;
-one whose main thread computes without an end tells the same. Neither can be reasoned with: it gets a
-SIGKILL, and then it is a rank that was lost, like any other. Only processes of the same host are watched,
-by all others there.
+In every rank a thread writes twice per second into a small shared file what its main thread is doing and
+since when, and reads what the other ranks of its host have written. A process that is stopped writes nothing;
+one whose main thread computes without an end writes the same again. Neither can be reasoned with: it gets a
+SIGKILL, and is then a lost rank like any other. A process is watched by all other ranks of its host, and by
+no others.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -24,43 +23,36 @@ from numpy.typing import NDArray
 
 from rankwise.errors import StorageError
 from rankwise.ledger.phases import PHASES, Ledger
+from rankwise.runs.folder import RunFolder
 from rankwise.system import machine
 
 LOOK_S = 0.5
 
 PATIENT = ("startup", "data", "transfer", "wait", "checkpoint", "recovery")
-"""Phases that may take long through no fault of the rank: a slow disk, or another rank that it waits for."""
+"""Phases that may take long through no fault of the rank: it waits for a slow disk, or for another rank."""
 
 _ROW = np.dtype([(name, "i8") for name in ("pid", "started", "clock", "told_ns", "since_ns", "phase")])
 
 
 class Watchdog:
-    """Watches the other ranks of this host while it is entered.
+    """Watches the other ranks of this host while it is entered, through a file in the run folder.
 
-    `timeout_s` is how long a rank may give no sign. `report(rank, words, silent_s)` is called before a rank
-    is ended.
+    A rank may give no sign of life for `timeout_s` seconds; then it is ended, and last words in the folder
+    say why. Raises StorageError if the file cannot be written.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        rank: int,
-        ranks: int,
-        ledger: Ledger,
-        timeout_s: float,
-        report: Callable[[int, str, float], None],
-    ) -> None:
+    def __init__(self, folder: RunFolder, *, rank: int, ranks: int, ledger: Ledger, timeout_s: float) -> None:
+        path = folder.beats
         try:
             with path.open("ab") as file:
                 file.truncate(ranks * _ROW.itemsize)
             self._rows: NDArray[np.void] = np.memmap(path, _ROW, "r+", shape=(ranks,)).view(np.ndarray)
         except (OSError, ValueError) as error:
             raise StorageError(f"cannot write {path}: {error}") from error
+        self._folder = folder
         self._rank = rank
         self._ledger = ledger
         self._timeout_ns = timeout_s * 1e9
-        self._report = report
         self._clock = zlib.crc32(machine.clock_name().encode())
         self._started = machine.start_ticks(os.getpid()) or 0
         self._over = threading.Event()
@@ -79,7 +71,7 @@ class Watchdog:
         self._rows[self._rank]["pid"] = 0
 
     def forget(self, ranks: Sequence[int]) -> None:
-        """These are gone: nobody is to look for them."""
+        """These ranks are gone: stop watching them."""
         for rank in ranks:
             self._rows[rank]["pid"] = 0
 
@@ -89,7 +81,8 @@ class Watchdog:
             self._tell()
             now_ns = time.monotonic_ns()
             if now_ns - looked_ns > 4 * LOOK_S * 1e9:
-                awake_ns = now_ns  # after a pause of this process, or of the whole machine, all begin anew
+                # After a pause of this process, or of the whole machine, all ranks have all their time again.
+                awake_ns = now_ns
             self._look(now_ns, awake_ns)
             looked_ns = now_ns
 
@@ -127,6 +120,7 @@ class Watchdog:
             if other != rank and its["pid"] and PHASES[its["phase"]] in ("transfer", "wait")
         ]
         who = f"; waiting for it: rank {', '.join(waiting)}" if waiting else ""
-        self._report(rank, f"no sign of life for {silent_s:.0f} s, in {phase}{who}", silent_s)
+        message = f"no sign of life for {silent_s:.0f} s, in {phase}{who}"
+        self._folder.leave_words(rank, "hang", message, silent_s=silent_s)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

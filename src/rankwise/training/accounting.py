@@ -1,4 +1,4 @@
-"""What a record tells of ranks and of the machine: each rank's row, efficiencies, the environment."""
+"""What a record holds about ranks and the machine: each rank's row, efficiencies, the environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rankwise.system import machine
 
 
 def standing_by(config: TrainConfig, world: World, threads: int) -> list[Rank]:
-    """The rows of the ranks that will stand by, up to now: what they do from here is sleep. All ranks
+    """The rows of the ranks that will stand by, up to now, since from here on they sleep. All ranks
     together."""
     if not config.spares:
         return []
@@ -55,7 +55,7 @@ def rank_row(world: World, role: Role, threads: int, measured: dict[str, float])
 
 
 def cpu_percent(rows: list[Rank], hosts: list[Host]) -> float:
-    """CPU time of all ranks in percent of what all cores of their hosts had in the same time."""
+    """The CPU time of all ranks, in percent of the time of all cores of their hosts."""
     cores = sum(host.cores for host in hosts)
     return 100e9 * sum(row.cpu_s for row in rows) / (max(row.wall_ns for row in rows) * cores)
 
@@ -63,7 +63,7 @@ def cpu_percent(rows: list[Rank], hosts: list[Host]) -> float:
 def efficiency(rows: list[Rank]) -> Efficiency:
     """The POP efficiencies, over the time since start-up (https://pop-coe.eu/node/69).
 
-    With U the useful time of each rank, T the time that all took, and T_ideal what they would have
+    With U the useful time of each rank, T the time that all took, and T_ideal the time that they would have
     taken on a network that costs nothing: load balance = mean U / max U, serialization =
     max U / T_ideal, transfer = T_ideal / T, and parallel efficiency is their product, mean U / T.
     """
@@ -83,6 +83,7 @@ def efficiency(rows: list[Rank]) -> Efficiency:
 
 
 def environment(world: World, hosts: list[Host]) -> Environment:
+    """What the run runs on, as this rank sees it; the git commit on rank 0 alone."""
     mpi4py = sys.modules.get("mpi4py")
     return Environment(
         python=platform.python_version(),

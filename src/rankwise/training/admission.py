@@ -10,6 +10,7 @@ from rankwise.comm import World
 from rankwise.data.sampler import Plan
 from rankwise.errors import RankLost
 from rankwise.ledger.ideal_time import IdealTime
+from rankwise.strategies.base import Strategy
 from rankwise.strategies.compression import Memory
 from rankwise.training.snapshots import Progress
 
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Standing = list[tuple[Progress, int]]
-"""Where a rank was when another was lost, last, and where it can go back to; with the samples that it had
-trained there since the last commit."""
+"""Where a rank can go back to, and at the end where it was when another was lost; each with the samples that
+the rank had trained there since the last commit."""
 
 
 @dataclass(frozen=True)
 class JoinState:
-    """What a newcomer gets from a rank that is there: everything that it cannot make itself. `history` are
-    for whoever uses the synchroniser."""
+    """What a newcomer gets from a rank that is there: everything that it cannot make itself. `history` is for
+    its observer."""
 
     progress: Progress
     plan: Plan
@@ -35,13 +36,18 @@ class JoinState:
     history: Any
 
 
+def replicated(memory: Memory, strategy: Strategy) -> Memory:
+    """The arrays of a rank's memory that are the same on all ranks."""
+    return {name: array for name, array in memory.items() if name in strategy.replicated}
+
+
 def admit(
     world: World, standings: Sequence[Standing | None], make: Callable[[], JoinState] | None = None
 ) -> JoinState:
     """Give newcomers, whose standing is None, what they need; all ranks together.
 
-    The last of the others makes it: it is a worker, if any of them is. Raises RankLost on all ranks if one of
-    them was lost.
+    The last of the others makes it, since that one is a worker if any of them is. Raises RankLost on all
+    ranks if one of them was lost.
     """
     donor = max(rank for rank, standing in enumerate(standings) if standing)
     mine = make() if make and world.rank == donor else None
@@ -55,9 +61,9 @@ def admit(
 
 
 def stand_by(world: World) -> JoinState | None:
-    """Wait for a rank to be lost, to come in for it; returns None if the others are done without.
+    """Wait until this rank takes the place of a lost one; returns None if the run ends without that.
 
-    Raises RankLost if nobody is left who knows how far the run was.
+    Raises RankLost if no rank is left that knows how far the run was.
     """
     standings = world.stand_by()
     while standings is not None:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rankwise.models.replica import Replica
 
 ALIKE = 1.1
-"""Workers none of which is so many times faster than another get equal batches: what differs is noise."""
+"""Where no worker is faster than another by this factor, all get equal batches: the difference is noise."""
 
 
 def check(config: TrainConfig) -> None:
-    """Raises ConfigError, one line, unless `--balance` fits the resolved configuration."""
+    """Raises ConfigError, one line, if `--balance` does not fit the resolved configuration."""
     if config.balance == "none":
         return
     what = f"--balance {config.balance} was given, but"
@@ -38,7 +38,8 @@ def check(config: TrainConfig) -> None:
 
 
 def batch_sizes(config: TrainConfig) -> list[int]:
-    """Samples in a step of each worker, by a resolved configuration whose balance is settled."""
+    """Samples per step of each worker, for a resolved configuration whose balance is no longer to be
+    measured."""
     if config.balance in ("none", "measured"):
         return [config.batch_size] * config.workers
     return [int(word) for word in config.balance.split(",")]
@@ -53,10 +54,10 @@ def choose_batch_sizes(
     classes: int,
     say: Callable[[str], None],
 ) -> TrainConfig:
-    """The configuration with the batches of `--balance measured` filled in; all ranks call it.
+    """The configuration with the batches of `--balance measured` filled in; all ranks together.
 
-    All workers compute at the same time, so that those that share a memory or a processor are as slow as they
-    will be, on made images. The replica stays as it is.
+    All workers measure a step on blank images at the same time, so that those that share a memory or a
+    processor are as slow as in training. The replica stays as it is.
     """
     if config.balance != "measured":
         return config
@@ -75,8 +76,8 @@ def choose_batch_sizes(
 
 
 def sizes_by_speed(batch_size: int, step_s: Sequence[float]) -> list[int]:
-    """Batch sizes of workers whose steps took so many seconds with the same batch, in proportion to their
-    speed; the sum is that of equal batches."""
+    """Batch sizes in proportion to the speed of workers, whose steps took `step_s` seconds with the same
+    batch; the sum is that of equal batches."""
     if max(step_s) <= ALIKE * min(step_s):
         return [batch_size] * len(step_s)
     speeds = [1 / seconds for seconds in step_s]
@@ -84,7 +85,7 @@ def sizes_by_speed(batch_size: int, step_s: Sequence[float]) -> list[int]:
 
 
 def _step_s(config: TrainConfig, replica: Replica, image_shape: tuple[int, int, int], classes: int) -> float:
-    """What a step of this rank takes, in seconds; the replica is as before."""
+    """The seconds that a step of this rank takes; the replica is as before."""
     from rankwise.models.blank import blank_batch, median_step_s
 
     before = replica.snapshot()

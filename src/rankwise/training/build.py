@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from rankwise.strategies import entry_of, resolve
 from rankwise.survival.fault_injection import NoFaults
 from rankwise.training import batch_sizes, schedule
 from rankwise.training.admission import JoinState
+from rankwise.training.observer import Observer
+from rankwise.training.options import LoopOptions
 from rankwise.training.synchroniser import Synchroniser
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 def dealing_of(
     config: TrainConfig, pool: Indices, labels: Indices
 ) -> Callable[[int, Sequence[int]], list[Indices]]:
-    """The function (epoch, shares) -> shards, one a worker, over the samples `pool`, whose classes are
+    """The function (epoch, shares) -> shards, one per worker, over the samples `pool`, whose classes are
     `labels`."""
     assert config.strategy is not None
     replicates = entry_of(config.strategy).replicates
@@ -56,13 +58,13 @@ def make_sampler(config: TrainConfig, pool: Indices, labels: Indices, rank: int)
         rank=rank,
         first_worker=1 if config.has_master else 0,
         batch_sizes=batch_sizes.batch_sizes(config),
-        sync_every=lambda epoch: _steps_a_round(config, epoch),
+        sync_every=lambda epoch: _steps_per_round(config, epoch),
         keeps_global_batch=config.on_shrink == "keep-global-batch",
         syncs_every_step=entry_of(config.strategy).strategy.syncs_every_step,
     )
 
 
-def _steps_a_round(config: TrainConfig, epoch: int) -> int | None:
+def _steps_per_round(config: TrainConfig, epoch: int) -> int | None:
     """Steps between synchronisations in an epoch, None for all of it."""
     if config.local_after is not None and epoch <= config.local_after * config.epochs:
         return 1
@@ -94,10 +96,11 @@ def build(
     world: World,
     *,
     faults: NoFaults | None = None,
+    observer: Observer | None = None,
     join_state: JoinState | None = None,
 ) -> Synchroniser:
-    """What a resolved configuration describes, over the samples `pool`, whose classes are `labels`; for a
-    rank that comes in, from its `join_state`."""
+    """The synchroniser of a resolved configuration, over the samples `pool`, whose classes are `labels`. A
+    rank that takes the place of a lost one begins from its `join_state`."""
     assert config.strategy is not None
     return Synchroniser(
         replica,
@@ -109,6 +112,7 @@ def build(
         min_ranks=config.min_ranks,
         spares=config.spares,
         faults=faults,
+        observer=observer,
         join_state=join_state,
     )
 
@@ -119,15 +123,15 @@ def synchronise(
     world: World,
     *,
     samples: int,
-    **options: Any,
+    **options: Unpack[LoopOptions],
 ) -> Synchroniser:
     """Put a plain PyTorch loop in step with the other ranks of `world`.
 
     `samples` is the size of the training set. `options` are those of `rankwise train` that say how
     ranks work together (strategy, topology, sync_every, compress, optimizer_state, shards, batch_size,
     seed, on_failure and those of single strategies) and how the learning rate goes (epochs, schedule,
-    lr_scaling, warmup, peak_at, final_lr_fraction, clip_norm), and averaged_weights; the rate itself is the
-    optimiser's, and what an average holds is `replica.evaluated`.
+    lr_scaling, warmup, peak_at, final_lr_fraction, clip_norm), and averaged_weights; `LoopOptions` has them
+    all. The rate itself is the optimiser's, and what an average holds is `replica.evaluated`.
     Raises ConfigError, one line, for an option that does not exist or does not fit.
     """
     config = resolve(TrainConfig(ranks=world.size, **options))

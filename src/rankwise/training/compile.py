@@ -1,4 +1,4 @@
-"""torch.compile for the model of a step: tried first, and left out where it fails or does not pay."""
+"""torch.compile for the model in training: tried first, and left out where it fails or does not pay."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rankwise.models.blank import blank_batch, make_gradients, median_step_s
 from rankwise.models.replica import Replica
 
 SHORT_S = 300.0
-"""Training this short is not compiled unless asked for: compiling takes half a minute, and gains little of a
-step."""
+"""Training shorter than this is compiled only if asked for: compiling takes half a minute, and saves little
+of each step."""
 
 PAYS = 0.95
-"""A compiled step must take less than this part of a plain one to be kept by `auto`."""
+"""`auto` keeps the compiled model if its step takes less than this part of a plain one."""
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Seconds of a step as it is and compiled, and of compiling; or why it could not be compiled."""
+    """Seconds per step as it is and compiled, and of compiling; or why it could not be compiled."""
 
     plain_s: float
     compiled_s: float = 0.0
@@ -42,15 +42,14 @@ def choose_compile(
     samples: int,
     say: Callable[[str], None],
 ) -> bool:
-    """Whether the loop calls a compiled model from here on; all ranks together, which all do the same.
+    """Decide whether the loop calls a compiled model from here on; all ranks together, with one answer.
 
-    ``on`` compiles if it can be done here, ``auto`` if training on `samples` an epoch takes long, and if a
-    compiled step turns out to be faster on each rank. Both are found out on made images, and leave the
-    replica as it was.
+    ``on`` compiles if that works here, ``auto`` if training on `samples` per epoch takes long and a compiled
+    step turns out to be faster on each rank. Both are tried on blank images, and leave the replica as it was.
     """
     if config.compile == "off":
         return False
-    # Ranks that are threads share torch's generator: nobody draws from it before all have their weights.
+    # Ranks that are threads share torch's generator: none draws from it before all have their weights.
     world.barrier()
     trains = not (config.has_master and world.rank == 0)
     before, snapshot = replica.module, replica.snapshot()
@@ -68,7 +67,7 @@ def choose_compile(
         start_s = time.perf_counter()
         try:
             replica.module = torch.compile(replica.model)  # type: ignore[assignment]  # a module gives a module
-            for batch in batches:  # the second makes one form for all sizes, which last batches need
+            for batch in batches:  # the second compiles for all sizes, which last batches need
                 make_gradients(replica.module, replica.optimizer, batch, config.precision)
             compiling_s = time.perf_counter() - start_s
             mine = _Trial(mine.plain_s, step_s(), compiling_s)
@@ -88,16 +87,16 @@ def choose_compile(
 
 
 def _judge(trials: list[_Trial], *, auto: bool) -> tuple[bool, str]:
-    """Whether compiled models are kept, and why, by what all ranks found."""
+    """Whether compiled models are kept, and why, from the trials of all ranks."""
     errors = [trial.error for trial in trials if trial.error]
     if errors:
         return False, f"the model cannot be compiled here, and trains as it is ({errors[0]})"
     slowest = max(trials, key=lambda trial: trial.compiled_s)
-    told = (
+    times = (
         f"a step takes {1e3 * slowest.compiled_s:.2f} ms compiled, {1e3 * slowest.plain_s:.2f} ms as it is; "
         f"compiling took {max(trial.compiling_s for trial in trials):.0f} s"
     )
     pays = all(trial.compiled_s < PAYS * trial.plain_s for trial in trials if trial.plain_s)
     if auto and not pays:
-        return False, f"does not pay: {told}"
-    return True, told
+        return False, f"does not pay: {times}"
+    return True, times

@@ -1,4 +1,4 @@
-"""How many arithmetic threads each rank gets, so that ranks share a host's cores and do not fight."""
+"""How many arithmetic threads each rank gets, so that ranks share the cores of a host."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rankwise.system import machine
 
 @dataclass(frozen=True)
 class RankPlacement:
-    """Where a rank sits: its host, the cores on which it may run, its container's share of CPUs if
-    that is limited, whether it trains (a master works while the others rest), and its processor."""
+    """Where a rank runs: its host, the cores on which it may run, its container's quota of CPUs (None without
+    a limit), whether it trains (a master works while the others rest), and its processor."""
 
     host: str
     cores: frozenset[int]
@@ -28,7 +28,7 @@ class RankPlacement:
 
 
 def here(*, trains: bool) -> RankPlacement:
-    """The seat of this process."""
+    """Where this process runs."""
     return RankPlacement(
         machine.host_name(),
         machine.cores_of(machine.allowed_cpus()),
@@ -39,45 +39,45 @@ def here(*, trains: bool) -> RankPlacement:
     )
 
 
-def cores_of_hosts(seats: Sequence[RankPlacement]) -> dict[str, int]:
-    """The cores that the ranks of each host may use together."""
+def cores_of_hosts(ranks: Sequence[RankPlacement]) -> dict[str, int]:
+    """The number of cores that the ranks of each host may use together, by host name."""
     hosts: dict[str, int] = {}
-    for name in dict.fromkeys(seat.host for seat in seats):
-        there = [seat for seat in seats if seat.host == name]
-        together = frozenset[int]().union(*(seat.cores for seat in there))
-        quotas = [seat.quota for seat in there if seat.quota is not None]
+    for name in dict.fromkeys(rank.host for rank in ranks):
+        there = [rank for rank in ranks if rank.host == name]
+        together = frozenset[int]().union(*(rank.cores for rank in there))
+        quotas = [rank.quota for rank in there if rank.quota is not None]
         hosts[name] = machine.usable_cores(together, min(quotas, default=None))
     return hosts
 
 
-def share_threads(seats: Sequence[RankPlacement], wish: int | Literal["auto", "all"]) -> list[int]:
-    """Threads of each rank.
+def share_threads(ranks: Sequence[RankPlacement], threads: int | Literal["auto", "all"]) -> list[int]:
+    """Arithmetic threads of each rank.
 
-    ``auto``: a core that several working ranks may use counts in parts, rounded down, at least 1.
-    ``all``: every core that the rank may use. A number is taken as it is.
+    ``auto`` divides a core among the working ranks that may use it, and rounds the sum of a rank's parts
+    down, to 1 at least. ``all`` gives each rank every core that it may use. A number is taken as it is.
     """
-    if isinstance(wish, int):
-        return [wish] * len(seats)
-    if wish == "all":
-        return [seat.usable for seat in seats]
-    totals = cores_of_hosts(seats)
-    threads = []
-    for seat in seats:
-        rivals = [other for other in seats if other.host == seat.host and other.trains]
-        if not seat.trains or not rivals:
-            threads.append(seat.usable)
+    if isinstance(threads, int):
+        return [threads] * len(ranks)
+    if threads == "all":
+        return [rank.usable for rank in ranks]
+    totals = cores_of_hosts(ranks)
+    shares = []
+    for rank in ranks:
+        rivals = [other for other in ranks if other.host == rank.host and other.trains]
+        if not rank.trains or not rivals:
+            shares.append(rank.usable)
             continue
-        share = sum(1 / sum(core in rival.cores for rival in rivals) for core in seat.cores)
-        fair = totals[seat.host] / len(rivals) if seat.quota is not None else share
-        threads.append(max(1, int(min(share, fair) + 1e-9)))
-    return threads
+        share = sum(1 / sum(core in rival.cores for rival in rivals) for core in rank.cores)
+        fair = totals[rank.host] / len(rivals) if rank.quota is not None else share
+        shares.append(max(1, int(min(share, fair) + 1e-9)))
+    return shares
 
 
-def oversubscribed(seats: Sequence[RankPlacement], threads: Sequence[int]) -> list[str]:
+def oversubscribed(ranks: Sequence[RankPlacement], threads: Sequence[int]) -> list[str]:
     """A warning for each host whose working ranks have more threads than there are cores."""
     warnings = []
-    for host, cores in cores_of_hosts(seats).items():
-        working = sum(n for seat, n in zip(seats, threads, strict=True) if seat.host == host and seat.trains)
+    for host, cores in cores_of_hosts(ranks).items():
+        working = sum(n for rank, n in zip(ranks, threads, strict=True) if rank.host == host and rank.trains)
         if working > cores:
             warnings.append(
                 f"oversubscribed: {working} arithmetic threads of training ranks share {cores} "

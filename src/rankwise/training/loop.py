@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +22,12 @@ from rankwise.models.evaluation import score
 from rankwise.models.freezing import frozen_in
 from rankwise.models.precision import autocast
 from rankwise.runs.progress import ProgressFile
-from rankwise.runs.record import Epoch, Evaluated
+from rankwise.runs.record import Epoch, Evaluated, Role
+from rankwise.training.observer import EpochResult, Observer
 from rankwise.training.synchroniser import Synchroniser
 
 EVALUATION_BATCH = 500
-"""Samples a forward pass of the evaluation; a matter of speed alone."""
+"""Samples per forward pass of the evaluation; a matter of speed alone."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def worker(self) -> int | None:
-        """This rank's number among those that train, None for a master. It changes when ranks are lost."""
+        """This rank's number among the workers, None for a master. It changes when ranks are lost."""
         world = self.synchroniser.world
         worker = world.rank - self.first_worker
         return worker if worker >= 0 else None
@@ -59,6 +59,11 @@ class Job:
         """The lowest rank that trains; a master that is alone does."""
         return int(self.config.has_master and self.synchroniser.world.size > 1)
 
+    @property
+    def role(self) -> Role:
+        """What this rank is in the record."""
+        return "master" if self.worker is None else "worker"
+
     def expected(self, epoch: int) -> Indices:
         """How often an epoch shall train each sample of the training split."""
         counts = np.zeros(len(self.train.labels), np.int64)
@@ -66,21 +71,11 @@ class Job:
         return counts
 
 
-@dataclass(frozen=True)
-class EpochResult:
-    """An epoch, what went wrong in its sample count, and whether it is the last one of the run."""
-
-    epoch: Epoch
-    duplicated: int
-    lost: int
-    last: bool
-
-
-def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float], None]) -> None:
+def train(job: Job, first_epoch: int, observer: Observer) -> None:
     """Train from `first_epoch` to the last, or to the target accuracy; all ranks call it together.
 
-    `after_epoch` gets each epoch's result, alike on all ranks, and the monotonic second at which
-    the epoch started. Raises DivergedError, Interrupted.
+    `observer` gets a report of each epoch. Raises DivergedError, Interrupted, and RankLost where a
+    lost rank ends the run.
     """
     for number in range(first_epoch, job.config.epochs + 1):
         start_s = time.monotonic()
@@ -91,8 +86,8 @@ def train(job: Job, first_epoch: int, after_epoch: Callable[[EpochResult, float]
             train_s = time.monotonic() - start_s
             evaluation = evaluate(job, number) if is_evaluated(job.config, number) else None
             evaluation_s = time.monotonic() - start_s - train_s
-            result = summarise(job, number, losses, evaluation, train_s, evaluation_s)
-            after_epoch(result, start_s)
+            result = summarise(job, number, losses, evaluation, start_s, train_s, evaluation_s)
+            observer.epoch_over(job, result)
             return result.last
 
         if job.synchroniser.retry_until_all(whole_epoch):
@@ -163,8 +158,8 @@ def is_evaluated(config: TrainConfig, epoch: int) -> bool:
 
 
 def evaluate(job: Job, epoch: int) -> tuple[float, int]:
-    """Sum of the losses and number of right answers on this rank's share of the validation samples, after an
-    epoch."""
+    """The sum of the losses and the number of right answers on this rank's share of the validation samples,
+    after an epoch."""
     tta = job.config.tta if epoch >= job.config.tta_from_epoch else "none"
     model, world = job.synchroniser.replica.evaluated, job.synchroniser.world
     evaluators = 1 if job.config.has_master else world.size
@@ -191,10 +186,12 @@ def summarise(
     epoch: int,
     losses: Losses,
     evaluation: tuple[float, int] | None,
+    start_s: float,
     train_s: float,
     evaluation_s: float,
 ) -> EpochResult:
-    """Add up what all ranks did in the epoch; without an `evaluation` none was due."""
+    """Add up what all ranks did in the epoch that began at the monotonic second `start_s`; without an
+    `evaluation` none was due. Raises DivergedError if the validation loss is not a number."""
     world = job.synchroniser.world
     val_loss_sum, correct = evaluation or (0.0, 0)
     sums = np.array([losses.total, losses.samples, val_loss_sum, correct], np.float64)
@@ -221,7 +218,8 @@ def summarise(
         n, target = len(job.val_pool), job.config.target_accuracy
         row = Evaluated(**{**dict(row), "val_loss": sums[2] / n, "val_accuracy": sums[3] / n})
         last = last or (target is not None and row.val_accuracy >= target)
-    return EpochResult(row, duplicated, lost, last)
+    samples = job.synchroniser.sampler.samples(epoch)
+    return EpochResult(row, samples, duplicated, lost, last, start_s)
 
 
 def count_samples(world: World, counts: Indices, expected: Indices, seed: int) -> tuple[int, int, int]:

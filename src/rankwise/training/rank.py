@@ -23,7 +23,7 @@ from rankwise.models.whitening import whiten
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import ProgressFile
-from rankwise.runs.record import Host, Record
+from rankwise.runs.record import Host, Rank, Record
 from rankwise.survival.fault_injection import Faults, NoFaults, parse
 from rankwise.survival.watchdog import Watchdog
 from rankwise.system import machine
@@ -31,7 +31,9 @@ from rankwise.training import batch_sizes, compile, cpu_threads
 from rankwise.training.accounting import standing_by
 from rankwise.training.admission import JoinState, stand_by
 from rankwise.training.build import build, make_replica
+from rankwise.training.history import RunHistory
 from rankwise.training.loop import Job, train
+from rankwise.training.observer import Observer
 from rankwise.training.recorder import Recorder
 
 Say = Callable[[str], None]
@@ -62,7 +64,7 @@ def run(
         config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir, on_progress=announce
     )
     ledger.enter("startup")
-    threads, hosts = _take_seats(config, world, say)
+    threads, hosts = _share_threads(config, world, say)
     spares = standing_by(config, world, threads)
     torch.backends.mkldnn.set_flags(config.onednn)  # type: ignore[no-untyped-call]
     machine.keep_freed_memory()
@@ -88,67 +90,74 @@ def run(
         say=say,
     )
     world.set_aside(config.ranks)
-    with _watchdog(config, folder, world) as dog:
+    with _watchdog(config, folder, world) as watchdog:
         join_state = None
         if world.rank < 0:
-            world.survives = True  # nobody needs it yet
+            world.survives = True  # no rank needs it yet
             join_state = stand_by(world)
             if join_state is None:
                 return folder.read()
-        job = _make_job(config, dataset, chosen, replica, world, folder, join_state)
-        history = join_state.history if join_state else None
-        recorder = Recorder(config, world, folder, job, threads, hosts, spares, start, history, say)
-        return _train(job, recorder, world, dog, start, join_state, folder)
+        recorder = Recorder(
+            config,
+            world,
+            folder,
+            join_state.history if join_state else _begin_history(folder, start, spares, world),
+            watchdog,
+            threads=threads,
+            hosts=hosts,
+            resumed_from=start.epoch if start else None,
+            say=say,
+        )
+        job = _make_job(config, dataset, chosen, replica, world, folder, recorder, join_state)
+        return _train(job, recorder, world, start, join_state, folder)
 
 
 def _train(
     job: Job,
     recorder: Recorder,
     world: World,
-    dog: Watchdog,
     start: Checkpoint | None,
     join_state: JoinState | None,
     folder: RunFolder,
 ) -> Record:
     """From the first epoch that is not over to the last."""
     ledger, synchroniser = world.ledger, job.synchroniser
-
-    def after_recovery(lost: list[int], new: list[int], seconds: float) -> None:
-        dog.forget(lost)
-        recorder.after_recovery(lost, new, seconds)
-
-    synchroniser.on_recovery = after_recovery
-    synchroniser.on_next_commit = recorder.after_next_commit
-    synchroniser.history = lambda: recorder.history
     if join_state is not None:
         first = join_state.progress.epoch
         world.timeline.begin(ledger.close())
     else:
         if start is None:
-            recorder.save_checkpoint(0)
+            recorder.save_checkpoint(job, 0)
         else:
             synchroniser.resume(start, job.worker)
         first = start.epoch + 1 if start else 1
-        recorder.write("running")
+        recorder.write(job, "running")
         ledger.enter("other")
         world.reconcile()  # so that no waiting from before is found out in the first epoch
         world.timeline.begin(ledger.close())
     world.survives = synchroniser.survives
-    recorder.before_first_step()
+    recorder.history.training_begins()
+    target = recorder.history.target(job.config.target_accuracy)
     try:
-        if recorder.target is None or not recorder.target.reached:
-            train(job, first, recorder.after_epoch)
+        if target is None or not target.reached:
+            train(job, first, recorder)
     except Interrupted as stop:
         message = f"{stop}; go on with: rankwise train --resume {folder.path}"
-        recorder.write("interrupted", message)
+        recorder.write(job, "interrupted", message)
         raise Interrupted(message) from None
-    record = synchroniser.retry_until_all(recorder.complete, fill=False)
+    record = synchroniser.retry_until_all(lambda: recorder.complete(job), fill=False)
     world.survives = False
     return record
 
 
+def _begin_history(
+    folder: RunFolder, start: Checkpoint | None, spares: list[Rank], world: World
+) -> RunHistory:
+    return RunHistory.begin(folder, start, spares, age_s=world.ledger.close().wall_ns / 1e9)
+
+
 def _by_rank_0(say: Say, world: World) -> Say:
-    """Says what whoever is rank 0 at that time has to say."""
+    """Says what this rank has to say while it is rank 0."""
 
     def speak(line: str) -> None:
         if world.rank == 0:
@@ -158,7 +167,7 @@ def _by_rank_0(say: Say, world: World) -> Say:
 
 
 def _announcer(say: Say) -> Callable[[str, int, int], None]:
-    """Says once what is being done; for whichever rank decodes the dataset while the others wait."""
+    """Says once what is being done, on the rank that decodes the dataset while the others wait."""
     said: set[str] = set()
 
     def announce(what: str, done: int, total: int) -> None:
@@ -180,29 +189,29 @@ def _agree_on_options(config: TrainConfig, world: World) -> None:
                 )
 
 
-def _take_seats(config: TrainConfig, world: World, say: Say) -> tuple[int, list[Host]]:
+def _share_threads(config: TrainConfig, world: World, say: Say) -> tuple[int, list[Host]]:
     """Set this rank's arithmetic threads; returns them, and the hosts of the world in rank order."""
     works = world.rank < config.ranks
     mine = cpu_threads.here(trains=works and not (config.has_master and world.rank == 0))
-    seats: list[cpu_threads.RankPlacement] = world.allgather_object(mine)
-    threads = cpu_threads.share_threads(seats, config.threads)
-    for warning in cpu_threads.oversubscribed(seats, threads):
+    ranks: list[cpu_threads.RankPlacement] = world.allgather_object(mine)
+    threads = cpu_threads.share_threads(ranks, config.threads)
+    for warning in cpu_threads.oversubscribed(ranks, threads):
         say(warning)
-    slow = sorted({seat.host for seat in seats if not seat.multiplies_bf16})
+    slow = sorted({rank.host for rank in ranks if not rank.multiplies_bf16})
     if config.precision == "bf16" and slow:
         say(
             f"--precision bf16 is slow here: {', '.join(slow)} has no instructions for bfloat16 and goes "
             "by way of float32, which --precision fp32 does at once"
         )
     if not works:  # it will take the place of one that trains, most likely
-        threads[world.rank] = min(n for n, seat in zip(threads, seats, strict=True) if seat.trains)
+        threads[world.rank] = min(n for n, rank in zip(threads, ranks, strict=True) if rank.trains)
     torch.set_num_threads(threads[world.rank])
-    models_of = {seat.host: seat.cpu_model for seat in seats}
+    models_of = {rank.host: rank.cpu_model for rank in ranks}
     hosts = [
         Host(
-            name=name, cores=cores, ranks=sum(seat.host == name for seat in seats), cpu_model=models_of[name]
+            name=name, cores=cores, ranks=sum(rank.host == name for rank in ranks), cpu_model=models_of[name]
         )
-        for name, cores in cpu_threads.cores_of_hosts(seats).items()
+        for name, cores in cpu_threads.cores_of_hosts(ranks).items()
     ]
     return threads[world.rank], hosts
 
@@ -230,6 +239,7 @@ def _make_job(
     replica: Replica,
     world: World,
     folder: RunFolder,
+    observer: Observer | None = None,
     join_state: JoinState | None = None,
 ) -> Job:
     return Job(
@@ -241,6 +251,7 @@ def _make_job(
             dataset.train.labels[chosen.train_pool],
             world,
             faults=_faults(config, folder, world, replica),
+            observer=observer,
             join_state=join_state,
         ),
         train=dataset.train,
@@ -252,17 +263,13 @@ def _make_job(
 
 
 def _watchdog(config: TrainConfig, folder: RunFolder, world: World) -> Watchdog:
-    def report(rank: int, words: str, silent_s: float) -> None:
-        folder.leave_words(rank, "hang", words, silent_s=silent_s)
-
     return Watchdog(
-        folder.beats,
+        folder,
         rank=world.number,
         ranks=config.processes,
         ledger=world.ledger,
         # Ranks that are threads are one process: none of them can be ended alone.
         timeout_s=math.inf if world.in_threads else config.hang_timeout or math.inf,
-        report=report,
     )
 
 

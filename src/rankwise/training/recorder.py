@@ -1,237 +1,120 @@
-"""Keeps record, metrics and checkpoints while a run goes on."""
+"""Writes down what happens to a run while it goes on: record, metrics, checkpoints, timelines, trackers."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import astuple, dataclass, field
 from importlib import metadata
-
-from pydantic import TypeAdapter, ValidationError
 
 from rankwise.comm import World
 from rankwise.config import TrainConfig
-from rankwise.errors import ResumeError, one_line
-from rankwise.runs.checkpoint import Checkpoint
 from rankwise.runs.checkpoint_writer import CheckpointWriter
 from rankwise.runs.folder import RunFolder
-from rankwise.runs.record import (
-    SCHEMA_VERSION,
-    Clock,
-    EpochRow,
-    Fault,
-    Host,
-    Outcome,
-    Rank,
-    Record,
-    Role,
-    Samples,
-    Target,
-    seconds_since,
-    utc_before,
-)
-from rankwise.runs.trackers import NoTracker, Say, open_tracker
+from rankwise.runs.record import SCHEMA_VERSION, Clock, Fault, Host, Outcome, Rank, Record, seconds_since
+from rankwise.runs.trackers import NoTracker, Say, Tracker, open_tracker
 from rankwise.survival import causes
-from rankwise.survival.fault_injection import DEADLY, read_marks
+from rankwise.survival.watchdog import Watchdog
 from rankwise.system import machine
 from rankwise.training import accounting
-from rankwise.training.loop import EpochResult, Job
-
-_EPOCHS = TypeAdapter(list[EpochRow])
-
-
-@dataclass
-class _Tally:
-    """Sample counts over all epochs so far."""
-
-    expected: int = 0
-    trained: int = 0
-    duplicated: int = 0
-    lost: int = 0
-
-
-@dataclass
-class RunHistory:
-    """What all recorders of a run know alike: the epochs so far and their tallies by number; the rows of
-    ranks that stand by, of all when they were told last, and of those that were lost; the losses, of which
-    the first `told` are known to be over; and when the run was asked for and began."""
-
-    epochs: list[EpochRow]
-    tallies: dict[int, _Tally]
-    spares: dict[int, Rank]
-    losses: list[Fault]
-    started_at: str
-    launched_at: str
-    elapsed_before_s: float
-    first_step_s: float | None
-    rows: dict[int, Rank] = field(default_factory=dict)
-    dead: dict[int, Rank] = field(default_factory=dict)
-    told: int = 0
+from rankwise.training.history import RunHistory, SampleCounts
+from rankwise.training.loop import Job
+from rankwise.training.observer import EpochResult, Recovered
 
 
 class Recorder:
-    """Keeps record, metrics and checkpoints while a run goes on."""
+    """Observes a run on one rank, and writes it down in the run folder.
+
+    `threads` are this rank's, `hosts` those of the world. `resumed_from` is the epoch after which the sitting
+    goes on, None for a new run. `say` gets remarks for the user. Raises UsageError if the tracker that
+    `config` names cannot be opened.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         world: World,
         folder: RunFolder,
-        job: Job,
+        history: RunHistory,
+        watchdog: Watchdog,
+        *,
         threads: int,
         hosts: list[Host],
-        spares: list[Rank],
-        start: Checkpoint | None,
-        history: RunHistory | None,
+        resumed_from: int | None,
         say: Say,
     ) -> None:
         self._config = config
         self._world = world
         self._folder = folder
-        self._job = job
+        self.history = history
+        self._watchdog = watchdog
         self._threads = threads
-        self._start = start
-        self._environment = accounting.environment(world, hosts)
-        self.history = history or self._open_books(spares)
-        self._checkpoints = CheckpointWriter(folder.checkpoints, config.checkpoint_keep, folder.require_part)
+        self._resumed_from = resumed_from
         self._say = say
+        self._environment = accounting.environment(world, hosts)
+        self._checkpoints = CheckpointWriter(folder.checkpoints, config.checkpoint_keep, folder.require_part)
+        self._tracker: Tracker = NoTracker()
         if world.rank == 0:
-            folder.keep_metrics(self.history.epochs)
-        self._tracker = (
-            open_tracker(config, folder, self.history.epochs, say) if world.rank == 0 else NoTracker()
-        )
+            folder.keep_metrics(history.epochs)
+            self._open_tracker()
 
-    def _open_books(self, spares: list[Rank]) -> RunHistory:
-        """At the start of a sitting, by what a checkpoint and the record of the one before tell."""
-        started_at = utc_before(self._world.ledger.close().wall_ns / 1e9)
-        before = self._folder.read() if self._start and self._folder.record.exists() else None
-        notes = self._start.notes if self._start else {"epochs": [], "samples": {}}
-        faults = before.faults if before else []
-        survived = [_recovered(fault) for fault in faults if fault.action in ("continue", "restart")]
-        try:
-            return RunHistory(
-                epochs=_EPOCHS.validate_python(notes["epochs"]),
-                tallies={0: _Tally(**notes["samples"])},
-                spares={row.rank: row for row in spares},
-                losses=survived,
-                told=len(survived),
-                started_at=started_at,
-                launched_at=(
-                    (before.launched_at or before.started_at)
-                    if before
-                    else self._folder.launched_at or started_at
-                ),
-                first_step_s=before.first_step_s if before else None,
-                elapsed_before_s=before.elapsed_before_s(started_at) if before else 0.0,
+    def recovered(self, event: Recovered) -> None:
+        """Ranks were lost, and the others go on. The rank that is now rank 0 writes the folder."""
+        self._watchdog.forget(event.lost)
+        self._folder.require_part()
+        self._checkpoints.give_up()
+        history, progress = self.history, event.progress
+        now_s = self._world.ledger.close().wall_ns / 1e9
+        for member in event.lost:
+            fault = causes.explain(
+                self._folder,
+                member,
+                history.losses,
+                epoch=progress.epoch,
+                action="continue",
+                ago_s=event.seconds,
             )
-        except (KeyError, TypeError, ValidationError) as error:
-            raise ResumeError(
-                f"the notes of the checkpoint do not fit this rankwise: {one_line(error)[:200]}"
-            ) from None
-
-    @property
-    def target(self) -> Target | None:
-        """Whether the epochs so far reach the accuracy that the run is to stop at, None if there is none."""
-        return Target.of(self._config.target_accuracy, self.history.epochs, self.history.first_step_s)
-
-    def before_first_step(self) -> None:
-        """Training begins, or goes on."""
-        if self.history.first_step_s is None:
-            self.history.first_step_s = seconds_since(self.history.launched_at)
-
-    def after_epoch(self, result: EpochResult, start_s: float) -> None:
-        """Count the epoch in, save it, and write it down; all ranks together.
-
-        If a rank is lost meanwhile it comes again with the same epoch, which then takes the place of the
-        first.
-        """
-        number = result.epoch.epoch
-        epoch = result.epoch.model_copy(update={"since_launch_s": seconds_since(self.history.launched_at)})
-        if self.history.epochs and self.history.epochs[-1].epoch == number:
-            self.history.epochs.pop()
-        self.history.tallies[number] = _Tally(
-            self._job.synchroniser.sampler.samples(number),
-            result.epoch.train_samples,
-            result.duplicated,
-            result.lost,
+            history.add_loss(fault, found_s=now_s - event.seconds, recovery_s=event.seconds)
+        if progress.closed:
+            history.all_recovered()  # there is no round to commit
+        lost = ", ".join(f"rank {member}{self._why(member)}" for member in event.lost)
+        new = ", ".join(f"rank {member}" for member in event.new)
+        in_place = f", with {new} in place" if new else ""
+        self._say(
+            f"lost {lost} in epoch {progress.epoch}: {self._world.size} go on{in_place}, "
+            f"after {1e3 * event.seconds:.0f} ms"
         )
-        self.history.epochs.append(epoch.model_copy(update={"wall_s": time.monotonic() - start_s}))
+        if self._world.rank == 0 and isinstance(self._tracker, NoTracker):
+            self._open_tracker()
+
+    def committed(self, seconds: float) -> None:
+        """A round is committed again."""
+        self.history.all_recovered(seconds)
+
+    def epoch_over(self, job: Job, result: EpochResult) -> None:
+        """Count the epoch in, save it, and write it down; all ranks together."""
+        number = result.epoch.epoch
+        counts = SampleCounts(result.expected, result.epoch.train_samples, result.duplicated, result.lost)
+        row = result.epoch.model_copy(update={"since_launch_s": seconds_since(self.history.launched_at)})
+
+        def add() -> None:
+            wall_s = time.monotonic() - result.start_s
+            self.history.add_epoch(row.model_copy(update={"wall_s": wall_s}), counts)
+
+        add()
         if number % self._config.checkpoint_every == 0 or result.last:
-            self.save_checkpoint(number)
-            # The checkpoint itself takes part of the epoch: what it holds is without that part.
-            self.history.epochs[-1] = epoch.model_copy(update={"wall_s": time.monotonic() - start_s})
+            self.save_checkpoint(job, number)
+            add()  # the checkpoint takes part of the epoch too, but what it holds is without that part
         if self._world.rank == 0:
             self._folder.keep_metrics(self.history.epochs)
             with self._world.ledger.phase("instrument"):
                 self._tracker.epoch(self.history.epochs[-1])
-        self.write("running", ended=number)
+        self.write(job, "running", ended=number)
 
-    def after_recovery(self, lost: list[int], new: list[int], seconds: float) -> None:
-        """Ranks were lost, and the others go on, with new ones in their place; who is rank 0 now keeps the
-        folder."""
-        self._folder.require_part()
-        self._checkpoints.give_up()
-        position = self._job.synchroniser.progress
-        now_s = self._world.ledger.close().wall_ns / 1e9
-        for member in lost:
-            row = self.history.rows.get(member)
-            if row is not None:
-                self.history.dead[member] = row.model_copy(update={"died_at_s": now_s - seconds})
-            fault = causes.explain(
-                self._folder,
-                member,
-                self.history.losses,
-                epoch=position.epoch,
-                action="continue",
-                ago_s=seconds,
-            )
-            after_s = seconds + (fault.detected_after_s or 0)
-            self.history.losses.append(fault.model_copy(update={"recovered_after_s": after_s}))
-        if position.closed:
-            self.history.told = len(self.history.losses)  # there is no round to commit
-        in_place = f", with {_named(new)} in place" if new else ""
-        self._say(
-            f"lost {', '.join(f'rank {member}{self._why(member)}' for member in lost)} in epoch "
-            f"{position.epoch}: {self._world.size} go on{in_place}, after {1e3 * seconds:.0f} ms"
-        )
-        if self._world.rank == 0 and isinstance(self._tracker, NoTracker):
-            self._tracker = open_tracker(self._config, self._folder, self.history.epochs, self._say)
-
-    def after_next_commit(self, seconds: float) -> None:
-        """A round is committed again, so many seconds after a loss was found."""
-        for place, fault in enumerate(self.history.losses):
-            if place >= self.history.told:
-                after_s = seconds + (fault.detected_after_s or 0)
-                self.history.losses[place] = fault.model_copy(update={"recovered_after_s": after_s})
-        self.history.told = len(self.history.losses)
-
-    def _why(self, member: int) -> str:
-        """Why a rank ended, in brackets, if it is known."""
-        words = self._folder.read_words(member)
-        return f" ({words['message']})" if words else ""
-
-    def _faults(self) -> list[Fault]:
-        """All so far: ranks that were lost, and what was injected and did not end its rank."""
-        if not self._config.fault:
-            return self.history.losses
-        marks = [mark for mark in read_marks(self._folder.faults) if mark.kind not in DEADLY]
-        harmless = [
-            Fault(
-                rank=mark.rank,
-                kind=mark.kind,
-                epoch=mark.epoch,
-                step=mark.step,
-                action="dropped" if mark.kind == "nan" else "none",
-            )
-            for mark in marks
-        ]
-        return sorted([*self.history.losses, *harmless], key=lambda fault: fault.epoch)
-
-    def save_checkpoint(self, epoch: int) -> None:
-        """Write the checkpoint of `epoch`; all ranks together."""
-        synchroniser = self._job.synchroniser
-        workers = self._world.size - self._job.first_worker
+    def save_checkpoint(self, job: Job, epoch: int) -> None:
+        """Write the checkpoint of `epoch`; all ranks together. Raises StorageError."""
+        synchroniser = job.synchroniser
+        workers = self._world.size - job.first_worker
         writers = {"keep": workers, "average": 1, "reset": 0}[self._config.optimizer_state]
-        worker = self._job.worker
+        worker = job.worker
         if synchroniser.shares_optimizer:
             writers, worker = 1, self._world.rank
         with self._world.ledger.phase("checkpoint"), synchroniser.faults.during("checkpoint"):
@@ -244,7 +127,7 @@ class Recorder:
                 memory=synchroniser.state.memory,
                 notes={
                     "epochs": [row.model_dump() for row in self.history.epochs],
-                    "samples": vars(self._tally()),
+                    "samples": self.history.samples.model_dump(),
                     "rounds": synchroniser.state.rounds,
                     "config": self._config.model_dump(mode="json"),
                 },
@@ -252,47 +135,30 @@ class Recorder:
             if epoch == 0:
                 self._checkpoints.finish(self._world)  # a run that has a record can be resumed
 
-    def write(self, outcome: Outcome, message: str | None = None, *, ended: int | None = None) -> Record:
+    def complete(self, job: Job) -> Record:
+        """Write the last record, and the last checkpoint again if it was lost with a rank; all together.
+        Raises StorageError."""
+        if any(self._world.allgather_object(self._checkpoints.gave_up)):
+            self.save_checkpoint(job, self.history.epochs[-1].epoch)
+        return self.write(job, "completed")
+
+    def write(
+        self, job: Job, outcome: Outcome, message: str | None = None, *, ended: int | None = None
+    ) -> Record:
         """Gather all ranks' ledgers and write record and timelines; all ranks together.
 
-        `ended` is the epoch that ends with it.
+        `ended` is the epoch that ends with it. Raises StorageError, and SupersededError if the run was
+        started again without this rank.
         """
         self._world.reconcile()
         if outcome != "running":
             with self._world.ledger.phase("checkpoint"):
                 self._checkpoints.finish(self._world)
-            self._world.reconcile()  # nobody will tell later what was waiting in the first one
-        self._save_timeline(ended)
-        world, measured = self._world, dict(self._job.synchroniser.state.measured)
-        mine = accounting.rank_row(world, self._role, self._threads, measured)
-        live = [Rank(**row) for row in world.allgather_object(mine)]
-        self.history.rows |= {row.rank: row for row in live}
-        told = self.history.spares | self.history.dead | {row.rank: row for row in live}
-        rows = [told[rank] for rank in sorted(told)]
-        record = Record(
-            schema_version=SCHEMA_VERSION,
-            rankwise_version=metadata.version("rankwise"),
-            started_at=self.history.started_at,
-            launched_at=self.history.launched_at,
-            first_step_s=self.history.first_step_s,
-            wall_s=live[0].wall_ns / 1e9,
-            elapsed_s=self.history.elapsed_before_s + live[0].wall_ns / 1e9,
-            outcome=outcome,
-            message=message,
-            resumed_from_epoch=self._start.epoch if self._start else None,
-            config=self._config.model_dump(mode="json"),
-            environment=self._environment,
-            epochs=self.history.epochs,
-            target=self.target,
-            ranks=rows,
-            clock=Clock(
-                error_bound_ns=self._world.clock_error_ns, violations=self._world.exchange_log.violations
-            ),
-            cpu_percent=accounting.cpu_percent(rows, self._environment.hosts),
-            efficiency=accounting.efficiency(rows),
-            samples=Samples(**vars(self._tally())),
-            faults=self._faults(),
-        )
+            self._world.reconcile()  # no later one will find out what was waiting in the first
+        self._save_timeline(job, ended)
+        measured = dict(job.synchroniser.state.measured)
+        mine = accounting.rank_row(self._world, job.role, self._threads, measured)
+        record = self._record([Rank(**row) for row in self._world.allgather_object(mine)], outcome, message)
         if self._world.rank == 0:
             with self._world.ledger.phase("checkpoint"):
                 self._folder.write(record)
@@ -302,23 +168,52 @@ class Recorder:
                 self._tracker.finish(record)
         return record
 
-    def complete(self) -> Record:
-        """Write the last record, and the last checkpoint again if it was lost with a rank; all together."""
-        if any(self._world.allgather_object(self._checkpoints.gave_up)):
-            self.save_checkpoint(self.history.epochs[-1].epoch)
-        return self.write("completed")
-
-    def _tally(self) -> _Tally:
-        """Over all epochs so far."""
-        return _Tally(
-            *(sum(column) for column in zip(*map(astuple, self.history.tallies.values()), strict=True))
+    def _record(self, live: list[Rank], outcome: Outcome, message: str | None) -> Record:
+        """The run so far, by the rows of the ranks that live, in rank order."""
+        history = self.history
+        rows = history.add_rows(live)
+        wall_s = live[0].wall_ns / 1e9
+        return Record(
+            schema_version=SCHEMA_VERSION,
+            rankwise_version=metadata.version("rankwise"),
+            started_at=history.started_at,
+            launched_at=history.launched_at,
+            first_step_s=history.first_step_s,
+            wall_s=wall_s,
+            elapsed_s=history.elapsed_before_s + wall_s,
+            outcome=outcome,
+            message=message,
+            resumed_from_epoch=self._resumed_from,
+            config=self._config.model_dump(mode="json"),
+            environment=self._environment,
+            epochs=history.epochs,
+            target=history.target(self._config.target_accuracy),
+            ranks=rows,
+            clock=Clock(
+                error_bound_ns=self._world.clock_error_ns, violations=self._world.exchange_log.violations
+            ),
+            cpu_percent=accounting.cpu_percent(rows, self._environment.hosts),
+            efficiency=accounting.efficiency(rows),
+            samples=history.samples,
+            faults=self._faults(),
         )
 
-    @property
-    def _role(self) -> Role:
-        return "master" if self._job.worker is None else "worker"
+    def _faults(self) -> list[Fault]:
+        """All faults so far, in the order of their epochs."""
+        if not self._config.fault:
+            return self.history.losses
+        faults = [*self.history.losses, *causes.harmless_faults(self._folder)]
+        return sorted(faults, key=lambda fault: fault.epoch)
 
-    def _save_timeline(self, ended: int | None) -> None:
+    def _why(self, member: int) -> str:
+        """Why a rank ended, in brackets, if it is known."""
+        words = self._folder.read_words(member)
+        return f" ({words['message']})" if words else ""
+
+    def _open_tracker(self) -> None:
+        self._tracker = open_tracker(self._config, self._folder, self.history.epochs, self._say)
+
+    def _save_timeline(self, job: Job, ended: int | None) -> None:
         world, ledger = self._world, self._world.ledger
         if ended is not None:
             world.timeline.epoch(ended, ledger.close())
@@ -326,19 +221,7 @@ class Recorder:
             world.timeline.save(
                 self._folder.timeline_of(world.number),
                 rank=world.number,
-                role=self._role,
+                role=job.role,
                 host=machine.host_name(),
                 to_common=world.since_start,
             )
-
-
-def _named(members: list[int]) -> str:
-    return ", ".join(f"rank {member}" for member in members)
-
-
-def _recovered(fault: Fault) -> Fault:
-    """A fault after which the run goes on now."""
-    if fault.recovered_after_s is not None or fault.found_at is None:
-        return fault
-    after_s = seconds_since(fault.found_at) + (fault.detected_after_s or 0)
-    return fault.model_copy(update={"recovered_after_s": after_s})

@@ -10,7 +10,7 @@ from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 
 PEAKS = {"one-cycle": 0.3, "triangular": 0.23}
-"""Part of a run after which its rate is highest (Smith and Topin 2018, arXiv:1708.07120; Jordan 2024,
+"""The part of a run after which its rate is highest (Smith and Topin 2018, arXiv:1708.07120; Jordan 2024,
 arXiv:2404.00498)."""
 
 STARTS = {"one-cycle": 1 / 25, "triangular": 0.2}
@@ -24,22 +24,22 @@ MILESTONES = (0.5, 0.75)
 
 
 def scheduler(config: TrainConfig) -> Callable[[float, int], float] | None:
-    """`rate_factor` for a configuration, None if the rate never changes: then it is left alone."""
+    """`rate_factor` of a configuration; None if the rate never changes, and is left alone."""
     if (config.schedule, config.lr_scaling, config.warmup) == ("constant", "none", 0):
         return None
     return functools.partial(rate_factor, config)
 
 
-def rate_factor(config: TrainConfig, position: float, workers: int) -> float:
-    """What the learning rate is multiplied by once `position` epochs are over and `workers` are left.
+def rate_factor(config: TrainConfig, epochs_over: float, workers: int) -> float:
+    """The factor of the learning rate once `epochs_over` epochs are over and `workers` are left.
 
     Scaling with the number of workers k, by k (`linear`: Goyal et al. 2017, arXiv:1706.02677) or its
     root, makes up for the larger batch of all workers together; `warmup` epochs lead up to it from 0.
     """
     k = float(workers if config.on_shrink == "keep-local-batch" else config.workers)
     scale = {"none": 1.0, "linear": k, "sqrt": math.sqrt(k)}
-    warm = min(1.0, position / config.warmup) if config.warmup else 1.0
-    return scale[config.lr_scaling] * warm * _shape(config, min(1.0, position / config.epochs))
+    warm = min(1.0, epochs_over / config.warmup) if config.warmup else 1.0
+    return scale[config.lr_scaling] * warm * _shape(config, min(1.0, epochs_over / config.epochs))
 
 
 def check(config: TrainConfig) -> None:

@@ -1,10 +1,13 @@
-"""What a rank keeps of itself to go back to: how far it was, its state, and copies of its replica."""
+"""How far a rank is, and what it keeps of itself to go back to: its state, and copies of its replica."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from rankwise.data.partition import Indices
 from rankwise.ledger.phases import Ledger
 from rankwise.strategies.base import State
 
@@ -21,6 +24,39 @@ class Progress:
     closed: bool = True
 
 
+@dataclass
+class Work:
+    """How far this rank is, and what it has trained of the epoch. A step moves it on, a recovery back.
+
+    `trained` holds the samples of each committed round, `under_way` those of the batches since. `ahead`
+    counts samples of committed rounds that others have not come to: they belong to the round under way.
+    """
+
+    state: State
+    progress: Progress = Progress()
+    trained: list[Indices] = field(default_factory=list)
+    under_way: list[Indices] = field(default_factory=list)
+    ahead: int = 0
+
+    def open_epoch(self, epoch: int) -> None:
+        """An epoch begins, of which nothing is trained yet."""
+        self.progress = Progress(epoch, closed=False)
+        self.trained.clear()
+
+    def commit(self) -> None:
+        """The round under way is committed."""
+        self.progress = replace(self.progress, rounds=self.progress.rounds + 1)
+        self.trained.append(np.concatenate(self.under_way))
+        self.under_way = []
+        self.ahead = 0
+
+    def go_back(self, state: State, progress: Progress) -> None:
+        """The last commit is taken back: what it brought in is under way again."""
+        if progress.rounds < self.progress.rounds:
+            self.under_way = [self.trained.pop()]
+        self.state, self.progress = state, progress
+
+
 @dataclass(frozen=True)
 class _Step:
     """What a rank was when an exchange began."""
@@ -33,17 +69,14 @@ class _Step:
 class Snapshots:
     """Copies of one rank's replica, all in memory that is used again.
 
-    With `undoes` that from before each exchange is kept, until all ranks must have come through it. With
-    `begins_again` that from the beginning of the round, and with `keeps_commits` too those of the last two
-    commits, from which a rank that comes in would begin, or all of them.
+    The copy from before each exchange is kept until all ranks must have come through it. With `begins_again`
+    the one from the beginning of the round is kept too, and with `keeps_commits` those of the last two
+    commits, from which a rank that comes in begins, or all of them.
     """
 
-    def __init__(
-        self, replica: Replica, ledger: Ledger, *, undoes: bool, begins_again: bool, keeps_commits: bool
-    ) -> None:
+    def __init__(self, replica: Replica, ledger: Ledger, *, begins_again: bool, keeps_commits: bool) -> None:
         self._replica = replica
         self._ledger = ledger
-        self._undoes = undoes
         self._begins_again = begins_again
         self._keeps_commits = keeps_commits
         self._steps: list[_Step] = []
@@ -53,18 +86,17 @@ class Snapshots:
         self._commits: list[tuple[Progress, Snapshot]] = []
 
     def exchange_begins(self, state: State, progress: Progress) -> None:
-        """An exchange begins, which one day may have to be taken back."""
-        if self._undoes:
-            with self._ledger.phase("recovery"):
-                copy, self._free = self._replica.snapshot(self._free), None
-                self._steps.append(_Step(state, copy, progress))
+        """An exchange begins, which may have to be taken back."""
+        with self._ledger.phase("recovery"):
+            copy, self._free = self._replica.snapshot(self._free), None
+            self._steps.append(_Step(state, copy, progress))
 
     def exchange_is_off(self) -> None:
         """The exchange that began last is not made."""
         self._steps = self._steps[:-1]
 
     def all_came(self) -> None:
-        """All ranks have come through the exchange before the last one: nobody goes back behind it."""
+        """All ranks have come through the exchange before the last one: no rank goes back behind it."""
         if len(self._steps) > 1:
             self._free = self._steps[0].replica
             self._steps = self._steps[-1:]
@@ -81,7 +113,7 @@ class Snapshots:
         return step.state, step.progress
 
     def reached(self) -> list[tuple[Progress, int]]:
-        """The positions to which `undo` goes back, the last at the end, with the samples pending there."""
+        """Where `undo` can go back to, the last commit at the end, with the samples pending there."""
         return [(step.progress, step.state.pending) for step in self._steps]
 
     def forget_steps(self) -> None:
@@ -89,8 +121,8 @@ class Snapshots:
         self._steps.clear()
 
     def round_begins(self, committed: Progress | None) -> None:
-        """What is now is what `begin_again` makes again, and if all have committed it, at this progress, what
-        a rank that comes in would begin with."""
+        """Keep the replica as `begin_again` makes it again; if all ranks have committed it, at this progress,
+        a rank that comes in begins with it."""
         if not self._begins_again:
             return
         with self._ledger.phase("recovery"):

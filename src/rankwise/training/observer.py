@@ -1,0 +1,75 @@
+"""What a run reports while it goes on, to one object that its constructor takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rankwise.runs.record import Epoch
+from rankwise.training.snapshots import Progress
+
+if TYPE_CHECKING:
+    from rankwise.training.loop import Job
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The ranks that are left go on without those in `lost`, and with those in `new` in their places.
+
+    Ranks are named by the numbers with which they began. `progress` is the point from which all go on, and
+    `seconds` is the time from finding the loss until then.
+    """
+
+    lost: list[int]
+    new: list[int]
+    seconds: float
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """An epoch, alike on all ranks.
+
+    `expected` is the number of samples to train, `duplicated` and `lost` count those that were trained too
+    often and too seldom. `last` says that the run ends with it. It began at the monotonic second `start_s`.
+    """
+
+    epoch: Epoch
+    expected: int
+    duplicated: int
+    lost: int
+    last: bool
+    start_s: float
+
+
+class Observer(Protocol):
+    """Gets reports of what happens to a run, on each of its ranks."""
+
+    @property
+    def history(self) -> Any:
+        """What the observer of a rank that comes in begins with; picklable."""
+
+    def recovered(self, event: Recovered) -> None:
+        """Ranks were lost, and the others go on."""
+
+    def committed(self, seconds: float) -> None:
+        """After a recovery the next round is committed, `seconds` after the loss was found."""
+
+    def epoch_over(self, job: Job, result: EpochResult) -> None:
+        """An epoch is over. If a rank is lost meanwhile, the same epoch may be reported again, and counts in
+        place of the first."""
+
+
+class NoObserver:
+    """Ignores all reports."""
+
+    history = None
+
+    def recovered(self, event: Recovered) -> None:
+        """Nothing."""
+
+    def committed(self, seconds: float) -> None:
+        """Nothing."""
+
+    def epoch_over(self, job: Job, result: EpochResult) -> None:
+        """Nothing."""

@@ -1,0 +1,258 @@
+"""What a rank does when another is lost, or when what it computed is not a number.
+
+An exchange may have succeeded on one rank and failed on another. So the ranks that are left meet, go back to
+the last commit that all of them have, deal anew what the lost ranks had not brought in, and let spares in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rankwise.comm import World
+from rankwise.data.sampler import Sampler
+from rankwise.errors import DivergedError, RankLost
+from rankwise.strategies.base import NotFiniteError, Strategy
+from rankwise.survival.fault_injection import NoFaults
+from rankwise.training.admission import JoinState, Standing, admit, replicated
+from rankwise.training.observer import Observer, Recovered
+from rankwise.training.snapshots import Progress, Snapshots, Work
+
+if TYPE_CHECKING:
+    from rankwise.models.replica import Replica
+
+MOST_DROPS = 3
+"""Times in a row that a rank may find that what it computed is not a number."""
+
+MOST_FRUITLESS = 3
+"""Recoveries in a row in which it turns out that no rank was lost."""
+
+
+class NoRecovery:
+    """Where a lost rank ends the run: nothing is kept to go back to."""
+
+    survives = False
+    """Whether the other ranks go on when one is lost."""
+
+    begun_again = 0
+    """How often a round was begun again."""
+
+    def round_begins(self) -> None:
+        """A round begins, after a commit of all ranks."""
+
+    def exchange(self) -> AbstractContextManager[None]:
+        """Around an exchange and its commit, which may have to be taken back."""
+        return nullcontext()
+
+    def committed(self) -> None:
+        """A round is committed, and the next one begins."""
+
+    def recover(self, *, fill: bool) -> None:
+        """Go on without ranks that were lost, from the last commit that all have; all that are left call it.
+
+        With `fill` spares take their places. Raises RankLost where a lost rank ends the run.
+        """
+        raise RankLost("a rank was lost")
+
+    def drop(self, why: str) -> None:
+        """Begin the round again, without what is not a number. Raises DivergedError(why) after MOST_DROPS
+        times in a row, and at once where nothing is kept."""
+        raise DivergedError(why)
+
+    def undo(self) -> None:
+        """Take the last commit back. Raises RuntimeError if there is none that can be."""
+        raise RuntimeError("there is no step to undo")
+
+
+class Recovery(NoRecovery):
+    """Keeps what a rank needs to go on without others, and does it.
+
+    A recovery moves `work` back, which the synchroniser moves on. A rank that stood by begins from its
+    `join_state`.
+    """
+
+    survives = True
+
+    def __init__(
+        self,
+        work: Work,
+        replica: Replica,
+        strategy: Strategy,
+        sampler: Sampler,
+        world: World,
+        *,
+        min_ranks: int,
+        spares: int,
+        faults: NoFaults,
+        observer: Observer,
+        join_state: JoinState | None,
+    ) -> None:
+        self._work = work
+        self._replica = replica
+        self._strategy = strategy
+        self._sampler = sampler
+        self._world = world
+        self._min_ranks = min_ranks
+        self._faults = faults
+        self._observer = observer
+        self._members = list(world.members)
+        self._snapshots = Snapshots(
+            replica,
+            world.ledger,
+            begins_again=strategy.keeps_local_work or strategy.syncs_every_step,
+            keeps_commits=(spares > 0 and strategy.keeps_local_work) or strategy.syncs_every_step,
+        )
+        self._at_start = (0, 0)  # batches and samples that were under way when the round began
+        self._drops = 0
+        self._fruitless = 0
+        self._found_ns: int | None = None  # when the loss was found after which no round is committed yet
+        if join_state is not None:
+            self._join(join_state)
+
+    def round_begins(self) -> None:
+        self._begin_round(self._work.progress)
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        self._snapshots.exchange_begins(self._work.state, self._work.progress)
+        try:
+            yield
+        except NotFiniteError:
+            self._snapshots.exchange_is_off()
+            raise
+
+    def committed(self) -> None:
+        self._drops = 0
+        self._snapshots.all_came()
+        self.round_begins()
+        if self._found_ns is not None:
+            self._observer.committed((self._world.ledger.clock() - self._found_ns) / 1e9)
+            self._found_ns = None
+
+    def recover(self, *, fill: bool) -> None:
+        started_ns = self._world.ledger.clock()
+        there = list(self._members)
+        while not self._regroup(fill=fill):
+            there += [member for member in self._members if member not in there]
+        lost = [member for member in there if member not in self._members]
+        new = [member for member in self._members if member not in there]
+        self._fruitless = 0 if lost else self._fruitless + 1
+        if self._fruitless > MOST_FRUITLESS:
+            raise RankLost("exchanges fail again and again, though no rank was lost")
+        self.begun_again += 1
+        self._begin_round(None)
+        progress = self._work.progress
+        if not progress.closed:
+            self._found_ns = self._found_ns or started_ns
+        seconds = (self._world.ledger.clock() - started_ns) / 1e9
+        self._observer.recovered(Recovered(lost, new, seconds, progress))
+
+    def drop(self, why: str) -> None:
+        self._drops += 1
+        if self._drops == MOST_DROPS:
+            raise DivergedError(why)
+        work = self._work
+        with self._world.ledger.phase("recovery"):
+            self._snapshots.begin_again()
+            batches, samples = self._at_start
+            del work.under_way[batches:]
+            dropped = {**work.state.measured, "dropped": work.state.measured.get("dropped", 0) + 1}
+            state = replace(work.state, pending=samples, measured=dropped)
+            work.state = self._strategy.recover(state, self._replica, self._world)
+        self.begun_again += 1
+
+    def undo(self) -> None:
+        self._work.go_back(*self._snapshots.undo())
+
+    def _begin_round(self, committed: Progress | None) -> None:
+        """A round begins, after a commit at this progress, or again after a recovery."""
+        self._at_start = len(self._work.under_way), self._work.state.pending
+        self._snapshots.round_begins(committed)
+
+    def _regroup(self, *, fill: bool) -> bool:
+        """Meet the ranks that are left; returns whether those that came in have all that they need."""
+        world, work = self._world, self._work
+        mine: Standing = [*self._snapshots.reached(), (work.progress, work.state.pending + work.ahead)]
+        with self._faults.during("recovery"):
+            standings: list[Standing | None] = world.repair(mine, fill=fill)
+        if world.size < self._min_ranks:
+            raise RankLost(f"{world.size} ranks are left, fewer than the {self._min_ranks} of --min-ranks")
+        with world.ledger.phase("recovery"):
+            self._redistribute(standings, ahead=self._meet(standings))
+            work.state = self._strategy.recover(work.state, self._replica, world)
+            if not self._strategy.keeps_local_work:
+                work.under_way.clear()
+            if self._strategy.syncs_every_step:
+                self._snapshots.commit_at(work.progress).restore()
+            if all(standings):
+                return True
+            try:
+                admit(world, standings, self._join_state)
+            except RankLost:
+                return False
+            return True
+
+    def _meet(self, standings: Sequence[Standing | None]) -> list[int]:
+        """Bring this rank to the point from which all go on; returns how many rounds ahead of it each rank
+        stays."""
+        work = self._work
+        first = min(standing[-1][0] for standing in standings if standing)
+        last = first if self._strategy.synchronous else replace(first, rounds=work.progress.rounds)
+        while work.progress > last:
+            self.undo()
+        self._snapshots.forget_steps()
+        if self._strategy.synchronous:
+            return [0] * len(standings)
+        mine = work.progress.rounds - first.rounds
+        work.state = replace(work.state, rounds=work.state.rounds - mine)
+        work.progress = first
+        return [standing[-1][0].rounds - first.rounds if standing else 0 for standing in standings]
+
+    def _redistribute(self, standings: Sequence[Standing | None], ahead: list[int]) -> None:
+        """Deal what lost ranks had not brought in to the ranks of the new world."""
+        world, work = self._world, self._work
+        before = [
+            self._members.index(member) if standing else None
+            for member, standing in zip(world.members, standings, strict=True)
+        ]
+        self._members = list(world.members)
+        done = [self._kept(standing) for standing in standings]
+        self._sampler.redistribute(work.progress.epoch, work.progress.rounds, before, done, ahead)
+        work.ahead += sum(map(len, work.trained[len(work.trained) - ahead[world.rank] :]))
+
+    def _kept(self, standing: Standing | None) -> int:
+        """Samples of the round under way that are in a rank's replica, and stay there."""
+        if not standing or not self._strategy.keeps_local_work:
+            return 0
+        if self._strategy.synchronous:
+            return dict(standing).get(self._work.progress, 0)
+        return standing[-1][1]
+
+    def _join_state(self) -> JoinState:
+        """What a newcomer gets from this rank."""
+        work = self._work
+        return JoinState(
+            work.progress,
+            self._sampler.plan(work.progress.epoch),
+            work.state.rounds,
+            replicated(work.state.memory, self._strategy),
+            self._snapshots.commit_at(work.progress).content(),
+            self._world.exchange_log.ideal_time,
+            self._observer.history,
+        )
+
+    def _join(self, join_state: JoinState) -> None:
+        """Be where the others are."""
+        work = self._work
+        work.progress = join_state.progress
+        self._sampler.follow(join_state.plan, self._world.rank)
+        snapshot = self._replica.snapshot()
+        snapshot.fill(join_state.replica)
+        snapshot.restore()
+        work.state = replace(work.state, rounds=join_state.rounds, memory=join_state.memory)
+        self._faults.begin(work.progress.epoch, self._sampler.steps(work.progress.epoch))
+        if not work.progress.closed:
+            work.state = self._strategy.open_epoch(work.state, self._replica, self._world)
+        self.round_begins()
