@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -248,12 +247,6 @@ class MpiTransport:
             if isinstance(_translated(self._mpi, error), RankLost):
                 return False  # as all others find too
             raise
-
-    def die(self) -> None:
-        # Any other way to leave would end the job, or hang those that repair the world.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
 
     def describe(self) -> str:
         return library_version(self._mpi)

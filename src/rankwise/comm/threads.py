@@ -281,9 +281,6 @@ class ThreadTransport:
         self._count_down()
         return self._rendezvous.agree(self._member, mine)
 
-    def die(self) -> None:
-        raise Killed
-
     def describe(self) -> str:
         return f"threads of Python {platform.python_version()}"
 

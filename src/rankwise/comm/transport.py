@@ -98,9 +98,6 @@ class Transport(Protocol):
         """Whether all ranks say yes; no if one was lost. All that are left get the same answer, whatever
         happens meanwhile."""
 
-    def die(self) -> None:
-        """End this rank at once, as kill -9 does: the others find out by themselves."""
-
     def describe(self) -> str:
         """The library behind this transport, with its version."""
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +18,6 @@ from rankwise.ledger.phases import Ledger
 from rankwise.ledger.stalls import StallDetector
 from rankwise.ledger.timeline import Timeline
 from rankwise.ledger.waits import Pattern, Times
-from rankwise.system import machine
 
 NOTHING = np.empty(0, np.uint8)
 
@@ -289,22 +286,6 @@ class World:
 
     def _count(self) -> None:
         self.rank, self.size = self._transport.rank, self._transport.size
-
-    def die(self) -> None:
-        """End this rank at once, as kill -9 does: the others find out by themselves."""
-        self._transport.die()
-
-    def hang(self) -> None:
-        """Stop this rank's process until somebody wakes or ends it."""
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-    def drop_host(self) -> None:
-        """End all ranks of this host, with what started them, as a loss of power does."""
-        machine.drop_host()
-
-    def cut(self) -> None:
-        """Take the links of this host to others down."""
-        machine.cut_links()
 
     def describe(self) -> str:
         """The library behind this world, with its version."""

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from rankwise.errors import ConfigError, StorageError, unknown_name
 from rankwise.ledger.phases import Ledger
+from rankwise.survival.harm import Harm
 from rankwise.system.files import write_atomically
 
 Kind = Literal["sleep", "slow", "crash", "kill", "hang", "nan", "drop-host", "cut"]
@@ -133,24 +134,6 @@ def read_marks(folder: Path) -> list[Mark]:
     return sorted(found, key=lambda mark: mark.at_s)
 
 
-class Victim(Protocol):
-    """What a fault can do to a rank."""
-
-    ledger: Ledger
-
-    def die(self) -> None:
-        """End this rank at once, without a word."""
-
-    def drop_host(self) -> None:
-        """End all ranks of this one's host, with what started them."""
-
-    def cut(self) -> None:
-        """Take the links of this rank's host to others down."""
-
-    def hang(self) -> None:
-        """Stop this rank until somebody wakes or ends it."""
-
-
 class NoFaults:
     """What strikes when nothing was asked for: nothing."""
 
@@ -172,7 +155,8 @@ class NoFaults:
 
 
 class Faults(NoFaults):
-    """The faults that strike one rank."""
+    """The faults that strike one rank: `harm` does what ends or stops it, `poison` makes its gradients no
+    numbers, and what it sleeps is charged to `ledger`."""
 
     def __init__(
         self,
@@ -181,14 +165,16 @@ class Faults(NoFaults):
         *,
         rank: int,
         seed: int,
-        victim: Victim,
+        ledger: Ledger,
+        harm: Harm,
         poison: Callable[[], None],
     ) -> None:
         self._plans = plans
         self._folder = folder
         self._rank = rank
         self._seed = seed
-        self._victim = victim
+        self._ledger = ledger
+        self._harm = harm
         self._poison = poison
         self._over = {(mark.plan, mark.epoch) for mark in read_marks(folder) if mark.rank == rank}
         self._due: dict[int, int] = {}
@@ -252,17 +238,17 @@ class Faults(NoFaults):
 
     def _strike(self, plan: Plan) -> None:
         if plan.kind == "sleep":
-            with self._victim.ledger.phase("other"):
+            with self._ledger.phase("other"):
                 time.sleep(plan.seconds)
         elif plan.kind == "nan":
             self._poison()
         elif plan.kind == "kill":
-            self._victim.die()
+            self._harm.kill()
         elif plan.kind == "hang":
-            self._victim.hang()
+            self._harm.hang()
         elif plan.kind == "drop-host":
-            self._victim.drop_host()
+            self._harm.drop_host()
         elif plan.kind == "cut":
-            self._victim.cut()
+            self._harm.cut_links()
         else:
             raise InjectedCrash(f"rank {self._rank} was asked to crash")

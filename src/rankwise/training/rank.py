@@ -25,6 +25,7 @@ from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Host, Record
 from rankwise.survival.fault_injection import Faults, NoFaults, parse
+from rankwise.survival.harm import ProcessHarm, ThreadHarm
 from rankwise.survival.watchdog import Watchdog
 from rankwise.system import machine
 from rankwise.training import batch_sizes, compile, cpu_threads
@@ -273,5 +274,11 @@ def _faults(config: TrainConfig, folder: RunFolder, world: World, replica: Repli
     if any(plan.kind == "cut" for plan in plans) and not machine.can_cut_links():
         raise ConfigError("--fault cut takes links down, which needs the program ip and CAP_NET_ADMIN")
     return Faults(
-        plans, folder.faults, rank=world.number, seed=config.seed, victim=world, poison=replica.poison
+        plans,
+        folder.faults,
+        rank=world.number,
+        seed=config.seed,
+        ledger=world.ledger,
+        harm=ThreadHarm() if world.in_threads else ProcessHarm(),
+        poison=replica.poison,
     )
