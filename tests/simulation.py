@@ -40,10 +40,10 @@ class _Held:
     def __init__(self, finish: Callable[[], int]) -> None:
         self._finish = finish
 
-    def wait(self, watch: StallDetector) -> int:
-        watch.look()
+    def wait(self, stalls: StallDetector) -> int:
+        stalls.look()
         source = self._finish()
-        watch.skip()
+        stalls.skip()
         return source
 
 
@@ -51,7 +51,7 @@ class SimulatedTransport(ThreadTransport):
     """Threads whose exchanges take simulated time. A sender is let go at once, as with small messages."""
 
     def __init__(self, outer: ThreadTransport, clock: Clock, transfer_ns: int, one_clock: bool) -> None:
-        super().__init__(outer.rank, outer.size, outer._board)
+        super().__init__(outer.rank, outer.size, outer._rendezvous)
         self.clock_of = [0] * self.size if one_clock else list(range(self.size))
         self._clock = clock
         self._transfer_ns = transfer_ns
@@ -61,10 +61,10 @@ class SimulatedTransport(ThreadTransport):
         clock = self._clock
         clock.now_ns, clock.stop_ns = clock.now_ns + clock.stop_ns, 0
         # To the others it is as if this rank had come only now.
-        self._board.bring(number, self.rank, (clock.now_ns, mine))
+        self._rendezvous.bring(number, self.rank, (clock.now_ns, mine))
 
         def take() -> int:
-            brought = self._board.take(number, self.rank, needed)
+            brought = self._rendezvous.take(number, self.rank, needed)
             self._until(max((brought[rank][0] for rank in needed), default=0))
             finish({rank: value for rank, (_, value) in brought.items()})
             return -1
@@ -72,7 +72,7 @@ class SimulatedTransport(ThreadTransport):
         return _Held(take)
 
     def send(self, buffer: Any, dest: int, tag: int = 0) -> Any:
-        self._board.post(self.rank, dest, tag, (self._clock.now_ns, buffer.copy()))
+        self._rendezvous.post(self.rank, dest, tag, (self._clock.now_ns, buffer.copy()))
 
         def finish() -> int:
             return -1
@@ -81,7 +81,7 @@ class SimulatedTransport(ThreadTransport):
 
     def receive(self, buffer: Any, source: int | None, tag: int = 0) -> Any:
         def finish() -> int:
-            sender, content = self._board.fetch(self.rank, source, tag)
+            sender, content = self._rendezvous.fetch(self.rank, source, tag)
             sent_ns, value = content
             buffer[...] = value
             self._until(sent_ns)
@@ -103,7 +103,7 @@ def simulate(
     transfer_ns: int = 1_000,
     clocks: list[Clock] | None = None,
 ) -> list[World]:
-    """Run a program on ranks with simulated time; their worlds, settled. Ranks with `clocks` of their own
+    """Run a program on ranks with simulated time; their worlds, reconciled. Ranks with `clocks` of their own
     read different ones."""
 
     def start(outer: World) -> World:

@@ -123,7 +123,7 @@ def _train(
     synchroniser.history = lambda: recorder.history
     if join_state is not None:
         first = join_state.progress.epoch
-        world.timeline.begin(ledger.close())
+        world.timeline.begin()
     else:
         if start is None:
             recorder.save_checkpoint(0)
@@ -133,7 +133,7 @@ def _train(
         recorder.write("running")
         ledger.enter("other")
         world.reconcile()  # so that no waiting from before is found out in the first epoch
-        world.timeline.begin(ledger.close())
+        world.timeline.begin()
     world.survives = synchroniser.survives
     recorder.before_first_step()
     try:
