@@ -186,7 +186,7 @@ def _write_timeline(folder: RunFolder, row: Rank, ranks: list[Rank], steps: int)
     timeline.add_exchanges(np.array(exchanges, EXCHANGE))
     ledger.enter("checkpoint")
     now_ns += 2 * MS
-    timeline.epoch(1, ledger.close())
+    timeline.epoch(1)
     timeline.save(
         folder.timeline_of(row.rank), rank=row.rank, role=row.role, host=row.host, to_common=lambda ns: ns
     )

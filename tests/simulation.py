@@ -40,10 +40,10 @@ class _Held:
     def __init__(self, finish: Callable[[], int]) -> None:
         self._finish = finish
 
-    def wait(self, watch: StallDetector) -> int:
-        watch.look()
+    def wait(self, stalls: StallDetector) -> int:
+        stalls.look()
         source = self._finish()
-        watch.skip()
+        stalls.skip()
         return source
 
 
@@ -103,7 +103,7 @@ def simulate(
     transfer_ns: int = 1_000,
     clocks: list[Clock] | None = None,
 ) -> list[World]:
-    """Run a program on ranks with simulated time; their worlds, settled. Ranks with `clocks` of their own
+    """Run a program on ranks with simulated time; their worlds, reconciled. Ranks with `clocks` of their own
     read different ones."""
 
     def start(outer: World) -> World:

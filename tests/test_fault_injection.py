@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,19 +15,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise.comm import World, run_in_threads
+from rankwise.comm.threads import Killed
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 from rankwise.launch import preflight
 from rankwise.ledger.phases import Ledger
 from rankwise.runs.record import Record
 from rankwise.survival.fault_injection import Faults, Plan, parse, read_marks
+from rankwise.survival.harm import ThreadHarm
 
 Make = Callable[..., TrainConfig]
 Train = Callable[..., tuple[Record, Any, Any]]
 
 
 class Patient:
-    """A rank that tells what was done to it."""
+    """Keeps what was done to a rank."""
 
     def __init__(self) -> None:
         self.ledger = Ledger()
@@ -36,11 +43,17 @@ class Patient:
         yield
         self.exchange = before
 
-    def die(self) -> None:
+    def kill(self) -> None:
         self.suffered.append("kill")
 
     def hang(self) -> None:
         self.suffered.append("hang")
+
+    def drop_host(self) -> None:
+        self.suffered.append("drop-host")
+
+    def cut_links(self) -> None:
+        self.suffered.append("cut")
 
     def be_poisoned(self) -> None:
         self.suffered.append("nan")
@@ -49,7 +62,9 @@ class Patient:
 def faults(folder: Path, *texts: str, rank: int = 0, seed: int = 0) -> tuple[Faults, Patient]:
     patient = Patient()
     plans = [parse(text) for text in texts]
-    made = Faults(plans, folder, rank=rank, seed=seed, victim=patient, poison=patient.be_poisoned)
+    made = Faults(
+        plans, folder, rank=rank, seed=seed, exchanges=patient, harm=patient, poison=patient.be_poisoned
+    )
     return made, patient
 
 
@@ -114,6 +129,46 @@ def test_it_strikes_once_where_it_was_asked_to(tmp_path: Path) -> None:
         assert struck == ([(2, 3)] if _ == 0 else [])
     (mark,) = read_marks(tmp_path)
     assert (mark.rank, mark.kind, mark.epoch, mark.step) == (0, "nan", 2, 3)
+
+
+@pytest.mark.parametrize("kind", ["kill", "hang", "drop-host", "cut", "nan"])
+def test_each_kind_does_its_own_harm(tmp_path: Path, kind: str) -> None:
+    """What strikes a rank is what was asked for, and nothing else."""
+    made, patient = faults(tmp_path, f"{kind}:rank=0")
+    made.begin(1, 5)
+    made.step(1)
+    made.at("compute")
+    assert patient.suffered == [kind]
+
+
+def test_a_thread_is_killed_alone() -> None:
+    """A rank that is a thread ends, and the process with its other ranks goes on."""
+
+    def program(world: World) -> int:
+        if world.rank == 1:
+            ThreadHarm().kill()
+        return world.rank
+
+    assert run_in_threads(2, program) == [0, Killed]
+
+
+@pytest.mark.parametrize("harm", ["kill", "hang"])
+def test_a_process_is_killed_or_stopped(harm: str) -> None:
+    """A rank that is a process is ended by SIGKILL, with what it said before said, or it stops until it is
+    woken or ended from outside."""
+    program = f"""
+from rankwise.survival.harm import ProcessHarm
+print("here")
+{"import sys; sys.stdout.flush()" if harm == "hang" else ""}
+ProcessHarm().{harm}()
+print("still here")
+"""
+    started = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    if harm == "hang":
+        os.waitid(os.P_PID, started.pid, os.WSTOPPED)
+        started.kill()
+    assert started.communicate() == ("here\n", None)
+    assert started.returncode == -signal.SIGKILL
 
 
 def test_an_exchange_belongs_to_the_phase_around_it(tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.comm import World
+from rankwise.comm import Traffic, World
 from rankwise.comm.threads import Killed, run_in_threads
-from rankwise.comm.world import Traffic
 from rankwise.errors import RankLost
 
 from .world_contract import check

@@ -35,7 +35,7 @@ def play(steps: list[int], path: Path) -> tuple[RankTimeline, Ledger]:
             timeline.step(epoch, 8)
         ledger.enter("evaluation")
         clock.now_ns += 50
-        timeline.epoch(epoch, ledger.close())
+        timeline.epoch(epoch)
     timeline.save(path, rank=3, role="worker", host="here", to_common=lambda times: times - 1_000)
     return read_timeline(path), ledger
 

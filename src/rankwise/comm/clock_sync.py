@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rankwise.comm.transport import Transport
-from rankwise.ledger.stalls import StallDetector
+from rankwise.ledger.stalls import NO_STALLS
 from rankwise.ledger.waits import Times
 
 ROUNDS = 16
@@ -50,7 +50,7 @@ class CommonClock:
         for place, leader in enumerate(self._leaders):
             if mine in (0, leader):
                 bounds[place] = clock_bounds(self._transport, self._clock, 0, leader)
-        self._transport.broadcast(bounds, 0).wait(StallDetector())
+        self._transport.broadcast(bounds, 0).wait(NO_STALLS)
         middles = dict(zip(self._leaders, bounds.sum(axis=1) // 2, strict=True))
         self._readings.append((self._clock(), int(middles.get(self._transport.clock_of[mine], 0))))
         errors = np.sort((bounds[:, 1] - bounds[:, 0] + 1) // 2)
@@ -69,18 +69,18 @@ class CommonClock:
 def clock_bounds(
     transport: Transport, clock_ns: Callable[[], int], reference: int, other: int
 ) -> tuple[int, int]:
-    """Bounds in ns on how far the other rank's clock is ahead of the reference rank's; both call it, and what
-    the other one gets means nothing."""
+    """Bounds in ns on how far the other rank's clock is ahead of the reference rank's. Both call it; only the
+    reference rank's result means anything."""
     low, high = -(2**62), 2**62
     reading = np.zeros(1, np.int64)
     for _ in range(ROUNDS):
         if transport.rank == reference:
             sent_ns = clock_ns()
-            transport.send(reading, other, CLOCK_TAG).wait(StallDetector())
-            transport.receive(reading, other, CLOCK_TAG).wait(StallDetector())
+            transport.send(reading, other, CLOCK_TAG).wait(NO_STALLS)
+            transport.receive(reading, other, CLOCK_TAG).wait(NO_STALLS)
             low, high = max(low, int(reading[0]) - clock_ns()), min(high, int(reading[0]) - sent_ns)
         else:
-            transport.receive(reading, reference, CLOCK_TAG).wait(StallDetector())
+            transport.receive(reading, reference, CLOCK_TAG).wait(NO_STALLS)
             reading[0] = clock_ns()
-            transport.send(reading, reference, CLOCK_TAG).wait(StallDetector())
+            transport.send(reading, reference, CLOCK_TAG).wait(NO_STALLS)
     return low, high

@@ -12,14 +12,14 @@ import numpy as np
 
 from rankwise.comm.clock_sync import clock_bounds
 from rankwise.comm.transport import Buffer, Transport
-from rankwise.ledger.stalls import StallDetector
+from rankwise.ledger.stalls import NO_STALLS
 
 ROUNDS = 50
 """Messages of 8 bytes there and back, of which the median counts."""
 
 SIZES = tuple(2**power for power in range(14, 25))
 ENOUGH_S = 0.05
-"""Messages grow until one takes this long: on a fast link a small one tells nothing, and on a slow one a
+"""Messages grow until one takes this long: on a fast link a small one shows nothing, and on a slow one a
 large one takes for ever."""
 
 REPEATS = 4
@@ -81,7 +81,7 @@ def measure_links(
             if transport.rank == pair[0]:
                 found[:3] = latency_s, (low + high) / 2e9, (high - low) / 2e9
                 times_s[: len(its_times_s)] = its_times_s
-        transport.allreduce(found, "sum").wait(StallDetector())
+        transport.allreduce(found, "sum").wait(NO_STALLS)
         latency_s, ahead_s, error_s = map(float, found[:3])
         messages = (
             Message(size, float(one_s), float(both_s))
@@ -98,17 +98,17 @@ def _messages(
     first, second = pair
     there, back = _Way(transport, first, second, timer), _Way(transport, second, first, timer)
     latency_s, times_s = there.latency_s(), []
-    told = np.zeros(2)  # how long a message takes back, and whether that is enough
+    shared = np.zeros(2)  # how long a message takes back, and whether that is enough
     for size in SIZES:
         message = np.zeros(size, np.uint8)
-        there_s, told[0] = there.answered_s(message), back.answered_s(message)
+        there_s, shared[0] = there.answered_s(message), back.answered_s(message)
         both_s = there.passing_s(message)
-        back.hand_over(told)
-        one_s = max(there_s - latency_s, float(told[0]) - latency_s, 1e-9)
+        back.hand_over(shared)
+        one_s = max(there_s - latency_s, float(shared[0]) - latency_s, 1e-9)
         times_s.append((one_s, both_s))
-        told[1] = one_s >= ENOUGH_S
-        there.hand_over(told)  # the first rank's times decide for both
-        if told[1]:
+        shared[1] = one_s >= ENOUGH_S
+        there.hand_over(shared)  # the first rank's times decide for both
+        if shared[1]:
             break
     return latency_s, times_s
 
@@ -151,12 +151,12 @@ class _Way:
         started_s = self._timer()
         for _ in range(PASSING):
             receiving = self._transport.receive(theirs, other)
-            self._transport.send(message, other).wait(StallDetector())
-            receiving.wait(StallDetector())
+            self._transport.send(message, other).wait(NO_STALLS)
+            receiving.wait(NO_STALLS)
         return self._timer() - started_s
 
     def _pass(self, message: Buffer, source: int, dest: int) -> None:
         if self._transport.rank == source:
-            self._transport.send(message, dest).wait(StallDetector())
+            self._transport.send(message, dest).wait(NO_STALLS)
         else:
-            self._transport.receive(message, source).wait(StallDetector())
+            self._transport.receive(message, source).wait(NO_STALLS)

@@ -1,9 +1,8 @@
-"""The world of MPI. Nothing outside this file imports mpi4py, and MPI starts when `mpi_world` is called."""
+"""The world of MPI. Only this module imports mpi4py, and MPI starts when `mpi_world` is called."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -19,18 +18,18 @@ from rankwise.comm.transport import Buffer, Op, Pending
 from rankwise.comm.world import World
 from rankwise.errors import LaunchError, RankLost, one_line
 from rankwise.ledger.phases import Ledger
-from rankwise.ledger.stalls import StallDetector
+from rankwise.ledger.stalls import NO_STALLS, StallDetector
 from rankwise.system import machine
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 SPIN_NS = 20_000_000
-"""How long a waiting rank yields its core between polls before it starts to sleep between them: whoever comes
-meanwhile then finds it awake."""
+"""How long a waiting rank yields its core between polls before it starts to sleep between them: a rank that
+comes meanwhile finds it awake."""
 
 CROWDED_SPIN_NS = 500_000
-"""The same on a host with more ranks than cores, where somebody else may have use for the core."""
+"""The same on a host with more ranks than cores, where another rank may have use for the core."""
 
 LONGEST_NAP_NS = 1_000_000
 
@@ -38,16 +37,16 @@ STAND_BY_NAP_S = 0.005
 """How long a rank that stands by sleeps between two looks: it adds half of it to a recovery."""
 
 DONE_TAG = 2
-"""Of the message that tells a rank that stands by that the others are done."""
+"""Of the message from which a rank that stands by learns that the others are done."""
 
 
 class _Pending:
     """An exchange of MPI's that is polled: at once, then yielding, then with short naps.
 
     A rank inside a blocking MPI call burns its core, which on a machine with more ranks than cores
-    is another rank's. `post` starts it; `receives` asks the request whose message it brought; `then` is
-    what blocks, once the request is over. The buffers are held here: MPI works on their memory, whatever
-    becomes of the caller's names for them.
+    is another rank's. `post` starts it; with `receives` the request is asked which rank's message it brought;
+    `then` is what blocks, once the request is over. The buffers are held here: MPI works on their memory,
+    also when the caller has let go of them.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class _Pending:
 
 
 def _translated(mpi: Any, error: Any) -> Exception:
-    """MPI's word for a lost rank becomes ours; its other errors are what they are."""
+    """RankLost for MPI's errors of a lost rank; its other errors stay."""
     lost = [mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED]
     if survives_failures():
         # Open MPI sometimes says only this of a collective exchange whose other end has just gone.
@@ -104,7 +103,7 @@ def _translated(mpi: Any, error: Any) -> Exception:
 
 
 class _Place(NamedTuple):
-    """Where a rank is: whose clock it reads, its host's name, and the cores on which it may run."""
+    """Where a rank is: the clock that it reads, its host's name, and the cores on which it may run."""
 
     clock: str
     host: str
@@ -138,9 +137,9 @@ class MpiTransport:
         self._number = self._comm.Get_rank()
         self._live = self._members = list(range(self._comm.Get_size()))
         self._strength = len(self._members)
-        self._settle_in()
+        self._take_place()
 
-    def _settle_in(self) -> None:
+    def _take_place(self) -> None:
         """Take the place among `_members`, or none."""
         places = [self._places[member] for member in self._members]
         clocks, hosts = [place.clock for place in places], [place.host for place in places]
@@ -182,7 +181,7 @@ class MpiTransport:
 
     def set_aside(self, ranks: int) -> None:
         self._strength, self._members = ranks, self._members[:ranks]
-        self._settle_in()
+        self._take_place()
         self._comm = self._split(self._all)
 
     def stand_by(self, alive: Callable[[], None]) -> bool:
@@ -193,7 +192,7 @@ class MpiTransport:
                     return False
             except self._mpi.Exception:
                 if not self._all.Is_revoked():
-                    self._all.Ack_failed()  # whoever works with that rank will find out
+                    self._all.Ack_failed()  # those that work with that rank will find out
             alive()
             time.sleep(STAND_BY_NAP_S)
         return True
@@ -205,7 +204,7 @@ class MpiTransport:
                 comm.Revoke()
         for pending in under_way:  # now it fails: MPI must be done with its buffers
             with suppress(RankLost):
-                pending.wait(StallDetector())
+                pending.wait(NO_STALLS)
 
     def repair(self, *, fill: bool) -> list[int]:
         worked = self._members
@@ -220,7 +219,7 @@ class MpiTransport:
             if some_stand_by and self._agree(self._all, fill):
                 waiting = [member for member in self._live if member not in worked]
                 self._members += waiting[: self._strength - len(self._members)]
-            self._settle_in()
+            self._take_place()
             if not some_stand_by:
                 self._comm = self._all
                 return self._members
@@ -233,10 +232,10 @@ class MpiTransport:
             if self._agree(self._all, whole):
                 return self._members
 
-    def _split(self, everybody: MPI.Intracomm) -> MPI.Intracomm:
-        """A communicator of those that work."""
+    def _split(self, comm: MPI.Intracomm) -> MPI.Intracomm:
+        """A communicator of those ranks of `comm` that work."""
         works = self.rank >= 0
-        return cast("MPI.Intracomm", everybody.Split(0 if works else self._mpi.UNDEFINED, max(self.rank, 0)))
+        return cast("MPI.Intracomm", comm.Split(0 if works else self._mpi.UNDEFINED, max(self.rank, 0)))
 
     def agree(self, mine: bool) -> bool:
         return self._agree(self._comm, mine)
@@ -248,12 +247,6 @@ class MpiTransport:
             if isinstance(_translated(self._mpi, error), RankLost):
                 return False  # as all others find too
             raise
-
-    def die(self) -> None:
-        # Any other way to leave would end the job, or hang those that repair the world.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
 
     def describe(self) -> str:
         return library_version(self._mpi)
@@ -269,13 +262,13 @@ class MpiTransport:
         try:
             waiting = [number for number in self._live if number not in self._members]
             for number in waiting if self.rank == 0 else ():
-                tell = partial(self._all.Isend, np.empty(0), self._live.index(number), DONE_TAG)
-                _Pending(self._mpi, tell).wait(StallDetector())
-            _Pending(self._mpi, self._all.Ibarrier).wait(StallDetector())
+                send = partial(self._all.Isend, np.empty(0), self._live.index(number), DONE_TAG)
+                _Pending(self._mpi, send).wait(NO_STALLS)
+            _Pending(self._mpi, self._all.Ibarrier).wait(NO_STALLS)
         except RankLost:
-            self._all.Revoke()  # or whoever stands by might do so for ever
+            self._all.Revoke()  # or ranks that stand by might do so for ever
         # After a rank was lost MPI_Finalize sometimes never returns, and a process that ends with code 0
-        # disturbs nobody.
+        # disturbs no other.
         if self._all is self._mpi.COMM_WORLD:
             self._mpi.Finalize()
 

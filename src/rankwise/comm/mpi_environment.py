@@ -1,4 +1,4 @@
-"""The MPI around this process, told without loading it: who started us, and which mpiexec is there."""
+"""The MPI around this process, found out without loading it: what started us, and which mpiexec is there."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def mpi_environment() -> dict[str, str]:
     """The environment in which to call mpiexec."""
     environment = dict(os.environ)
     if os.geteuid() == 0:
-        # Open MPI refuses to start as root unless told twice that this is meant, as in containers.
+        # Open MPI refuses to start as root unless two variables say that this is meant, as in containers.
         environment["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
         environment["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
     return environment

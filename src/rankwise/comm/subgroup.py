@@ -21,7 +21,7 @@ class Ranks(Protocol):
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Their number."""
 
     @property
     def ledger(self) -> Ledger:
@@ -43,9 +43,9 @@ class Ranks(Protocol):
 class Subgroup:
     """Some ranks of a world, which call these exchanges in the same order; other ranks know nothing of it.
 
-    It is made of the world's messages, so that its time is accounted for by who waits for whom, and a repair
-    of the world is one of the subgroup: a new one is made of those that are left. Results are the same, to
-    the bit, in each run and on each rank.
+    It is made of the world's messages, so that its waiting is charged to the ranks that cause it, and a
+    repair of the world is one of the subgroup: a new one is made of those that are left. Results are the
+    same, to the bit, in each run and on each rank.
     """
 
     def __init__(self, world: World, ranks: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ class Subgroup:
 
     @property
     def size(self) -> int:
-        """How many ranks it has."""
+        """The number of its ranks."""
         return len(self._ranks)
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import platform
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from rankwise.comm.rendezvous import Rendezvous
 from rankwise.comm.transport import COMBINE, Buffer, Op, Pending
 from rankwise.comm.world import World
 from rankwise.errors import RankLost
@@ -19,166 +19,7 @@ T = TypeVar("T")
 
 
 class Killed(BaseException):
-    """Ends a rank that is a thread, as SIGKILL does a process: the others find out in their exchanges."""
-
-
-class _Rendezvous:
-    """Where the threads of one world meet: what each rank brought to each collective exchange, and
-    messages on their way. Of `size` ranks those in `working` take part, and the others stand by. `hosts` are
-    the ranks' hosts."""
-
-    def __init__(self, size: int, hosts: Sequence[int] | None = None) -> None:
-        self.size = size
-        self.hosts = hosts or [0] * size
-        self.strength = size
-        self.changed = threading.Condition()
-        self.brought: dict[int, dict[int, Any]] = defaultdict(dict)
-        self.gone: dict[int, int] = defaultdict(int)
-        self.messages: dict[tuple[int, int], list[tuple[int, Any]]] = defaultdict(list)
-        self.broken = False
-        self.live = set(range(size))
-        self.is_whole = True
-        self.aside: set[int] = set()
-        self.called_off = False
-        self.repairing: dict[int, bool] = {}
-        self.repairs = 0
-        self.working = list(range(size))
-        self.votes: dict[int, bool] = {}
-        self.verdict = False
-
-    def bring(self, number: int, rank: int, value: Any) -> None:
-        """Bring a value to the collective exchange of this number."""
-        with self.changed:
-            self.brought[number][rank] = value
-            self.changed.notify_all()
-
-    def take(self, number: int, rank: int, needed: range) -> dict[int, Any]:
-        """What the needed ranks bring, as soon as they have; each rank takes part once."""
-        with self.changed:
-            self._until(rank, lambda: self.brought[number].keys() >= set(needed))
-            found = dict(self.brought[number])
-            self.gone[number] += 1
-            if self.gone[number] == self.size:
-                del self.brought[number], self.gone[number]
-            return found
-
-    def post(self, source: int, dest: int, tag: int, value: Any) -> None:
-        """Send a message."""
-        with self.changed:
-            self.messages[dest, tag].append((source, value))
-            self.changed.notify_all()
-
-    def fetch(self, rank: int, source: int | None, tag: int) -> tuple[int, Any]:
-        """The first message for a rank with a tag, from `source` or from anybody."""
-        with self.changed:
-            inbox = self.messages[rank, tag]
-            # As under MPI, a message is not lost because somebody else is, until ranks begin to repair.
-
-            def ready() -> bool:
-                return any(source in (None, sender) for sender, _ in inbox)
-
-            def lost() -> bool:
-                cut = source is None or self.called_off or self.working[source] not in self.live
-                return cut and not self.is_whole
-
-            self._until(rank, ready, lost)
-            place = next(place for place, (sender, _) in enumerate(inbox) if source in (None, sender))
-            return inbox.pop(place)
-
-    def leave(self, member: int) -> None:
-        """A rank is gone, killed or at its end: whoever needs it finds out in an exchange."""
-        with self.changed:
-            self.live.discard(member)
-            self.repairing.pop(member, None)
-            self.is_whole = self.is_whole and member not in self.working
-            self.changed.notify_all()
-
-    def set_aside(self, member: int, ranks: int) -> None:
-        """Those from this rank on stand by, once all have come here."""
-        with self.changed:
-            self.aside.add(member)
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: self.broken or self.aside >= self.live)
-            self.strength = ranks
-            self.working = list(range(ranks))
-            self.size = ranks
-
-    def stand_by(self) -> bool:
-        """Wait for a call; returns False if there is nobody left who could."""
-        with self.changed:
-            self.changed.wait_for(
-                lambda: self.broken or self.called_off or not self.live.intersection(self.working)
-            )
-            return self.called_off and not self.broken
-
-    def call_off(self) -> None:
-        """What ranks are in has failed."""
-        with self.changed:
-            self.is_whole = False
-            self.called_off = True
-            self.changed.notify_all()
-
-    def repair(self, member: int, fill: bool) -> list[int]:
-        """Meet all that are left; returns those that work from now on."""
-        with self.changed:
-            self.repairing[member] = fill
-            self.changed.notify_all()
-            number = self.repairs
-            self.changed.wait_for(
-                lambda: self.broken or self.repairs > number or self.repairing.keys() >= self.live
-            )
-            if self.broken:
-                raise RankLost("the ranks were ended while they repaired their world")
-            if self.repairs == number:  # the first that sees all of them speaks for all
-                self.repairs += 1
-                others = sorted(self.live.difference(self.working))
-                self.working = [rank for rank in self.working if rank in self.live]
-                if all(self.repairing.values()):
-                    self.working += others[: self.strength - len(self.working)]
-                self.size = len(self.working)
-                self.brought.clear()
-                self.gone.clear()
-                self.messages.clear()
-                self.repairing.clear()
-                self.is_whole = True
-                self.called_off = False
-                self.changed.notify_all()
-            return self.working
-
-    def agree(self, member: int, mine: bool) -> bool:
-        """Whether all that are left of those that work say yes, and nobody was lost."""
-        with self.changed:
-            votes = self.votes
-            votes[member] = mine
-            self.changed.notify_all()
-            self.changed.wait_for(
-                lambda: (
-                    self.broken
-                    or votes is not self.votes
-                    or votes.keys() >= self.live.intersection(self.working)
-                )
-            )
-            if self.broken:
-                raise RankLost("the ranks were ended while they repaired their world")
-            if votes is self.votes:  # the first that sees all of them speaks for all
-                self.verdict = self.is_whole and all(votes.values())
-                self.votes = {}
-                self.changed.notify_all()
-            return self.verdict
-
-    def abort(self) -> None:
-        """Release everybody who waits."""
-        with self.changed:
-            self.broken = True
-            self.changed.notify_all()
-
-    def _until(self, rank: int, ready: Callable[[], bool], lost: Callable[[], object] | None = None) -> None:
-        lost = lost or (lambda: not self.is_whole)
-        self.changed.wait_for(lambda: self.broken or lost() or ready())
-        # As under MPI an exchange may succeed on one rank and fail on another; but one to which all have come
-        # is no longer lost, also where one of them was first out of it and has failed by now.
-        if not ready():
-            raise RankLost(f"rank {rank} waited for a rank that has ended")
+    """Ends a rank that is a thread, as SIGKILL ends a process: the others find out in their exchanges."""
 
 
 class _Pending:
@@ -197,9 +38,9 @@ class _Pending:
 
 
 class ThreadTransport:
-    """One thread's place at the rendezvous. After so many `calls` it is killed, for tests."""
+    """One thread's place at the rendezvous. After `calls` calls it is killed, for tests."""
 
-    def __init__(self, rank: int, size: int, rendezvous: _Rendezvous, calls: float = math.inf) -> None:
+    def __init__(self, rank: int, size: int, rendezvous: Rendezvous, calls: float = math.inf) -> None:
         self._calls_left = calls
         self.in_threads = size > 1
         self._rendezvous = rendezvous
@@ -281,9 +122,6 @@ class ThreadTransport:
         self._count_down()
         return self._rendezvous.agree(self._member, mine)
 
-    def die(self) -> None:
-        raise Killed
-
     def describe(self) -> str:
         return f"threads of Python {platform.python_version()}"
 
@@ -312,7 +150,7 @@ class ThreadTransport:
 
 def solo_world(ledger: Ledger | None = None) -> World:
     """The world of one rank; needs no MPI."""
-    return World(ThreadTransport(0, 1, _Rendezvous(1)), ledger)
+    return World(ThreadTransport(0, 1, Rendezvous(1)), ledger)
 
 
 def run_in_threads(
@@ -324,14 +162,14 @@ def run_in_threads(
 ) -> list[T]:
     """Run `program` on `size` ranks, each a thread of this process; results in rank order.
 
-    A rank that raises Killed has that as its result; `kill_at` says after how many calls of its transport
-    a rank does. `hosts` [ranks] makes believe that the ranks are on these hosts; otherwise all are on one.
+    A rank that raises Killed has that as its result; `kill_at` maps a rank to the number of calls of its
+    transport after which it does. `hosts` [ranks] gives the ranks hosts; by default all are on one.
 
-    If a rank raises, the others are released from whatever they wait for, and the error of the
-    first rank that failed is raised here. So they are if this is interrupted; a rank that is computing then
-    goes on to its next exchange, or to the end of the process. The threads share torch's global random state.
+    If a rank raises, the others are released from what they wait for, and the error of the first rank that
+    failed is raised here. They are released too if this is interrupted; a rank that is computing then goes on
+    to its next exchange, or to the end of the process. The threads share torch's global random state.
     """
-    rendezvous = _Rendezvous(size, hosts)
+    rendezvous = Rendezvous(size, hosts)
     results: list[Any] = [None] * size
     failures: list[BaseException] = []
 
@@ -341,7 +179,7 @@ def run_in_threads(
             results[rank] = program(World(ThreadTransport(rank, size, rendezvous, calls)))
         except Killed:
             results[rank] = Killed
-        except BaseException as error:  # handed to the caller below, whatever it is
+        except BaseException as error:  # any: it is raised to the caller below
             failures.append(error)
             rendezvous.abort()
         finally:

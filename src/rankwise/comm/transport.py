@@ -13,7 +13,7 @@ from rankwise.ledger.stalls import StallDetector
 
 Buffer = NDArray[Any]
 Op = Literal["sum", "max", "sum-fp16", "sum-bf16"]
-"""The last two add up floats of 16 bits in arrays of uint16 (`world.halves`)."""
+"""The last two add up floats of 16 bits in arrays of uint16 (`comm.half_precision`)."""
 
 COMBINE: dict[Op, Callable[..., Any]] = {
     "sum": np.add,
@@ -28,12 +28,11 @@ class Pending(Protocol):
     """An exchange that goes on; its buffers are the transport's until `wait` returns."""
 
     def poll(self) -> None:
-        """Let it go on for a moment; where nobody looks an exchange may stand still."""
+        """Let it go on for a moment: an exchange may stand still until it is looked at."""
 
     def wait(self, stalls: StallDetector) -> int:
-        """Come to its end, showing itself to the stall detector meanwhile. Returns a receive's source, else
-        -1. Called once. Raises RankLost if a rank without which it cannot end was lost, or the world is
-        repaired."""
+        """Come to its end, looking for stalls meanwhile; called once. Returns a receive's source, else -1.
+        Raises RankLost if a rank without which it cannot end was lost, or the world is repaired."""
 
 
 class Transport(Protocol):
@@ -46,7 +45,7 @@ class Transport(Protocol):
     rank: int
     size: int
     in_threads: bool
-    """Whether ranks are threads of one process, which share whatever a process has one of."""
+    """Whether ranks are threads of one process, which share what a process has one of."""
 
     clock_of: list[int]
     """For each rank the lowest rank that reads the same monotonic clock, as all those of one host do."""
@@ -70,8 +69,8 @@ class Transport(Protocol):
         """Send to one rank."""
 
     def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
-        """Overwrite the buffer with the next message with this tag from `source`, or from whoever comes
-        first."""
+        """Overwrite the buffer with the next message with this tag from `source`, or from the rank whose
+        message comes first if that is None."""
 
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
         """Put rank k's buffer into row k of `into` on every rank."""
@@ -85,27 +84,24 @@ class Transport(Protocol):
         then."""
 
     def call_off(self, under_way: Iterable[Pending]) -> None:
-        """Whoever is in an exchange finds it failed with RankLost, and whoever stands by is called.
-        `under_way` are this rank's exchanges in the background, which are given up."""
+        """Exchanges of all ranks fail with RankLost, and ranks that stand by are called. `under_way` are this
+        rank's exchanges in the background, which are given up."""
 
     def repair(self, *, fill: bool) -> list[int]:
-        """Go on without ranks that are gone, and if all that are left want to `fill` up, with some that stood
+        """Go on without ranks that are gone and, if all that are left want to `fill` up, with some that stood
         by in their place. All that are left call it after `call_off`, and it waits for them. Returns the
         numbers with which the ranks began, in the order of their new ones; `rank`, `size`, `clock_of` and
         `host_of` are new."""
 
     def agree(self, mine: bool) -> bool:
-        """Whether all ranks say yes; no if one was lost. All that are left get the same answer, whatever
+        """Whether all ranks say yes; False if one was lost. All that are left get the same answer, whatever
         happens meanwhile."""
-
-    def die(self) -> None:
-        """End this rank at once, as kill -9 does: the others find out by themselves."""
 
     def describe(self) -> str:
         """The library behind this transport, with its version."""
 
     def abort(self, code: int) -> None:
-        """End all ranks at once, this one included, without waiting for anybody."""
+        """End all ranks at once, this one included, without waiting for any."""
 
     def close(self) -> None:
         """Leave in good order, all ranks together."""

@@ -211,7 +211,7 @@ def _die_alone(world: World, folder: RunFolder, error: BaseException) -> None:
         f"{type(error).__name__}: {one_line(error)}",
         traceback="".join(traceback.format_exception(error)),
     )
-    world.die()
+    machine.kill_self()
 
 
 def _write_failure(folder: RunFolder, rank: int, told: RankwiseError, error: BaseException) -> bool:

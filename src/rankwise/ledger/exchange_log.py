@@ -1,15 +1,20 @@
-"""One rank's log of its exchanges, and what comparing it with all others' tells about its time."""
+"""One rank's log of its exchanges, and what it learns of its time when all ranks compare theirs."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 
+from rankwise.errors import RankLost
 from rankwise.ledger.ideal_time import IdealTime
 from rankwise.ledger.phases import Ledger
+from rankwise.ledger.stalls import StallDetector
 from rankwise.ledger.timeline import EXCHANGE, Timeline
 from rankwise.ledger.waits import (
     ENTRY,
@@ -30,6 +35,7 @@ DUE_AFTER = 4096
 
 _COLUMNS = ENTRY.names or ()
 _BLANK = dict.fromkeys(_COLUMNS, 0)
+_SEND, _RECEIVE = Pattern.SEND, Pattern.RECEIVE
 
 LogRow = dict[str, int]
 """A row of ENTRY that is being filled; `left_ns` is 0 until the exchange is over."""
@@ -44,13 +50,80 @@ class CommonClock(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a rank tells all others: its exchanges that are over, the start of its process, on the common
-    clock, and how long it has computed."""
+    """What a rank reports to all others: its exchanges that are over and the start of its process, on the
+    common clock, and how long it has computed."""
 
     collective: Log
     messages: Log
     start_ns: int
     busy_ns: int
+
+
+class OpenExchange:
+    """An exchange of one rank, until it is over: it moves the ledger's cursor, looks for stalls, and fills
+    its row of the log.
+
+    A `with` block is the time in which the rank does nothing but this exchange. Inside, the caller brings it
+    to its end, hands `stalls` to what waits, and sets `source` to the rank whose message was received. An
+    exchange in the background is begun, and looked after, inside `beside()` before. Time that ends with
+    RankLost went into finding out that a rank is lost, and is charged to ``recovery``.
+    """
+
+    __slots__ = ("_before", "_ledger", "_log", "_row", "source", "stalls")
+
+    def __init__(self, log: ExchangeLog, ledger: Ledger, row: LogRow) -> None:
+        self._log = log
+        self._ledger = ledger
+        self._row = row
+        self.stalls = StallDetector(ledger.clock, ledger.cpu_clock)
+        self.source = -1
+
+    def __enter__(self) -> OpenExchange:
+        ledger, row = self._ledger, self._row
+        self._before = ledger.enter("transfer")
+        # The detector goes from one of the ledger's readings of the clocks to the next, so that no stop of
+        # this rank falls between them.
+        self.stalls.begin(ledger.mark_ns, ledger.cpu_mark_ns)
+        row["entered_ns"], row["entered_busy_ns"] = ledger.mark_ns, ledger.busy_ns
+        if not row["posted_ns"]:
+            row["posted_ns"], row["posted_busy_ns"] = row["entered_ns"], row["entered_busy_ns"]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ledger, row = self._ledger, self._row
+        ledger.enter(self._before)
+        if error is not None:
+            self._charge(error, row["entered_ns"])
+            return
+        self.stalls.judge(ledger.mark_ns, ledger.cpu_mark_ns)
+        row["left_ns"] = ledger.mark_ns
+        row["stall_start_ns"], row["stall_end_ns"] = self.stalls.stall
+        if self.source >= 0:
+            row["peer"], row["number"] = self.source, self._log.number_of_message_from(self.source)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """A moment of the exchange beside other work: it is begun, or looked after."""
+        ledger, row = self._ledger, self._row
+        before = ledger.enter("transfer")
+        began_ns = ledger.mark_ns
+        self.stalls.begin(began_ns, ledger.cpu_mark_ns)
+        if not row["posted_ns"]:
+            row["posted_ns"], row["posted_busy_ns"] = began_ns, ledger.busy_ns
+        try:
+            yield
+        except BaseException as error:
+            ledger.enter(before)
+            self._charge(error, began_ns)
+            raise
+        ledger.enter(before)
+        self.stalls.judge(ledger.mark_ns, ledger.cpu_mark_ns)
+
+    def _charge(self, error: BaseException, began_ns: int) -> None:
+        if isinstance(error, RankLost):
+            self._ledger.move("transfer", "recovery", self._ledger.mark_ns - began_ns)
 
 
 class ExchangeLog:
@@ -78,55 +151,33 @@ class ExchangeLog:
         self._rank = rank
         self._collective: list[LogRow] = []
         self._messages: list[LogRow] = []
-        self._told: dict[Name, LogRow] = {}
+        self._reported: dict[Name, LogRow] = {}
         self._matcher = MessageMatcher(rank)
         self._sent_to: Counter[int] = Counter()
         self._received_from: Counter[int] = Counter()
         self._collectives = self._compared = 0
 
-    def collective(self, pattern: Pattern, root: int, size: int) -> LogRow:
-        """An exchange of all ranks of so many bytes."""
-        row = _blank(pattern, size, root, self._collectives)
-        self._collectives += 1
-        self._collective.append(row)
-        return row
+    def open(self, pattern: Pattern, peer: int, size: int) -> OpenExchange:
+        """The next exchange of this rank, of `size` bytes. `peer` is the root (-1 if there is none), or the
+        other rank of a message; that of a receive does not matter, it is known when the message has come."""
+        row = _BLANK.copy()
+        row["pattern"], row["peer"], row["bytes"] = pattern, peer, size
+        if pattern is _SEND:
+            row["number"] = self._sent_to[peer]
+            self._sent_to[peer] += 1
+            self._messages.append(row)
+        elif pattern is _RECEIVE:
+            self._messages.append(row)
+        else:
+            row["number"] = self._collectives
+            self._collectives += 1
+            self._collective.append(row)
+        return OpenExchange(self, self._ledger, row)
 
-    def send(self, dest: int, size: int) -> LogRow:
-        """A message of so many bytes to one rank."""
-        row = _blank(Pattern.SEND, size, dest, self._sent_to[dest])
-        self._sent_to[dest] += 1
-        self._messages.append(row)
-        return row
-
-    def receive(self, size: int) -> LogRow:
-        """A message of so many bytes from a rank that is known when it has come."""
-        row = _blank(Pattern.RECEIVE, size)
-        self._messages.append(row)
-        return row
-
-    def post(self, row: LogRow) -> None:
-        """The ledger's running phase is that in which the exchange begins."""
-        row["posted_ns"], row["posted_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
-
-    def enter(self, row: LogRow) -> None:
-        """The ledger's running phase is that in which the rank does nothing but this exchange, which begins
-        with it unless it was posted before."""
-        row["entered_ns"], row["entered_busy_ns"] = self._ledger.mark_ns, self._ledger.busy_ns
-        if not row["posted_ns"]:
-            row["posted_ns"], row["posted_busy_ns"] = row["entered_ns"], row["entered_busy_ns"]
-
-    def leave(self, row: LogRow, source: int, stall: tuple[int, int]) -> None:
-        """The exchange was over when the ledger's running phase began; `source` is whose message came, or -1,
-        `stall` start and end of the longest stretch in which this rank did not run."""
-        row["left_ns"] = self._ledger.mark_ns
-        row["stall_start_ns"], row["stall_end_ns"] = stall
-        if source >= 0:
-            row["peer"], row["number"] = source, self._received_from[source]
-            self._received_from[source] += 1
-
-    def fail(self, row: LogRow) -> None:
-        """The exchange failed, because a rank was lost: what it took was finding that out."""
-        self._ledger.move("transfer", "recovery", self._ledger.mark_ns - row["entered_ns"])
+    def number_of_message_from(self, source: int) -> int:
+        """The number of the message that has come from `source` now."""
+        self._received_from[source] += 1
+        return self._received_from[source] - 1
 
     @property
     def due(self) -> bool:
@@ -138,17 +189,17 @@ class ExchangeLog:
         return self.ideal_time.ideal_ns(self._rank, self._ledger.busy_ns)
 
     def chunk(self) -> Chunk:
-        """What is over and was not told yet. Collective exchanges are told in order, up to the first that
-        is not over."""
+        """What is over and was not reported yet. Collective exchanges are reported in order, up to the first
+        that is not over."""
         self._compared = self._collectives
         chunk = self.last_chunk()
         finished = [row for row in self._messages if row["left_ns"]]
         self._messages = [row for row in self._messages if not row["left_ns"]]
-        self._told |= {message_name(row, self._rank): row for row in finished}
+        self._reported |= {message_name(row, self._rank): row for row in finished}
         return chunk
 
     def last_chunk(self) -> Chunk:
-        """The same, and it may be told again."""
+        """The same, which a later chunk may report again."""
         unfinished = (number for number, row in enumerate(self._collective) if not row["left_ns"])
         start_ns = np.array([self._ledger.start_ns])
         return Chunk(
@@ -163,8 +214,8 @@ class ExchangeLog:
     ) -> None:
         """Begin anew with these members, some of them `new`, and their clock.
 
-        What the others had together is compared once more, by their last chunks, as if nobody else had been
-        there: who waited for a lost rank was in transfer. A new one gets its ideal time later.
+        What the others had together is compared once more, by their last chunks, as if they had been alone: a
+        rank that waited for a lost one was in transfer. A new one gets its ideal time later.
         """
         new = new or [False] * len(members)
         kept = [chunk for chunk, is_new in zip(chunks, new, strict=True) if not is_new]
@@ -188,49 +239,48 @@ class ExchangeLog:
         new_of = {old: new for new, old in enumerate(survivors)} | {-1: -1}
         collective["peer"] = [[new_of[int(root)] for root in roots[kept]]] * len(chunks)
         self._members = [self._members[rank] for rank in survivors]
-        entries = [row for row, keep in zip(self._collective[:count], kept, strict=True) if keep]
-        self._take(entries, split(collective, rank))
+        rows = [row for row, keep in zip(self._collective[:count], kept, strict=True) if keep]
+        self._take(rows, split(collective, rank))
         self.ideal_time.leave_out(survivors)
         self.ideal_time.add(collective, [chunk.messages[:0] for chunk in chunks])
 
     def compare(self, chunks: list[Chunk]) -> None:
-        """Tell waiting from transfer in what all ranks have told; `chunks` in rank order."""
+        """Find what was waiting in what all ranks have reported; `chunks` in rank order."""
         count = min(len(chunk.collective) for chunk in chunks)
         collective: Log = np.stack([chunk.collective[:count] for chunk in chunks])
         messages = [chunk.messages for chunk in chunks]
         self.origin_ns = chunks[0].start_ns
         self._take(self._collective[:count], split(collective, self._rank))
         names, found = self._matcher.split(messages)
-        self._take([self._told.pop(name) for name in names], found)
+        self._take([self._reported.pop(name) for name in names], found)
         self.violations += violations(collective)
         self.ideal_time.add(collective, messages)
         del self._collective[:count]
 
-    def _take(self, entries: list[LogRow], found: Split) -> None:
-        self._ledger.move("transfer", "wait", int(found.wait_ns.sum()))
-        self._ledger.move("transfer", "other", found.stopped_ns)
+    def _take(self, rows: list[LogRow], found: Split) -> None:
+        log = _table(rows)
+        # Each exchange lies in one period of the ledger, in which it was transfer as a whole.
+        periods = np.searchsorted(np.array(self._ledger.ends_ns, np.int64), log["left_ns"])
+        for period in np.unique(periods):
+            of_it = periods == period
+            self._ledger.move("transfer", "wait", int(found.wait_ns[of_it].sum()), int(period))
+            self._ledger.move("transfer", "other", int(found.stopped_ns[of_it].sum()), int(period))
         for rank, ns in found.charged_ns.items():
             self.wait_on_ns[self._members[rank]] += ns
         self.hidden_ns += found.hidden_ns
-        log = _table(entries)
-        rows = np.zeros(len(log), EXCHANGE)
+        exchanges = np.zeros(len(log), EXCHANGE)
         for name in set(_COLUMNS) & set(EXCHANGE.names or ()):
-            rows[name] = log[name]
-        rows["wait_ns"], rows["late"] = found.wait_ns, np.array(self._members)[found.late]
-        self._timeline.add_exchanges(rows)
+            exchanges[name] = log[name]
+        exchanges["wait_ns"], exchanges["late"] = found.wait_ns, np.array(self._members)[found.late]
+        self._timeline.add_exchanges(exchanges)
 
     def _on_common_clock(self, log: Log) -> Log:
         translated = log.copy()
         for name in TIMES:
             translated[name] = self._clock.to_common(log[name])
+        translated["inside_ns"] = log["left_ns"] - log["entered_ns"]
         return translated
 
 
-def _blank(pattern: Pattern, size: int, peer: int = 0, number: int = 0) -> LogRow:
-    row = _BLANK.copy()
-    row["pattern"], row["bytes"], row["peer"], row["number"] = pattern, size, peer, number
-    return row
-
-
-def _table(entries: list[LogRow]) -> Log:
-    return np.array([tuple(row[name] for name in _COLUMNS) for row in entries], ENTRY)
+def _table(rows: list[LogRow]) -> Log:
+    return np.array([tuple(row[name] for name in _COLUMNS) for row in rows], ENTRY)

@@ -1,9 +1,9 @@
 """What the same run would take on a network that costs nothing: the T_ideal of the POP metrics.
 
 The ranks' exchanges are replayed with the computing between them as it was, exchanges that take no
-time, and the same dependencies: who cannot do without whom still waits (Rosas, Giménez, Labarta 2014,
-doi:10.14529/jsfi140201, whose tools simulate it likewise). What is lost then is serialisation and
-imbalance; what the real run took longer is transfer.
+time, and the same dependencies: a rank that cannot do without another still waits for it (Rosas, Giménez,
+Labarta 2014, doi:10.14529/jsfi140201, whose tools simulate it likewise). What is lost then is serialisation
+and imbalance; what the real run took longer is transfer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rankwise.ledger.waits import Log, Name, Pattern, Times, message_name
 
 
 class IdealTime:
-    """How long each rank would have waited so far; its ideal clock is that and what it computed."""
+    """How long each rank would have waited so far; that and what it computed is its ideal clock."""
 
     def __init__(self, ranks: int) -> None:
         self._waited_ns: Times = np.zeros(ranks, np.int64)
@@ -51,7 +51,7 @@ class IdealTime:
         self._unsent.clear()
 
     def welcome(self, busy_ns: list[int]) -> None:
-        """Ranks come in behind those that are here; `busy_ns` [ranks] is how long each has computed. Their
+        """Let ranks in behind those that are here; `busy_ns` [ranks] is how long each has computed. Their
         ideal clocks begin where the latest of the others is."""
         here = len(self._waited_ns)
         latest = (self._waited_ns + busy_ns[:here]).max()
@@ -75,7 +75,7 @@ class IdealTime:
     def _messages(self, logs: list[Log]) -> None:
         """Go on with any rank whose next message can be replayed: a receive comes after its send.
 
-        Receives whose send is not told yet are left for later, so that they hold up nobody else.
+        Receives whose send is not logged yet are left for later, so that they hold up no other rank.
         """
         self._unsent = [late for late in self._unsent if not self._message(*late)]
         left = [deque(log) for log in logs]

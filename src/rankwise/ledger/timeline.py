@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.errors import TimelineError, one_line
-from rankwise.ledger.phases import PHASES, Ledger, Totals
+from rankwise.ledger.phases import PHASES, Ledger
 from rankwise.system.files import write_atomically
 
 Rows = NDArray[Any]
@@ -68,6 +68,17 @@ class RankTimeline:
 
 
 @dataclass(frozen=True)
+class _Epoch:
+    """An epoch that is over, on the rank's own clock: a period of its ledger."""
+
+    epoch: int
+    start_ns: int
+    end_ns: int
+    samples: int
+    period: int
+
+
+@dataclass(frozen=True)
 class _Step:
     """A step that is kept, on the rank's own clock."""
 
@@ -89,14 +100,14 @@ class Timeline:
         self._stride = 1
         self._seen = 0
         self._exchanges = np.empty(0, EXCHANGE)
-        self._epochs: list[tuple[int, ...]] = []
-        self.begin(ledger.close())
+        self._epochs: list[_Epoch] = []
+        self.begin()
 
-    def begin(self, totals: Totals) -> None:
+    def begin(self) -> None:
         """Training begins now: what was before belongs to no epoch."""
+        self._ledger.begin_period()
         self._ledger.take_spans()
         self._epoch_start_ns = self._step_start_ns = self._ledger.mark_ns
-        self._before = totals
         self._step = self._samples = 0
 
     def step(self, epoch: int, samples: int) -> None:
@@ -105,29 +116,33 @@ class Timeline:
         self._samples += samples
         self._keep(epoch, self._step, samples)
 
-    def epoch(self, epoch: int, totals: Totals) -> None:
-        """An epoch ends now, at these totals of the ledger."""
+    def epoch(self, epoch: int) -> None:
+        """An epoch ends now."""
+        period = self._ledger.begin_period()
         self._keep(epoch, 0, 0)
-        spent = {phase: totals.phases_ns[phase] - self._before.phases_ns[phase] for phase in PHASES}
-        # Waiting in the exchange by which the epoch before ended is found out only now.
-        late_ns = min(spent["transfer"], 0)
-        spent["transfer"] -= late_ns
-        spent["wait"] += late_ns
-        row = (epoch, self._epoch_start_ns, self._step_start_ns, self._samples, *spent.values())
-        self._epochs.append(row)
+        self._epochs.append(_Epoch(epoch, self._epoch_start_ns, self._step_start_ns, self._samples, period))
         self._epoch_start_ns = self._step_start_ns
-        self._before = totals
         self._step = self._samples = 0
 
+    def epochs(self) -> Rows:
+        """The epochs so far (EPOCH, on the rank's own clock). Waiting that is found only later, as that in
+        the exchange with which an epoch ends, is then added to the epoch in which it was."""
+        rows = [
+            (its.epoch, its.start_ns, its.end_ns, its.samples, *self._ledger.phases_of(its.period).values())
+            for its in self._epochs
+        ]
+        return np.array(rows, EPOCH)
+
     def add_exchanges(self, rows: Rows) -> None:
-        """Take exchanges (EXCHANGE, in order of `left_ns`, on the rank's own clock) that were settled."""
+        """Take exchanges whose waiting is known (EXCHANGE, in order of `left_ns`, on the rank's own
+        clock)."""
         self._exchanges = self._of_kept_steps(np.concatenate([self._exchanges, rows]))
 
     def save(self, path: Path, *, rank: int, role: str, host: str, to_common: Callable[[Rows], Rows]) -> None:
         """Write all that is kept to `path`, its times put through `to_common`. Raises StorageError."""
         steps = [*self._sampled, *self._recent]
         tables = {
-            "epochs": np.array(self._epochs, EPOCH),
+            "epochs": self.epochs(),
             "steps": np.array([(s.epoch, s.step, s.start_ns, s.end_ns, s.samples) for s in steps], STEP),
             "spans": np.array(
                 [(_NUMBER[name], start, end) for s in steps for name, start, end in s.spans], SPAN
@@ -191,8 +206,8 @@ def read_timeline(path: Path) -> RankTimeline:
     except Exception as error:  # numpy and zipfile raise nearly anything for bytes that are not theirs
         raise TimelineError(f"the timeline {path} is damaged or cut short: {one_line(error)[:200]}") from None
     wrong = [name for name, dtype in _TABLES.items() if (tables[name].dtype, tables[name].ndim) != (dtype, 1)]
-    told = isinstance(about, dict) and not {"role", "host", "kept"} - about.keys()
-    if wrong or not (told and isinstance(about.get("rank"), int)):
+    complete = isinstance(about, dict) and not {"role", "host", "kept"} - about.keys()
+    if wrong or not (complete and isinstance(about.get("rank"), int)):
         raise TimelineError(f"the timeline {path} has another layout than this rankwise writes")
     return RankTimeline(
         rank=about["rank"],

@@ -1,20 +1,20 @@
-"""Waiting told apart from transfer, from the times at which all ranks entered and left their exchanges.
+"""Waiting apart from transfer, found from the times at which all ranks entered and left their exchanges.
 
 The rules are Scalasca's wait-state patterns (Geimer et al. 2010, doi:10.1002/cpe.1556). With e and x
-the entry and exit of a rank on the common clock, and E the moment from which on whom it cannot do
-without took part:
+the entry and exit of a rank on the common clock, and E the moment at which the last of the ranks came that
+it cannot do without:
 
     wait = min(max(E - e, 0), x - e)
 
 - all to all ("Wait at NxN"): E is when the latest rank came;
 - one to all ("Late Broadcast"): when the root came;
 - all to one ("Early Reduce"): for the root when the latest sender came, for a sender when the root did;
-- a receive ("Late Sender"): when its sender came, whoever that was if any would do;
+- a receive ("Late Sender"): when the rank came that sent the message, also if any sender would do;
 - a send ("Late Receiver"): when the receiver came, if the sender was still there (it was synchronous).
 
-What algorithm an MPI library uses is its own affair: a root may be unable to send before a receiver has
-come, and a receiver may get its data through another. So whoever came later than those that a rank
-needs, but while it was still there, is taken to have held it up from then on.
+An MPI library chooses its own algorithm: a root may be unable to send before a receiver has come, and a
+receiver may get its data through another. So a rank that came later than those that are needed, but
+before this rank left, is taken to have held it up from then on.
 
 A rank comes to an exchange when it posts it. It waits from when it has nothing else to do: for an
 exchange in the background only from its `wait()`; what went on before was hidden behind computing.
@@ -23,8 +23,10 @@ The rest of an exchange is transfer.
 A rank that did not run for a while inside an exchange (stopped, or without a core) holds up the others
 as if it had come only then: what falls into its stall is their wait for it, and its own ``other``.
 
-Who is late may itself have been waiting: a master hands out the mean late because a worker sent late.
-What of rank i's wait for r falls into r's own wait for k, in the exchange before, is charged to k.
+A late rank may itself have been waiting: a master hands out the mean late because a worker sent late.
+The part of rank i's wait for r that falls into r's own wait for k, in the exchange before, is charged to k.
+
+No rank waits longer than it was in an exchange by its own clock, also if that is longer on the common one.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ ENTRY = np.dtype(
             "posted_ns",
             "entered_ns",
             "left_ns",
+            "inside_ns",
             "stall_start_ns",
             "stall_end_ns",
             "posted_busy_ns",
@@ -61,14 +64,15 @@ ENTRY = np.dtype(
     ]
 )
 """`peer` is the root, or the other rank of a message; `number` counts collective exchanges, or the messages
-from one rank to another; the stall is the longest stretch in which the rank did not run in the exchange;
-the busy times are what the rank had computed by then (`Ledger.busy_ns`)."""
+from one rank to another; `inside_ns` is the time from `entered_ns` to `left_ns` on the rank's own clock; the
+stall is the longest stretch in which the rank did not run in the exchange; the busy times are what the rank
+had computed by then (`Ledger.busy_ns`)."""
 
 TIMES = ("posted_ns", "entered_ns", "left_ns", "stall_start_ns", "stall_end_ns")
 
 
 class Pattern(IntEnum):
-    """Who cannot do without whom in an exchange."""
+    """Which ranks cannot do without which in an exchange."""
 
     ALL_TO_ALL = 0
     ALL_TO_ONE = 1
@@ -81,27 +85,29 @@ class Pattern(IntEnum):
 class Split:
     """What some exchanges of one rank were made of, in ns.
 
-    `wait_ns` and `late` [exchanges] say how long it waited in each, and for whom (itself if for nobody);
-    `charged_ns` adds the waiting up by the rank that caused it; `stopped_ns` is its own stalls,
-    `hidden_ns` what went on behind its computing (at most: an exchange may have been over earlier).
+    `wait_ns` and `late` [exchanges] say how long it waited in each, and for which rank (itself if it did not
+    wait); `stopped_ns` [exchanges] is its own stalls; `charged_ns` adds the waiting up by the rank that
+    caused it; `hidden_ns` is what went on behind its computing (at most: an exchange may have been over
+    earlier).
     """
 
     wait_ns: Times
     late: Times
+    stopped_ns: Times
     charged_ns: dict[int, int]
-    stopped_ns: int
     hidden_ns: int
 
 
 def split(log: Log, rank: int) -> Split:
     """Split collective exchanges for one rank; `log` [ranks, exchanges], all ranks took part in all."""
     held_up = _held_up(log)
-    wait = sum((stage.length * (stage.cause != np.arange(len(log))[:, None]) for stage in held_up), start=0)
     mine = [_Stage(*(part[rank] for part in (stage.start, stage.length, stage.cause))) for stage in held_up]
+    wait_ns = np.sum([stage.length * (stage.cause != rank) for stage in mine], axis=0)
+    stopped_ns = np.sum([stage.length * (stage.cause == rank) for stage in mine], axis=0)
     charged = np.zeros(len(log), np.int64)
     for stage in mine:
         np.add.at(charged, stage.cause, stage.length)
-    stopped_ns, charged[rank] = int(charged[rank]), 0
+    charged[rank] = 0
     # The parts of each wait in which the late one was held up itself, in the exchange before.
     first = mine[0]
     now, before = np.arange(1, log.shape[1]), np.arange(log.shape[1] - 1)
@@ -117,26 +123,27 @@ def split(log: Log, rank: int) -> Split:
     longest = np.argmax([stage.length * (stage.cause != rank) for stage in mine], axis=0)
     blamed = np.choose(longest, [stage.cause for stage in mine])
     return Split(
-        wait_ns=wait[rank],
-        late=np.where(wait[rank] > 0, blamed, rank),
-        charged_ns={r: int(ns) for r, ns in enumerate(charged) if ns},
+        wait_ns=wait_ns,
+        late=np.where(wait_ns > 0, blamed, rank),
         stopped_ns=stopped_ns,
+        charged_ns={r: int(ns) for r, ns in enumerate(charged) if ns},
         hidden_ns=int(_hidden(_until(log, held_up[0].cause)[rank], log[rank]).sum()),
     )
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """Stretches [ranks, exchanges] in which ranks were held up, and by whom; by itself a rank was stopped."""
+    """Stretches [ranks, exchanges] in which ranks were held up, and by which rank; one that held itself up
+    was stopped."""
 
     start: Times
     length: Times
     cause: Times
 
 
-def _held_up(log: Log) -> tuple[_Stage, _Stage, _Stage]:
-    """What held up each rank in each exchange, one after the other: whom it could not do without and who
-    was not there yet; who came even later, though before it could leave; whose stall it sat through."""
+def _held_up(log: Log) -> list[_Stage]:
+    """What held up each rank in each exchange, one after the other: a rank that it could not do without and
+    that had not come yet; one that came even later, though before it could leave; the stall of one."""
     ranks, exchanges = log.shape
     posted, entered, left = log["posted_ns"], log["entered_ns"], log["left_ns"]
     late = _late(log)
@@ -149,15 +156,24 @@ def _held_up(log: Log) -> tuple[_Stage, _Stage, _Stage]:
         latest, until = np.where(later, other, latest), np.where(later, posted[other], until)
     sat_through = _Stage(start, until - start, latest)
 
-    # One stall an exchange, the longest: whoever sat through it had time for short ones beside it.
+    # One stall per exchange, the longest: a rank that sat through it had time for short ones beside it.
     stalled, columns = (log["stall_end_ns"] - log["stall_start_ns"]).argmax(axis=0), np.arange(exchanges)
     start = np.maximum(until, log["stall_start_ns"][stalled, columns])
     length = _overlap(start, left, start, log["stall_end_ns"][stalled, columns])
-    return needed, sat_through, _Stage(start, length, np.broadcast_to(stalled, log.shape))
+    stall = _Stage(start, length, np.broadcast_to(stalled, log.shape))
+    return list(_within(log["inside_ns"], needed, sat_through, stall))
+
+
+def _within(inside_ns: Times, *stages: _Stage) -> Iterator[_Stage]:
+    """The stages, cut where together they are longer than the rank was inside."""
+    for stage in stages:
+        length = np.minimum(stage.length, inside_ns)
+        inside_ns = inside_ns - length
+        yield _Stage(stage.start, length, stage.cause)
 
 
 def _late(log: Log) -> Times:
-    """Whom each rank could not do without and who came last [ranks, exchanges]."""
+    """The last to come of the ranks that each rank could not do without [ranks, exchanges]."""
     pattern, root = log["pattern"], log["peer"]
     is_root = root == np.arange(len(log))[:, None]
     for_all = (pattern == Pattern.ALL_TO_ALL) | ((pattern == Pattern.ALL_TO_ONE) & is_root)
@@ -169,7 +185,7 @@ def _until(log: Log, late: Times) -> Times:
 
 
 class MessageMatcher:
-    """Brings the two ends of each message of one rank together; one may be told much later than the other."""
+    """Brings the two ends of each message of one rank together, also if one is logged much later."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -177,9 +193,9 @@ class MessageMatcher:
         self._theirs: dict[Name, Log] = {}
 
     def split(self, logs: list[Log]) -> tuple[list[Name], Split]:
-        """Take in the messages that every rank tells now; split those of which both ends are known now.
+        """Take in the messages that every rank reports now; split those of which both ends are known now.
 
-        Returns which of this rank's messages these are.
+        Returns which of this rank's messages these are, and what they were made of.
         """
         rank = self._rank
         self._mine |= {message_name(row, rank): row for row in logs[rank]}
@@ -190,20 +206,21 @@ class MessageMatcher:
         theirs = np.array([self._theirs.pop(name) for name in names], ENTRY)
 
         until, entered, left, peer = theirs["posted_ns"], mine["entered_ns"], mine["left_ns"], mine["peer"]
-        # A sender that was let go before its receiver came had its message taken off its hands.
+        # A sender that left before its receiver came did not wait: the library had taken its message.
         held = (mine["pattern"] == Pattern.RECEIVE) | (left >= until)
-        wait = np.where(held, _wait(until, entered, left), 0)
-        rest = entered + wait
+        wait = np.minimum(np.where(held, _wait(until, entered, left), 0), mine["inside_ns"])
+        rest, room = entered + wait, mine["inside_ns"] - wait
         # Of the two ends' stalls the longer one is what held the message up.
         sat_out = _overlap(rest, left, theirs["stall_start_ns"], theirs["stall_end_ns"]) * held
         stopped = _overlap(rest, left, mine["stall_start_ns"], mine["stall_end_ns"])
+        sat_out, stopped = np.minimum(sat_out, room), np.minimum(stopped, room)
         sat_out, stopped = np.where(stopped > sat_out, 0, sat_out), np.where(stopped > sat_out, stopped, 0)
         all_wait = wait + sat_out
 
         charged = np.zeros(len(logs), np.int64)
         np.add.at(charged, peer, all_wait)
         for place in np.flatnonzero(wait * (mine["pattern"] == Pattern.RECEIVE)):
-            # What of it the sender waited for somebody else itself is charged to whom it waited for.
+            # The part of it in which the sender itself waited is charged to the rank that it waited for.
             by, start, end = int(peer[place]), int(entered[place]), int(rest[place])
             for cause, their_start, their_end in _receive_waits(logs, by, start, end):
                 shared = max(0, min(end, their_end) - max(start, their_start)) if cause != rank else 0
@@ -212,8 +229,8 @@ class MessageMatcher:
         return names, Split(
             wait_ns=all_wait,
             late=np.where(all_wait > 0, peer, rank),
+            stopped_ns=stopped,
             charged_ns={r: int(ns) for r, ns in enumerate(charged) if ns},
-            stopped_ns=int(stopped.sum()),
             hidden_ns=int(_hidden(until, mine).sum()),
         )
 
@@ -229,8 +246,8 @@ def message_name(row: Mapping[str, int] | Log, owner: int) -> Name:
 
 
 def _receive_waits(logs: list[Log], rank: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """For whom a rank waited in receives, from when and to when, as far as that touches a stretch of time
-    and both ends are told now."""
+    """The senders for which a rank waited in receives, from when and until when, as far as that touches a
+    stretch of time and both ends are logged now."""
     log = logs[rank]
     touching = log[(log["pattern"] == Pattern.RECEIVE) & (log["left_ns"] > start) & (log["entered_ns"] < end)]
     for row in touching:
@@ -243,8 +260,8 @@ def _receive_waits(logs: list[Log], rank: int, start: int, end: int) -> Iterator
 
 
 def violations(log: Log) -> int:
-    """In how many exchanges of all [ranks, exchanges] the clocks contradict each other: somebody left
-    before somebody else had come."""
+    """The number of exchanges of all [ranks, exchanges] in which clocks contradict each other: a rank left
+    before another had come."""
     contradicts = log["left_ns"].min(axis=0) < log["posted_ns"].max(axis=0)
     return int((contradicts & (log["pattern"][0] == Pattern.ALL_TO_ALL)).sum())
 

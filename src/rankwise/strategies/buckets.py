@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rankwise.comm import World
-from rankwise.comm.world import Exchange
+from rankwise.comm import BackgroundExchange, World
 from rankwise.strategies.compression import Flat
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class Buckets:
         self._views = layout.views(self._tensor)
         self._given = False
         self._buckets = _cut(layout.sizes, bucket_bytes // self.flat.itemsize)
-        self._under_way: list[Exchange] = []
+        self._under_way: list[BackgroundExchange] = []
         self._next = 0
         self._share = 0.0
         self._holds_some = self._sends = False

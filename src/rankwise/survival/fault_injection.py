@@ -20,6 +20,7 @@ import numpy as np
 
 from rankwise.errors import ConfigError, StorageError, unknown_name
 from rankwise.ledger.phases import Ledger
+from rankwise.survival.harm import Harm
 from rankwise.system.files import write_atomically
 
 Kind = Literal["sleep", "slow", "crash", "kill", "hang", "nan", "drop-host", "cut"]
@@ -133,25 +134,13 @@ def read_marks(folder: Path) -> list[Mark]:
     return sorted(found, key=lambda mark: mark.at_s)
 
 
-class Victim(Protocol):
-    """What a fault can do to a rank."""
+class Exchanging(Protocol):
+    """A rank's exchanges, in which faults strike, and the ledger to which a fault's sleep is charged."""
 
     ledger: Ledger
 
     def at_each_exchange(self, action: Callable[[], None]) -> AbstractContextManager[None]:
         """Inside, `action` is called in each exchange of the rank."""
-
-    def die(self) -> None:
-        """End this rank at once, without a word."""
-
-    def drop_host(self) -> None:
-        """End all ranks of this one's host, with what started them."""
-
-    def cut(self) -> None:
-        """Take the links of this rank's host to others down."""
-
-    def hang(self) -> None:
-        """Stop this rank until somebody wakes or ends it."""
 
 
 class NoFaults:
@@ -172,7 +161,8 @@ class NoFaults:
 
 
 class Faults(NoFaults):
-    """The faults that strike one rank."""
+    """The faults that strike one rank, in or between its `exchanges`: `harm` does what ends or stops it,
+    `poison` makes its gradients no numbers."""
 
     def __init__(
         self,
@@ -181,14 +171,16 @@ class Faults(NoFaults):
         *,
         rank: int,
         seed: int,
-        victim: Victim,
+        exchanges: Exchanging,
+        harm: Harm,
         poison: Callable[[], None],
     ) -> None:
         self._plans = plans
         self._folder = folder
         self._rank = rank
         self._seed = seed
-        self._victim = victim
+        self._exchanges = exchanges
+        self._harm = harm
         self._poison = poison
         self._over = {(mark.plan, mark.epoch) for mark in read_marks(folder) if mark.rank == rank}
         self._due: dict[int, int] = {}
@@ -229,7 +221,7 @@ class Faults(NoFaults):
         try:
             if moment != "exchange":
                 point()
-            with self._victim.at_each_exchange(point):
+            with self._exchanges.at_each_exchange(point):
                 yield
         finally:
             self._points = before
@@ -250,17 +242,17 @@ class Faults(NoFaults):
 
     def _strike(self, plan: Plan) -> None:
         if plan.kind == "sleep":
-            with self._victim.ledger.phase("other"):
+            with self._exchanges.ledger.phase("other"):
                 time.sleep(plan.seconds)
         elif plan.kind == "nan":
             self._poison()
         elif plan.kind == "kill":
-            self._victim.die()
+            self._harm.kill()
         elif plan.kind == "hang":
-            self._victim.hang()
+            self._harm.hang()
         elif plan.kind == "drop-host":
-            self._victim.drop_host()
+            self._harm.drop_host()
         elif plan.kind == "cut":
-            self._victim.cut()
+            self._harm.cut_links()
         else:
             raise InjectedCrash(f"rank {self._rank} was asked to crash")

@@ -25,6 +25,7 @@ from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Host, Rank, Record
 from rankwise.survival.fault_injection import Faults, NoFaults, parse
+from rankwise.survival.harm import ProcessHarm, ThreadHarm
 from rankwise.survival.watchdog import Watchdog
 from rankwise.system import machine
 from rankwise.training import batch_sizes, compile, cpu_threads
@@ -124,7 +125,7 @@ def _train(
     ledger, synchroniser = world.ledger, job.synchroniser
     if join_state is not None:
         first = join_state.progress.epoch
-        world.timeline.begin(ledger.close())
+        world.timeline.begin()
     else:
         if start is None:
             recorder.save_checkpoint(job, 0)
@@ -134,7 +135,7 @@ def _train(
         recorder.write(job, "running")
         ledger.enter("other")
         world.reconcile()  # so that no waiting from before is found out in the first epoch
-        world.timeline.begin(ledger.close())
+        world.timeline.begin()
     world.survives = synchroniser.survives
     recorder.history.training_begins()
     target = recorder.history.target(job.config.target_accuracy)
@@ -280,5 +281,11 @@ def _faults(config: TrainConfig, folder: RunFolder, world: World, replica: Repli
     if any(plan.kind == "cut" for plan in plans) and not machine.can_cut_links():
         raise ConfigError("--fault cut takes links down, which needs the program ip and CAP_NET_ADMIN")
     return Faults(
-        plans, folder.faults, rank=world.number, seed=config.seed, victim=world, poison=replica.poison
+        plans,
+        folder.faults,
+        rank=world.number,
+        seed=config.seed,
+        exchanges=world,
+        harm=ThreadHarm() if world.in_threads else ProcessHarm(),
+        poison=replica.poison,
     )

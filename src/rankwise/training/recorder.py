@@ -216,7 +216,7 @@ class Recorder:
     def _save_timeline(self, job: Job, ended: int | None) -> None:
         world, ledger = self._world, self._world.ledger
         if ended is not None:
-            world.timeline.epoch(ended, ledger.close())
+            world.timeline.epoch(ended)
         with ledger.phase("instrument"):
             world.timeline.save(
                 self._folder.timeline_of(world.number),

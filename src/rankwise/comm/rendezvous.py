@@ -1,0 +1,171 @@
+"""Where the ranks of a world of threads meet."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rankwise.errors import RankLost
+
+
+class Rendezvous:
+    """Where the threads of one world meet: it holds what each rank brought to each collective exchange, and
+    messages on their way. Of `size` ranks those in `working` take part, and the others stand by. `hosts` are
+    the ranks' hosts."""
+
+    def __init__(self, size: int, hosts: Sequence[int] | None = None) -> None:
+        self.size = size
+        self.hosts = hosts or [0] * size
+        self.strength = size
+        self.changed = threading.Condition()
+        self.brought: dict[int, dict[int, Any]] = defaultdict(dict)
+        self.gone: dict[int, int] = defaultdict(int)
+        self.messages: dict[tuple[int, int], list[tuple[int, Any]]] = defaultdict(list)
+        self.broken = False
+        self.live = set(range(size))
+        self.is_whole = True
+        self.aside: set[int] = set()
+        self.called_off = False
+        self.repairing: dict[int, bool] = {}
+        self.repairs = 0
+        self.working = list(range(size))
+        self.votes: dict[int, bool] = {}
+        self.verdict = False
+
+    def bring(self, number: int, rank: int, value: Any) -> None:
+        """Bring a value to the collective exchange of this number."""
+        with self.changed:
+            self.brought[number][rank] = value
+            self.changed.notify_all()
+
+    def take(self, number: int, rank: int, needed: range) -> dict[int, Any]:
+        """What the needed ranks bring, as soon as they have; each rank takes part once. Raises RankLost."""
+        with self.changed:
+            self._until(rank, lambda: self.brought[number].keys() >= set(needed))
+            found = dict(self.brought[number])
+            self.gone[number] += 1
+            if self.gone[number] == self.size:
+                del self.brought[number], self.gone[number]
+            return found
+
+    def post(self, source: int, dest: int, tag: int, value: Any) -> None:
+        """Send a message."""
+        with self.changed:
+            self.messages[dest, tag].append((source, value))
+            self.changed.notify_all()
+
+    def fetch(self, rank: int, source: int | None, tag: int) -> tuple[int, Any]:
+        """The first message for a rank with a tag, from `source` or, if that is None, from any rank. Raises
+        RankLost."""
+        with self.changed:
+            inbox = self.messages[rank, tag]
+            # As under MPI, a message is not lost because another rank is, until ranks begin to repair.
+
+            def ready() -> bool:
+                return any(source in (None, sender) for sender, _ in inbox)
+
+            def lost() -> bool:
+                cut = source is None or self.called_off or self.working[source] not in self.live
+                return cut and not self.is_whole
+
+            self._until(rank, ready, lost)
+            place = next(place for place, (sender, _) in enumerate(inbox) if source in (None, sender))
+            return inbox.pop(place)
+
+    def leave(self, member: int) -> None:
+        """A rank is gone, killed or at its end: those that need it find out in an exchange."""
+        with self.changed:
+            self.live.discard(member)
+            self.repairing.pop(member, None)
+            self.is_whole = self.is_whole and member not in self.working
+            self.changed.notify_all()
+
+    def set_aside(self, member: int, ranks: int) -> None:
+        """The ranks from this number on stand by, once all have come here."""
+        with self.changed:
+            self.aside.add(member)
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.broken or self.aside >= self.live)
+            self.strength = ranks
+            self.working = list(range(ranks))
+            self.size = ranks
+
+    def stand_by(self) -> bool:
+        """Wait until a rank calls off what others are in; returns False if no rank is left that could."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.broken or self.called_off or not self.live.intersection(self.working)
+            )
+            return self.called_off and not self.broken
+
+    def call_off(self) -> None:
+        """What ranks are in has failed."""
+        with self.changed:
+            self.is_whole = False
+            self.called_off = True
+            self.changed.notify_all()
+
+    def repair(self, member: int, fill: bool) -> list[int]:
+        """Meet all that are left; returns those that work from now on. Raises RankLost if ranks are ended."""
+        with self.changed:
+            self.repairing[member] = fill
+            self.changed.notify_all()
+            number = self.repairs
+            self.changed.wait_for(
+                lambda: self.broken or self.repairs > number or self.repairing.keys() >= self.live
+            )
+            if self.broken:
+                raise RankLost("the ranks were ended while they repaired their world")
+            if self.repairs == number:  # the first that sees all of them speaks for all
+                self.repairs += 1
+                others = sorted(self.live.difference(self.working))
+                self.working = [rank for rank in self.working if rank in self.live]
+                if all(self.repairing.values()):
+                    self.working += others[: self.strength - len(self.working)]
+                self.size = len(self.working)
+                self.brought.clear()
+                self.gone.clear()
+                self.messages.clear()
+                self.repairing.clear()
+                self.is_whole = True
+                self.called_off = False
+                self.changed.notify_all()
+            return self.working
+
+    def agree(self, member: int, mine: bool) -> bool:
+        """Whether all that are left of those that work say yes, and none was lost. Raises RankLost if ranks
+        are ended."""
+        with self.changed:
+            votes = self.votes
+            votes[member] = mine
+            self.changed.notify_all()
+            self.changed.wait_for(
+                lambda: (
+                    self.broken
+                    or votes is not self.votes
+                    or votes.keys() >= self.live.intersection(self.working)
+                )
+            )
+            if self.broken:
+                raise RankLost("the ranks were ended while they repaired their world")
+            if votes is self.votes:  # the first that sees all of them speaks for all
+                self.verdict = self.is_whole and all(votes.values())
+                self.votes = {}
+                self.changed.notify_all()
+            return self.verdict
+
+    def abort(self) -> None:
+        """Release all ranks that wait."""
+        with self.changed:
+            self.broken = True
+            self.changed.notify_all()
+
+    def _until(self, rank: int, ready: Callable[[], bool], lost: Callable[[], object] | None = None) -> None:
+        lost = lost or (lambda: not self.is_whole)
+        self.changed.wait_for(lambda: self.broken or lost() or ready())
+        # As under MPI an exchange may succeed on one rank and fail on another; but one to which all have come
+        # is no longer lost, also where one of them was first out of it and has failed by now.
+        if not ready():
+            raise RankLost(f"rank {rank} waited for a rank that has ended")
