@@ -89,10 +89,7 @@ def _resolved(source: Source, wishes: PredictionOptions, ranks: int) -> TrainCon
         nothing = dict.fromkeys(("strategy", "topology", "sync_every", "local_after"))
         single = {**config.model_dump(), **strategies.OPTIONS, **nothing, "compress": "none"}
         return strategies.resolve(TrainConfig(**single))
-    resolved = strategies.resolve(config)
-    if resolved.strategy == "ddp" or resolved.strategy not in strategies.STRATEGIES:
-        raise ConfigError(f"--strategy {resolved.strategy}: only rankwise's own exchanges can be predicted")
-    return resolved
+    return strategies.resolve(config)
 
 
 def _over(source: TrainConfig, wishes: PredictionOptions, ranks: int) -> TrainConfig:

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from rankwise.config import TrainConfig
 from rankwise.prediction.network import Cluster
 from rankwise.prediction.slowest import SEED, Seconds, chances_of_largest, sums
 from rankwise.prediction.source import Compute, Source
@@ -57,22 +56,24 @@ def _nearest(source: Source, threads: int) -> list[Compute]:
 def rounds_s(
     step_s: Seconds,
     terms: float,
-    config: TrainConfig,
+    workers: int,
     crowd: float,
     here: int,
     cluster: Cluster,
     more_s: float = 0.0,
+    *,
+    together: int = 1,
 ) -> tuple[Seconds, Seconds, int]:
     """Draws of the time that a rank alone would compute in a round, of what it takes beside the others of its
     host, and how many such times are independent. The first of a round's steps takes `more_s` longer."""
-    if config.strategy == "two-level" and here > 1:  # those of a host meet in every step
+    if together > 1:
         step_s = np.sort(sums(step_s, 1, SEED))
         random = np.random.default_rng(SEED)
-        slowest = random.choice(step_s, len(step_s), p=chances_of_largest(len(step_s), here))
-        return sums(step_s, terms, SEED), sums(slowest * max(crowd, 1), terms, SEED), len(cluster.hosts)
+        slowest = random.choice(step_s, len(step_s), p=chances_of_largest(len(step_s), together))
+        return sums(step_s, terms, SEED), sums(slowest * max(crowd, 1), terms, SEED), -(-workers // together)
     alone = sums(step_s, terms, SEED) + more_s
     if crowd <= 1:
-        return alone, alone, config.workers
+        return alone, alone, workers
     # The cores of a host are shared out: all its work, a time slice more or less, or one rank after the
     # other.
     work = (sums(step_s, terms * here, SEED + 1) / here + more_s) * crowd

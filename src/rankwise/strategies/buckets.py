@@ -47,7 +47,7 @@ class Buckets:
         self.shapes = layout.shapes
         self._views = layout.views(self._tensor)
         self._given = False
-        self._buckets = _cut(layout.sizes, bucket_bytes // self.flat.itemsize)
+        self._buckets = cut(layout.sizes, bucket_bytes // self.flat.itemsize)
         self._under_way: list[Exchange] = []
         self._next = 0
         self._share = 0.0
@@ -152,8 +152,9 @@ class Buckets:
             self._tensor[span].mul_(self._share)
 
 
-def _cut(sizes: list[int], most: float) -> list[_Bucket]:
-    """Buckets of whole parameters, of at most so many numbers unless one parameter has more."""
+def cut(sizes: Sequence[int], most: float) -> list[_Bucket]:
+    """Buckets of whole parameters with these `sizes`, of at most `most` numbers unless one parameter has
+    more."""
     buckets = [_Bucket(slice(0, 0), slice(0, 0))]
     end = 0
     for place, size in enumerate(sizes):

@@ -63,7 +63,7 @@ class Synchroniser:
     def __init__(
         self,
         replica: Replica,
-        strategy: Strategy,
+        strategy: Strategy[Any],
         sampler: Sampler,
         world: World,
         *,
@@ -99,8 +99,10 @@ class Synchroniser:
             replica,
             world.ledger,
             undoes=survives,
-            begins_again=survives and (strategy.keeps_local_work or strategy.syncs_every_step),
-            keeps_commits=(spares > 0 and strategy.keeps_local_work) or strategy.syncs_every_step,
+            begins_again=survives
+            and (strategy.recovery.keeps_local_work or strategy.recovery.syncs_every_step),
+            keeps_commits=(spares > 0 and strategy.recovery.keeps_local_work)
+            or strategy.recovery.syncs_every_step,
         )
         self._at_start = (0, 0)
         self._drops = 0
@@ -155,7 +157,7 @@ class Synchroniser:
         """
         if not self.survives:
             raise DivergedError(why)
-        if not self._strategy.keeps_local_work:
+        if not self._strategy.recovery.keeps_local_work:
             self.step()  # part of it may be under way to the others: all find it out together
             return
         self._batch = None
@@ -244,14 +246,14 @@ class Synchroniser:
                 for member, standing in zip(world.members, standings, strict=True)
             ]
             self._members = list(world.members)
-            keeps = self._strategy.keeps_local_work
+            keeps = self._strategy.recovery.keeps_local_work
             done = [keeps * self._pending(standing) for standing in standings]
             self.sampler.redistribute(self.progress.epoch, self.progress.rounds, before, done, ahead)
             self._over += sum(map(len, self._trained[len(self._trained) - ahead[world.rank] :]))
             self.state = self._strategy.recover(self.state, self.replica, world)
             if not keeps:
                 self._under_way.clear()
-            if self._strategy.syncs_every_step:
+            if self._strategy.recovery.syncs_every_step:
                 self._snapshots.commit_at(self.progress).restore()
             if all(standings):
                 return True
@@ -308,12 +310,12 @@ class Synchroniser:
         """Bring this rank to the point from which all go on; returns how many rounds ahead of it each rank
         stays."""
         first = min(standing[-1][0] for standing in standings if standing)
-        last = first if self._strategy.synchronous else replace(first, rounds=self.progress.rounds)
+        last = first if self._strategy.recovery.synchronous else replace(first, rounds=self.progress.rounds)
         while self.progress > last:
             self.undo()
         self._snapshots.forget_steps()
         ahead = [standing[-1][0].rounds - first.rounds if standing else 0 for standing in standings]
-        if self._strategy.synchronous:
+        if self._strategy.recovery.synchronous:
             return [0] * len(ahead)
         mine = self.progress.rounds - first.rounds
         self.state = replace(self.state, rounds=self.state.rounds - mine)
@@ -324,13 +326,15 @@ class Synchroniser:
         """Samples that a rank has trained of its round under way."""
         if not standing:
             return 0
-        return dict(standing).get(self.progress, 0) if self._strategy.synchronous else standing[-1][1]
+        if self._strategy.recovery.synchronous:
+            return dict(standing).get(self.progress, 0)
+        return standing[-1][1]
 
     def _rounds_of(self, epoch: int) -> Iterator[Batch]:
         """The batches from here on, until a rank is lost."""
         begun_again = self._begun_again
         for batch in self.sampler.batches(epoch, self.progress.rounds):
-            if self.world.stopping and not self._strategy.syncs_every_step:
+            if self.world.stopping and not self._strategy.recovery.syncs_every_step:
                 # Go straight to the round's end, where the others learn that the run is to stop.
                 if not batch.ends_round:
                     continue
