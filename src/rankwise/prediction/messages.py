@@ -24,8 +24,8 @@ from rankwise.strategies.traffic import Collective, Messages, ModelSize, Traffic
 @dataclass(frozen=True)
 class MessageCosts:
     """Costs inside a host: of a message, of adding up a byte on the way, of packing and unpacking a byte of
-    what is exchanged, and of a byte that a master takes in hand. `low` and `high` are the quartiles of an
-    exchange over its median; `measured` is whether a run said so."""
+    what is exchanged, and of a byte that a master adds up. `low` and `high` are the quartiles of an
+    exchange over its median; `measured` is whether they come from a run."""
 
     local: Link
     reduce_s_per_byte: float
@@ -37,7 +37,7 @@ class MessageCosts:
 
 
 ASSUMED = MessageCosts(Link(20e-6, 0.2e-9), 0.1e-9, 0.5e-9, 0.25e-9, 0.5, 2.0, False)
-"""What a source that exchanged nothing leaves open: ranks that share memory, at some GB/s."""
+"""For a source that exchanged nothing: ranks that share memory, at some GB/s."""
 
 
 def fit_messages(
@@ -45,8 +45,8 @@ def fit_messages(
 ) -> MessageCosts:
     """Latency and bandwidth that fit the exchanges of a run best, by relative error.
 
-    Each median transfer time is a sum of latency and bytes times what the hops of the exchange say; adding up
-    is not told apart from bandwidth, so it is taken as assumed.
+    Each median transfer time is a sum of latency and bytes times what the hops of the exchange say. Adding up
+    cannot be separated from bandwidth, so its cost is assumed.
     """
     ranks = len(lines)
     groups = _transfers(lines)
@@ -78,8 +78,8 @@ def fit_messages(
 
 
 def _transfers(lines: list[RankTimeline]) -> dict[tuple[int, int], list[float]]:
-    """Seconds in transfer of the exchanges in all timelines, by pattern and bytes; of those of all ranks rank
-    0 knows as much as any other."""
+    """Seconds in transfer of the exchanges in all timelines, by pattern and bytes. Of exchanges of all
+    ranks those of rank 0 are taken."""
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for line in lines:
         for row in line.exchanges:

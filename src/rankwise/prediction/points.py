@@ -85,7 +85,7 @@ class Place:
     threads: int | str
 
     def cluster(self, source: Source, ranks: int) -> Cluster:
-        """The hosts of so many ranks."""
+        """The hosts of `ranks` ranks. Raises ConfigError without a network between several."""
         here = min(ranks, self.ranks_per_host or ranks)
         if here < ranks and self.network is None:
             raise ConfigError(
@@ -164,11 +164,11 @@ def _rounds(config: TrainConfig, steps: float) -> int:
 
 
 def _turn_s(source: Source, per_core: float) -> float:
-    """How long an exchange takes longer where so many threads share a core, as whom the last message wakes
-    gets one when another rank has had its turn.
+    """How many seconds longer an exchange takes where `per_core` threads share a core: the rank that its last
+    message wakes gets a core only when another rank has had its turn.
 
-    That is what each exchange of a run with about as many took longer than all else that is known of it; or
-    a time slice, if there is no such run.
+    Taken from the source's run with about as many threads per core: what each of its exchanges took longer
+    than the model says. A time slice, if there is no such run.
     """
     if per_core <= 1:
         return 0.0
@@ -191,8 +191,8 @@ def _turn_s(source: Source, per_core: float) -> float:
 def _epoch(
     source: Source, config: TrainConfig, cluster: Cluster, place: Place, turn_s: float | None = None
 ) -> tuple[Parts, float, RunTraffic, int]:
-    """The parts of an epoch, seconds of all ranks together in which they wait, what they send, and
-    threads. `turn_s` is what each exchange waits for a core, by default what the source says of that."""
+    """The parts of an epoch, the seconds that all ranks together wait, what they send, and threads per rank.
+    `turn_s` is what each exchange waits for a core, by default `_turn_s`."""
     if config.local_after:
         return _two_halves(source, config, cluster, place, config.local_after, turn_s)
     sent = traffic(config, source.model, cluster.hosts)
@@ -204,7 +204,7 @@ def _epoch(
     threads = place.threads_of(crowd_of)
     crowd = crowd_of * threads / cluster.cores_per_host
     shared = max(crowd, 1.0)
-    # Whoever has had the core in between leaves a rank's caches as an exchange does.
+    # A rank that has had the core in between empties the caches as an exchange does.
     meets = meets_in_each_step(config) or (crowd > 1 and crowd_of > 1)
     compute, step_s = compute_at(source, threads, config.batch_size, meets=meets)
     if said.server_steps:
@@ -253,7 +253,7 @@ def _epoch(
                 train_s += math.ceil(steps) * (cluster.seconds(sent.each_step.hops) + turn_s)
             outcome = Outcome(train_s, waited_s, rounds * slowest_s)
     compute_s, longer_s = rounds * float(alone.mean()), rounds * float(round_s.mean() - alone.mean())
-    # Beside others a rank takes longer because cores are shared, or for whom it meets in each step.
+    # A rank takes longer because it shares cores, or because it waits for others in each step.
     crowded_s, met_s = (longer_s, 0.0) if crowd > 1 else (0.0, longer_s)
     master_s = rounds * serve_s if said.served_bytes else 0.0
     waiting_s = max(0.0, outcome.worker_wait_s - master_s) + met_s

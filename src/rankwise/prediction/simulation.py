@@ -12,7 +12,7 @@ import simpy
 from rankwise.prediction.slowest import Seconds
 
 MOST_EXCHANGES = 20_000
-"""Exchanges that are simulated at most; an epoch of more goes on at the pace of these."""
+"""Exchanges that are simulated at most; the rest of a longer epoch takes as long per exchange."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Outcome:
 
 @dataclass
 class _Desk:
-    """The master's books: rounds that each worker has done, and who waits until others have caught up."""
+    """What the server knows: the rounds that each worker has done, and the workers that it holds back until
+    others have caught up."""
 
     done: list[int]
     held: list[tuple[int, simpy.Event]] = field(default_factory=list)
@@ -43,11 +44,11 @@ def serve_all(
     answers_behind: bool = False,
     max_staleness: int | None = None,
 ) -> Outcome:
-    """Workers that compute a round (drawn from `round_s` [n]), send to a master, and wait for its answer.
+    """Workers that compute a round (drawn from `round_s` [n]), send to a server, and wait for its answer.
 
-    The master takes one message after the other, each for `serve_s` and two transfers through its port, or
-    one if answers go out behind its back (`answers_behind`), one after the other too. With `max_staleness` it
-    lets nobody be ahead of the slowest by more exchanges.
+    The server takes one message after the other, each for `serve_s` and two transfers through its port, or
+    one if the system sends the answers (`answers_behind`), one after the other too. With `max_staleness` it
+    holds workers back that are ahead of the slowest by more exchanges.
     """
     simulated = max(1, min(rounds, MOST_EXCHANGES // workers))
     random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""What a prediction starts from: what finished runs tell of steps, messages and fixed costs."""
+"""What a prediction starts from: steps, messages and fixed costs of finished runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Compute:
 @dataclass(frozen=True)
 class OversubscribedRun:
     """A run with `per_core` threads of working ranks for each core: its options, samples, and seconds of an
-    epoch's training. From what that took longer than its work follows how long ranks wait for a core."""
+    epoch's training. What it took longer than its work is what ranks waited for a core."""
 
     per_core: float
     config: TrainConfig
@@ -110,7 +110,8 @@ NO_MESSAGES = (
 
 
 def read_source(folders: Sequence[Path]) -> Source:
-    """What some runs of one network tell; the first says the options. Raises UsageError, one line."""
+    """The source that some runs of one network make; its options are the first one's. Raises UsageError, one
+    line."""
     if not folders:
         raise UsageError("nothing to predict from: give a finished run with --from, or --measure")
     first, *others = [_read(folder) for folder in folders]

@@ -13,12 +13,12 @@ from rankwise.prediction.slowest import SEED, Seconds, chances_of_largest, sums
 from rankwise.prediction.source import Compute, Source
 
 SLICE_S = 0.003
-"""Linux lets a task run for about so long before another takes its core."""
+"""About how long Linux lets a task run before another gets its core."""
 
 
 def compute_at(source: Source, threads: int, batch: int, *, meets: bool = False) -> tuple[Compute, Seconds]:
-    """What is known that is nearest to so many threads and this batch, and times [n] of steps there, with an
-    exchange after each if it `meets`.
+    """The known steps that are nearest to this number of threads and this batch, and the times [n] of steps
+    with them, with an exchange after each if it `meets`.
 
     Between two batch sizes the mean goes along a line; with one alone forward and backward grow with the
     batch, and the rest of a step does not. Steps of the other kind stand in where there are more of them,
@@ -64,8 +64,12 @@ def rounds_s(
     *,
     together: int = 1,
 ) -> tuple[Seconds, Seconds, int]:
-    """Draws of the time that a rank alone would compute in a round, of what it takes beside the others of its
-    host, and how many such times are independent. The first of a round's steps takes `more_s` longer."""
+    """Draws of the time that a rank alone computes in a round of `terms` steps, draws of what it takes among
+    the `here` ranks of its host, and how many such times are independent.
+
+    `crowd` threads share a core, `together` workers meet in each step (1 for none), and the first step of a
+    round takes `more_s` longer.
+    """
     if together > 1:
         step_s = np.sort(sums(step_s, 1, SEED))
         random = np.random.default_rng(SEED)
@@ -83,7 +87,8 @@ def rounds_s(
 def spread_of_mean(steps_s: Seconds, block: int = 16, draws: int = 200) -> float:
     """By which part the mean of steps may be off: half of what 90% of the means of resampled blocks span.
 
-    Neighbouring steps are alike, so blocks of them are drawn (Künsch 1989, doi:10.1214/aos/1176347265).
+    Neighbouring steps take similar times, so blocks of them are drawn (Künsch 1989,
+    doi:10.1214/aos/1176347265).
     """
     block = min(block, max(1, len(steps_s) // 4))
     means = np.convolve(steps_s, np.ones(block) / block, "valid")

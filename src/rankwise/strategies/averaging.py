@@ -1,4 +1,4 @@
-"""Averaging of weights every so many steps: the paper's exchange, local SGD, and its relatives."""
+"""Averaging of weights every few steps: the paper's exchange, local SGD, and its relatives."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ParameterAveraging(Strategy[RoundState]):
 
     def prepare(self, state: RoundState, replica: Replica, batch: Batch, world: World) -> Averaged:
         with world.ledger.phase("pack"):
-            # One place behind the weights carries the wish to stop, so that no extra message does.
+            # One place behind the weights says whether this rank is to stop, so that no extra message does.
             flat = replica.pack(tail=1)
             flat[-1] = world.stopping
             if batch.weights[world.rank]:

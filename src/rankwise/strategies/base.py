@@ -81,7 +81,7 @@ class Strategy(ABC, Generic[S]):
     """How the ranks go on when one of them is lost."""
 
     sends_gradients: ClassVar[bool] = False
-    """Whether ranks agree on gradients, never on weights, so that all may change their weights alike."""
+    """Whether ranks agree on gradients, never on weights, so that all may make the same change to them."""
 
     needs_all_gradients: ClassVar[bool] = False
     """Whether every parameter must have a gradient in each step, so that none can be frozen."""
@@ -95,7 +95,7 @@ class Strategy(ABC, Generic[S]):
 
     @abstractmethod
     def init(self, replica: Replica, world: World) -> S:
-        """The state before the first step, without an exchange; all replicas are alike."""
+        """The state before the first step, without an exchange; all replicas are the same."""
 
     def expect(self, state: S, replica: Replica, batch: Batch, world: World) -> None:
         """Get ready for the gradients of a batch that is about to be trained."""

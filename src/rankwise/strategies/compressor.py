@@ -39,7 +39,7 @@ class Compressor(ABC):
     def sum_by_allreduce(
         self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
     ) -> Reduced:
-        """Among all ranks alike; all find the same total."""
+        """Among all ranks without a master; all find the same total."""
 
     @abstractmethod
     def sum_by_master(

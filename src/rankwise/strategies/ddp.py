@@ -82,7 +82,7 @@ class DDP(Strategy[State]):
         return state.trained(len(batch))
 
     def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
-        """DDP has averaged the gradients in the backward pass; what is left is the wish to stop."""
+        """DDP has averaged the gradients in the backward pass; what is left is whether a rank is to stop."""
         if state.rounds % ASK_EVERY == ASK_EVERY - 1:
             stops = np.array([float(world.stopping)])
             world.allreduce(stops, op="max")

@@ -34,7 +34,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def collectives(self, numbers: int) -> tuple[Collective, ...]:
-        """The exchanges of a sum of arrays of so many numbers."""
+        """The exchanges of a sum of arrays of `numbers` numbers."""
 
     @abstractmethod
     def payload_bytes(self, numbers: int) -> int:
@@ -51,7 +51,7 @@ class Reduction(ABC):
         return self.topology == "master"
 
     def traffic(self, numbers: int, ranks: int) -> Traffic:
-        """A sum of arrays of so many numbers in each round."""
+        """A sum of arrays of `numbers` numbers in each round, on `ranks` ranks."""
         return Traffic(
             self.collectives(numbers),
             payload_bytes=self.payload_bytes(numbers),

@@ -80,9 +80,8 @@ class Gossip(Strategy[GossipState]):
         sends = [world.start_send(flat, rank) for rank in to]
         for exchange in [*receives, *sends]:
             exchange.wait()
-        # A wish to stop goes from neighbour to neighbour, and the earliest counts: it is everywhere in time.
-        wishes = [int(wish) for wish in (stop_at, *rows[:, -1]) if wish]
-        stop_at = min(wishes, default=0)
+        # When to stop goes from neighbour to neighbour, and the earliest counts: all know it in time.
+        stop_at = min((int(stop) for stop in (stop_at, *rows[:, -1]) if stop), default=0)
         if stop_at and state.rounds >= stop_at:
             raise Interrupted(f"stopped in epoch {batch.epoch}")
         with world.ledger.phase("optimizer"):

@@ -27,7 +27,7 @@ BUCKET_MB = 25.0
 class GradientAveraging(Strategy[State]):
     """All ranks step with the mean of their gradients over all samples of the round.
 
-    With `allreduce` each rank forms the mean and steps; the replicas stay alike. With a master, workers
+    With `allreduce` each rank forms the mean and steps; the replicas stay the same. With a master, workers
     send their gradients, and the master steps and sends weights: it alone has an optimiser. What is
     compressed are gradients, both ways, and every rank steps. With a round of several steps gradients
     are added up, as those of one large batch. `Buckets`, attached to the replica, hold them.

@@ -72,10 +72,10 @@ class Hierarchical(ParameterAveraging):
         with world.ledger.phase("pack"):
             flat = replica.pack(tail=1)
             flat[-1] = world.stopping
-            require_finite(flat)  # alike on all ranks of a host
-        wishes = flat[-1:].copy()
-        inside.allreduce(wishes, "max")
-        flat[-1:] = wishes
+            require_finite(flat)  # the same on all ranks of a host
+        stop = flat[-1:].copy()
+        inside.allreduce(stop, "max")
+        flat[-1:] = stop
         after = state
         if inside.rank == 0:
             shares = np.array([batch.weights[ranks].sum() for ranks in hosts])
@@ -89,7 +89,7 @@ class Hierarchical(ParameterAveraging):
 
     def recover(self, state: RoundState, replica: Replica, world: World) -> RoundState:
         replica.attached(Buckets).clear()
-        # Others may lead now, and what leaders compress with must be alike on all of them.
+        # Others may lead now, and what leaders compress with must be the same on all of them.
         kept: dict[str, Flat] = {name: state.memory[name] for name in self.replicated if name in state.memory}
         return replace(state, pending=0, memory=kept)
 

@@ -6,8 +6,8 @@ its code, as messages between two ranks, and a stopwatch runs where its author's
 - worker: around sending its weights, and around loading those that came back;
 - master: after each message has arrived, around the average, and around sending it out.
 
-Around no `receive` runs a stopwatch, so all waiting falls between its readings: whoever comes early
-sits in a `receive`. What it shows is `author_communication_s` in the record's `ranks[].measured`, to be
+No `receive` is timed, so all waiting falls between the stopwatch's readings: a rank that comes early
+waits in a `receive`. What it shows is `author_communication_s` in the record's `ranks[].measured`, to be
 set beside ``transfer`` and ``wait`` of the same run.
 """
 

@@ -124,7 +124,7 @@ class Traffic:
 
 
 def flat_bytes(numbers: int) -> int:
-    """Of a flat array of so many float32, with a flag behind them."""
+    """Of a flat array of `numbers` float32, with a flag behind them."""
     return (numbers + 1) * ITEM_BYTES
 
 
