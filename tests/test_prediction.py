@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise import strategies
 from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError
@@ -253,6 +254,7 @@ TEAMS = [
     {"strategy": "gossip", "topology": "complete"},
     {"strategy": "two-level", "sync_across_hosts": 3},
     {"strategy": "two-level", "sync_across_hosts": 3, "compress": "int8"},
+    {"strategy": "two-level", "sync_across_hosts": 3, "optimizer_state": "average"},
     *(
         {"strategy": "allreduce", "compress": name}
         for name in ("fp16", "bf16", "int8", "topk:0.1", "sign", "powersgd:1")
@@ -287,8 +289,6 @@ def test_bytes_are_those_of_real_runs(options: dict[str, Any]) -> None:
 
     on_hosts = hosts if options["strategy"] == "two-level" else None
     sent = sum(run_in_threads(ranks, train, hosts=on_hosts))
-    from rankwise import strategies
-
     config = strategies.resolve(TrainConfig(ranks=ranks, batch_size=8, momentum=0.9, **options))
     model = ModelSize(((6, 8), (6,), (6,), (6,), (3, 6), (3,)), buffers=12, integers=1)
     its = traffic(config, model, [2, 2] if on_hosts else [ranks])
@@ -338,6 +338,25 @@ def test_a_strategy_that_does_not_say_what_it_sends(
     ):
         with pytest.raises(ConfigError, match=r"MajorityVote .* write its method traffic\(model, hosts\)"):
             refused()
+
+
+@pytest.mark.parametrize(
+    ("options", "server_steps", "unpacked"),
+    [
+        ({"strategy": "gradient-server"}, True, 1),
+        ({"strategy": "gradient-server", "compress": "int8"}, False, 1),
+        ({"strategy": "allreduce", "compress": "int8"}, False, 4),
+        ({"strategy": "allreduce", "compress": "fp16"}, False, 1),
+        ({"strategy": "allreduce", "compress": "powersgd:1"}, False, 1),
+    ],
+    ids=lambda its: " ".join(map(str, its.values())) if isinstance(its, dict) else "",
+)
+def test_who_steps_and_what_is_unpacked(options: dict[str, Any], server_steps: bool, unpacked: int) -> None:
+    """Only a server that gets plain gradients steps for all; only payloads that go to all ranks as they are
+    are unpacked by each."""
+    config = strategies.resolve(TrainConfig(ranks=4, **options))
+    said = traffic(config, ModelSize(((20, 30), (20,))), [4]).said
+    assert (said.server_steps, said.unpacked) == (server_steps, unpacked)
 
 
 # ---- Points

@@ -116,7 +116,7 @@ class GradientAveraging(Strategy[State]):
             return replace(
                 traffic, each_round=(Collective("allreduce", traffic.payload_bytes, pieces=pieces),)
             )
-        return replace(traffic, server_steps=reduction.by_master)
+        return replace(traffic, server_steps=reduction.by_master and not reduction.compresses)
 
     @property
     def _allreduces_plain(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ class PowerSGD(Compressor):
 
     rank: int
     shapes: tuple[tuple[int, ...], ...] = ()
+    gathers: ClassVar = False
 
     def payload_bytes(self, size: int) -> int:
         return sum(self._numbers(size)) * ITEM_BYTES
