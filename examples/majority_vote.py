@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rankwise.errors import Interrupted
-from rankwise.strategies import State, Strategy
+from rankwise.strategies import Collective, State, Strategy, Traffic
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,7 @@ class MajorityVote(Strategy):
                 parameter.grad = torch.empty_like(parameter).copy_(piece.view(parameter.shape))
             replica.step()
         return state.commit()
+
+    def traffic(self, model, hosts):
+        size = 4 * (model.parameters + 1)  # bytes of the votes, for `rankwise predict`
+        return Traffic(each_round=(Collective("allreduce", size),), payload_bytes=size)

@@ -109,7 +109,7 @@ def test_the_selection_covers_what_it_says() -> None:
     classes = {
         (entry.strategy, topology)
         for entry in STRATEGIES.values()
-        if entry.strategy.survives
+        if entry.strategy.recovery.survives
         for topology in entry.topologies
     }
     in_step = {(STRATEGIES[name].strategy, topology) for name, topology in EVERY_DAY}

@@ -15,7 +15,8 @@ from rankwise.comm import World, run_in_threads
 from rankwise.comm.half_precision import add_bf16, add_fp16, from_words, to_words
 from rankwise.strategies.base import State
 from rankwise.strategies.compression import INT8_CHUNK, ByPayload, parse
-from rankwise.strategies.exchange import Reduction
+from rankwise.strategies.exchange import Reduction, reduction_of
+from rankwise.strategies.powersgd import PowerSGD
 
 SHAPES = ((8, 3, 3, 3), (8,), (10, 12), (10,), (3,))
 SIZE = sum(math.prod(shape) for shape in SHAPES)
@@ -30,7 +31,7 @@ def reduce(
     size: int, name: str, topology: str, rows: np.ndarray, times: int = 1
 ) -> tuple[list[np.ndarray], list[State]]:
     """Add `rows` [ranks, n] up so many times; gives the sums of all totals, and the states at the end."""
-    reduction = Reduction(topology, parse(name, SHAPES))
+    reduction = reduction_of(topology, name, SHAPES)
 
     def program(world: World) -> tuple[np.ndarray, State]:
         state, added = State(), np.zeros(rows.shape[1])
@@ -85,7 +86,7 @@ def test_payloads_have_the_sizes_of_the_theory(values: np.ndarray) -> None:
         compressor: Any = parse(name)
         assert isinstance(compressor, ByPayload)
         payload = compressor.encode(values, np.random.default_rng(0))
-        assert (payload.dtype, len(payload)) == (np.uint8, size), name
+        assert (payload.dtype, len(payload), compressor.payload_bytes(n)) == (np.uint8, size, size), name
         assert compressor.decode(payload, n).shape == (n,)
 
 
@@ -96,6 +97,7 @@ def test_low_rank_has_the_size_of_its_factors(rank: int) -> None:
     _, states = reduce(2, f"powersgd:{rank}", "allreduce", rows)
     expected = 4 * (rank * (8 + 27) + rank * (10 + 12) + 8 + 10 + 3)
     assert states[0].measured["compressed_bytes"] == expected
+    assert PowerSGD(rank, SHAPES).payload_bytes(SIZE) == expected
 
 
 def test_int8_is_right_on_average() -> None:
@@ -167,7 +169,7 @@ def test_a_flag_reaches_everybody() -> None:
     """With every compression a flag that one rank raises is seen by all."""
     for topology in ("allreduce", "master"):
         for name in NAMES:
-            reduction = Reduction(topology, parse(name, SHAPES))
+            reduction = reduction_of(topology, name, SHAPES)
 
             def program(world: World, reduction: Reduction = reduction) -> bool:
                 flat = np.zeros(SIZE + 1, np.float32)

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise import strategies
 from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError
@@ -28,9 +30,12 @@ from rankwise.prediction.simulation import gossip, serve_all
 from rankwise.prediction.slowest import expected_maximum, sums
 from rankwise.prediction.source import OversubscribedRun, Source, read_source
 from rankwise.prediction.steps import SLICE_S, compute_at
-from rankwise.prediction.traffic import SUMMARY, Model, traffic
+from rankwise.prediction.traffic import SUMMARY, traffic
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
+from rankwise.strategies import entry_of
+from rankwise.strategies.gossip import distances, neighbours
+from rankwise.strategies.traffic import ModelSize
 from rankwise.training.build import synchronise
 
 from .conftest import Command
@@ -215,8 +220,6 @@ def test_gossip_is_its_events(topology: str) -> None:
     came = {(number, rank): env.event() for number in range(rounds) for rank in range(ranks)}
 
     def rank_of(rank: int) -> Any:
-        from rankwise.strategies.gossip import neighbours
-
         for number in range(rounds):
             yield env.timeout(drawn[number][rank])
             came[number, rank].succeed()
@@ -227,13 +230,16 @@ def test_gossip_is_its_events(topology: str) -> None:
     for rank in range(ranks):
         env.process(rank_of(rank))
     env.run()
-    outcome = gossip(topology, ranks, rounds, samples, exchange_s=0.5, seed=3)
+    outcome = gossip(partial(distances, topology), ranks, rounds, samples, exchange_s=0.5, seed=3)
     assert outcome.makespan_s == pytest.approx(env.now)
 
 
 # ---- Bytes
 
+EXAMPLE = "majority_vote:MajorityVote"
+
 TEAMS = [
+    {"strategy": EXAMPLE},
     {"strategy": "parameter-averaging", "topology": "master", "sync_every": 3},
     {"strategy": "parameter-averaging", "topology": "allreduce", "optimizer_state": "average"},
     {"strategy": "allreduce"},
@@ -248,6 +254,7 @@ TEAMS = [
     {"strategy": "gossip", "topology": "complete"},
     {"strategy": "two-level", "sync_across_hosts": 3},
     {"strategy": "two-level", "sync_across_hosts": 3, "compress": "int8"},
+    {"strategy": "two-level", "sync_across_hosts": 3, "optimizer_state": "average"},
     *(
         {"strategy": "allreduce", "compress": name}
         for name in ("fp16", "bf16", "int8", "topk:0.1", "sign", "powersgd:1")
@@ -256,7 +263,14 @@ TEAMS = [
 ]
 
 
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The strategy of docs/extending.md is found as in a user's folder."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+
+
 @pytest.mark.parametrize("options", TEAMS, ids=lambda options: " ".join(map(str, options.values())))
+@pytest.mark.usefixtures("examples")
 def test_bytes_are_those_of_real_runs(options: dict[str, Any]) -> None:
     """The predicted bytes of an epoch are those that real ranks hand to each other, to the byte."""
     ranks, samples, hosts = 4, 90, [0, 0, 1, 1]
@@ -275,19 +289,74 @@ def test_bytes_are_those_of_real_runs(options: dict[str, Any]) -> None:
 
     on_hosts = hosts if options["strategy"] == "two-level" else None
     sent = sum(run_in_threads(ranks, train, hosts=on_hosts))
-    from rankwise import strategies
-
     config = strategies.resolve(TrainConfig(ranks=ranks, batch_size=8, momentum=0.9, **options))
-    model = Model(((6, 8), (6,), (6,), (6,), (3, 6), (3,)), buffers=12, integers=1)
+    model = ModelSize(((6, 8), (6,), (6,), (6,), (3, 6), (3,)), buffers=12, integers=1)
     its = traffic(config, model, [2, 2] if on_hosts else [ranks])
     shard = -(-samples // config.workers)
     steps = -(-shard // 8)
     every = config.sync_every if isinstance(config.sync_every, int) else steps
     rounds = -(-steps // every)
-    senders = config.workers if config.strategy in ("easgd", "downpour") else 1
     summary = sum(SUMMARY) * ranks
     closing = its.each_epoch.bytes_sent - summary
-    assert sent == steps * its.each_step.bytes_sent + senders * rounds * its.each_round.bytes_sent + closing
+    assert sent == steps * its.each_step.bytes_sent + rounds * its.each_round.bytes_sent + closing
+
+
+@pytest.mark.usefixtures("examples")
+def test_a_strategy_of_one_s_own_is_predicted(train_in_threads: Train, config: Make) -> None:
+    """A user's strategy that says what it sends is predicted from a run of it: its bytes are those of an
+    epoch of that run, but for the logs that ranks compare; and as many from a run of another strategy."""
+    sent = {}
+    options = {**BUSY, "train_limit": 480}
+    for epochs in (2, 3):
+        mine = config(**options, ranks=3, epochs=epochs, strategy=EXAMPLE)
+        record, folder, _ = train_in_threads(mine, folder=f"{epochs}-epochs")
+        sent[epochs] = sum(row.bytes_sent for row in record.ranks)
+    source = read_source([folder.path])
+    assert source.messages.measured
+    own = predict(source, PredictionOptions(ranks="3"))
+    assert EXAMPLE in own.about
+    assert own.points[0].bytes_sent == pytest.approx(sent[3] - sent[2], rel=1e-3)
+    _, other, _ = train_in_threads(config(**options, ranks=1, epochs=2), folder="other")
+    (there,) = predict(read_source([other.path]), PredictionOptions(ranks="3", strategy=EXAMPLE)).points
+    assert there.bytes_sent == own.points[0].bytes_sent
+
+
+@pytest.mark.usefixtures("examples")
+def test_a_strategy_that_does_not_say_what_it_sends(
+    train_in_threads: Train, config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's strategy without `traffic` is refused in one line that names the method to write: as what is
+    to be predicted, and as a source."""
+    options = {**BUSY, "train_limit": 480, "epochs": 2}
+    _, alone, _ = train_in_threads(config(**options, ranks=1), folder="alone")
+    _, own, _ = train_in_threads(config(**options, ranks=2, strategy=EXAMPLE), folder="own")
+    monkeypatch.delattr(entry_of(EXAMPLE).strategy, "traffic")
+    source = read_source([alone.path])
+    for refused in (
+        lambda: predict(source, PredictionOptions(ranks="2", strategy=EXAMPLE)),
+        lambda: read_source([own.path]),
+    ):
+        with pytest.raises(ConfigError, match=r"MajorityVote .* write its method traffic\(model, hosts\)"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("options", "server_steps", "unpacked"),
+    [
+        ({"strategy": "gradient-server"}, True, 1),
+        ({"strategy": "gradient-server", "compress": "int8"}, False, 1),
+        ({"strategy": "allreduce", "compress": "int8"}, False, 4),
+        ({"strategy": "allreduce", "compress": "fp16"}, False, 1),
+        ({"strategy": "allreduce", "compress": "powersgd:1"}, False, 1),
+    ],
+    ids=lambda its: " ".join(map(str, its.values())) if isinstance(its, dict) else "",
+)
+def test_who_steps_and_what_is_unpacked(options: dict[str, Any], server_steps: bool, unpacked: int) -> None:
+    """Only a server that gets plain gradients steps for all; only payloads that go to all ranks as they are
+    are unpacked by each."""
+    config = strategies.resolve(TrainConfig(ranks=4, **options))
+    said = traffic(config, ModelSize(((20, 30), (20,))), [4]).said
+    assert (said.server_steps, said.unpacked) == (server_steps, unpacked)
 
 
 # ---- Points

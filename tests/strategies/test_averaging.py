@@ -17,7 +17,7 @@ from rankwise.comm import World, run_in_threads, solo_world
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, Interrupted, RankLost
 from rankwise.strategies.base import State
-from rankwise.strategies.exchange import Reduction
+from rankwise.strategies.exchange import PlainSum
 from rankwise.training.options import LoopOptions
 
 from .loops import FEATURES, LABELS, SAMPLES, assert_alike, make, step_on, train, train_all, weights_of
@@ -138,7 +138,7 @@ def test_what_is_added_up(topology: str, ranks: int) -> None:
 
     def program(world: World, flag: int) -> tuple[np.ndarray, bool]:
         flat = np.append(rows[world.rank], np.float32(flag and world.rank == world.size - 1))
-        stops, _ = Reduction(topology, None)(flat, weights, world, State())
+        stops, _ = PlainSum(topology)(flat, weights, world, State())
         return flat, stops
 
     for flat, stops in run_in_threads(ranks, lambda world: program(world, 0)):

@@ -15,7 +15,7 @@ from torch import nn
 from rankwise import synchronise
 from rankwise.comm import World, run_in_threads
 from rankwise.errors import Interrupted
-from rankwise.strategies.buckets import Buckets, _cut
+from rankwise.strategies.buckets import Buckets, cut
 
 from .loops import (
     BATCH,
@@ -125,7 +125,7 @@ def test_buckets_are_as_few_whole_parameters_as_fit(sizes: list[int], most: int)
     would be too much; only a parameter that is too large by itself may stand alone in more."""
     ends = np.cumsum(sizes)
     stop = place = 0
-    for bucket in _cut(sizes, most):
+    for bucket in cut(sizes, most):
         assert (bucket.span.start, bucket.places.start) == (stop, place)
         stop, place = bucket.span.stop, bucket.places.stop
         assert stop == ends[place - 1]
@@ -149,7 +149,7 @@ def test_buckets_hold_as_many_bytes_as_was_said(sizes: list[int], most: int, dty
         return Buckets(parameters, most * item_bytes + item_bytes / 2, world)
 
     (found,) = run_in_threads(1, program)
-    assert [bucket.span for bucket in found._buckets] == [its.span for its in _cut(sizes[::-1], most)]
+    assert [bucket.span for bucket in found._buckets] == [its.span for its in cut(sizes[::-1], most)]
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,10 @@ def check(config: TrainConfig, *, resumes: bool = False) -> TrainConfig:
                 )
     parse_shards(config.shards)
     resizing.stages(config)
-    if freezing.stages(config) and config.strategy == "ddp":
+    if freezing.stages(config) and strategies.entry_of(str(config.strategy)).strategy.needs_all_gradients:
         raise ConfigError(
-            f"--freeze {config.freeze} was given, but --strategy ddp waits for the gradients of all "
-            "parameters: leave it out"
+            f"--freeze {config.freeze} was given, but --strategy {config.strategy} waits for the "
+            "gradients of all parameters: leave it out"
         )
     batch_sizes.check(config)
     data.check(config.dataset, config.data_dir)
@@ -67,7 +67,8 @@ def _choose_on_failure(config: TrainConfig) -> TrainConfig:
     assert config.strategy is not None
     if config.min_ranks > config.ranks:
         raise ConfigError(f"--min-ranks {config.min_ranks} was given, but there are {config.ranks} ranks")
-    can = strategies.entry_of(config.strategy).strategy.survives
+    recovery = strategies.entry_of(config.strategy).strategy.recovery
+    can = recovery.survives
     wants = config.on_failure
     if wants == "continue" and not can:
         raise ConfigError(
@@ -86,7 +87,7 @@ def _choose_on_failure(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             f"--spares {config.spares} was given, but they are for --on-failure continue with 2 ranks or more"
         )
-    if config.spares and strategies.entry_of(config.strategy).strategy.syncs_every_step:
+    if config.spares and recovery.syncs_every_step:
         raise ConfigError(
             f"--spares {config.spares} was given, but nobody can come in with --strategy {config.strategy}, "
             "where the ranks of a host are alike: leave it out"

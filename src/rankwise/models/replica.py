@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from rankwise.errors import ModelError
 from rankwise.models.average import Average
 from rankwise.models.freezing import is_under
 from rankwise.models.optimizer_state import OptimizerState
+
+P = TypeVar("P")
 
 
 class Replica:
@@ -50,6 +52,7 @@ class Replica:
         self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.parameters = list(self._trained.values())
         self._paused: list[Tensor] = []
+        self._attached: dict[type, Any] = {}
         self._state = OptimizerState(optimizer)
         tensors = [*model.parameters(), *model.buffers()]
         if any(tensor.is_complex() for tensor in tensors):
@@ -105,6 +108,15 @@ class Replica:
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self._state.step()
+
+    def attach(self, part: object) -> None:
+        """Keep what a strategy builds on this model, such as hooks; one of each class."""
+        self._attached[type(part)] = part
+
+    def attached(self, kind: type[P]) -> P:
+        """What was attached last of this class. Raises KeyError if nothing was."""
+        part: P = self._attached[kind]
+        return part
 
     def poison(self) -> None:
         """Make a gradient not a number, as an overflow or a broken machine would."""

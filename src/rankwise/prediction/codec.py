@@ -7,20 +7,20 @@ from functools import cache
 
 import numpy as np
 
-from rankwise.prediction.traffic import Model, Traffic
 from rankwise.strategies import compression
 from rankwise.strategies.compression import ByPayload
+from rankwise.strategies.traffic import ModelSize, Traffic
 
 TRIALS = 5
 
 
-def seconds(compress: str, model: Model, traffic: Traffic) -> float:
-    """What a rank takes to compress its values and to unpack what comes: of every rank where all payloads go
-    to all. PowerSGD's products are taken as one pass over its payload."""
-    if compress == "none" or not traffic.payload_bytes:
+def seconds(compress: str, model: ModelSize, traffic: Traffic) -> float:
+    """What a rank takes in a round to compress its values and to unpack what comes. PowerSGD's products count
+    as one pass over its payload."""
+    if not traffic.compressed:
         return 0.0
     encode_s, decode_s = _try(compress, model.parameters)
-    return encode_s + decode_s * max(1.0, traffic.unpacked_bytes / traffic.payload_bytes)
+    return encode_s + decode_s * max(1, traffic.unpacked)
 
 
 @cache

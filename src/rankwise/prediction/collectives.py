@@ -38,7 +38,7 @@ class Hop:
 Hops = tuple[Hop, ...]
 
 _Rules = tuple[tuple[int, tuple[tuple[int, str], ...]], ...]
-"""For up to so many ranks, (bytes from which on, algorithm) in ascending order."""
+"""Pairs of the most ranks to which a rule applies and its (fewest bytes, algorithm), in ascending order."""
 
 _RD, _RING, _SEGMENTED, _RABENSEIFNER, _TREES = (
     "recursive doubling",
@@ -100,13 +100,13 @@ ALLGATHER: _Rules = (
 
 
 def algorithm(rules: _Rules, ranks: int, size: int) -> str:
-    """What Open MPI takes for so many ranks and so many bytes a rank."""
+    """The name of what Open MPI takes for `ranks` ranks and `size` bytes per rank."""
     by_size = next(its for most, its in rules if ranks <= most)
     return by_size[bisect_right([start for start, _ in by_size], size) - 1][1]
 
 
 def allreduce(ranks: int, size: int) -> Hops:
-    """The sum of `size` bytes a rank, on all of them."""
+    """The sum of `size` bytes per rank, on all of them."""
     if ranks == 1:
         return ()
     name = algorithm(ALLREDUCE, ranks, size)

@@ -16,15 +16,16 @@ from rankwise.prediction import collectives
 from rankwise.prediction.collectives import Hops
 from rankwise.prediction.network import Link, coefficients
 from rankwise.prediction.step_phases import spent_in_steps
-from rankwise.prediction.traffic import SUMMARY, Model, traffic
+from rankwise.prediction.traffic import SUMMARY, traffic
 from rankwise.runs.record import Record
+from rankwise.strategies.traffic import Collective, Messages, ModelSize, Traffic
 
 
 @dataclass(frozen=True)
-class Messages:
+class MessageCosts:
     """Costs inside a host: of a message, of adding up a byte on the way, of packing and unpacking a byte of
-    what is exchanged, and of a byte that a master takes in hand. `low` and `high` are the quartiles of an
-    exchange over its median; `measured` is whether a run said so."""
+    what is exchanged, and of a byte that a master adds up. `low` and `high` are the quartiles of an
+    exchange over its median; `measured` is whether they come from a run."""
 
     local: Link
     reduce_s_per_byte: float
@@ -35,15 +36,17 @@ class Messages:
     measured: bool
 
 
-ASSUMED = Messages(Link(20e-6, 0.2e-9), 0.1e-9, 0.5e-9, 0.25e-9, 0.5, 2.0, False)
-"""What a source that exchanged nothing leaves open: ranks that share memory, at some GB/s."""
+ASSUMED = MessageCosts(Link(20e-6, 0.2e-9), 0.1e-9, 0.5e-9, 0.25e-9, 0.5, 2.0, False)
+"""For a source that exchanged nothing: ranks that share memory, at some GB/s."""
 
 
-def fit_messages(record: Record, config: TrainConfig, model: Model, lines: list[RankTimeline]) -> Messages:
+def fit_messages(
+    record: Record, config: TrainConfig, model: ModelSize, lines: list[RankTimeline]
+) -> MessageCosts:
     """Latency and bandwidth that fit the exchanges of a run best, by relative error.
 
-    Each median transfer time is a sum of latency and bytes times what the hops of the exchange say; adding up
-    is not told apart from bandwidth, so it is taken as assumed.
+    Each median transfer time is a sum of latency and bytes times what the hops of the exchange say. Adding up
+    cannot be separated from bandwidth, so its cost is assumed.
     """
     ranks = len(lines)
     groups = _transfers(lines)
@@ -58,15 +61,16 @@ def fit_messages(record: Record, config: TrainConfig, model: Model, lines: list[
             spread.append(np.quantile(times_s, [0.25, 0.75]) / middle)
     if ranks == 1 or not rows:
         return ASSUMED
+    said = traffic(config, model, [ranks]).said
     scale = np.array([1e-6, 1e-9])
     found, _ = nnls(np.array(rows) * scale, np.ones(len(rows)))
     latency_s, s_per_byte = found * scale
     low, high = np.array(spread).mean(axis=0)
-    return Messages(
+    return MessageCosts(
         Link(float(latency_s), float(s_per_byte) or ASSUMED.local.s_per_byte),
         ASSUMED.reduce_s_per_byte,
-        _packing(lines, config, model) or ASSUMED.pack_s_per_byte,
-        _serving(lines, config, model) or ASSUMED.serve_s_per_byte,
+        _packing(lines, said) or ASSUMED.pack_s_per_byte,
+        _serving(lines, said) or ASSUMED.serve_s_per_byte,
         float(low),
         float(high),
         True,
@@ -74,8 +78,8 @@ def fit_messages(record: Record, config: TrainConfig, model: Model, lines: list[
 
 
 def _transfers(lines: list[RankTimeline]) -> dict[tuple[int, int], list[float]]:
-    """Seconds in transfer of the exchanges in all timelines, by pattern and bytes; of those of all ranks rank
-    0 knows as much as any other."""
+    """Seconds in transfer of the exchanges in all timelines, by pattern and bytes. Of exchanges of all
+    ranks those of rank 0 are taken."""
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for line in lines:
         for row in line.exchanges:
@@ -86,42 +90,43 @@ def _transfers(lines: list[RankTimeline]) -> dict[tuple[int, int], list[float]]:
     return found
 
 
-def _known(config: TrainConfig, model: Model, record: Record) -> dict[tuple[int, int], Hops]:
+def _known(config: TrainConfig, model: ModelSize, record: Record) -> dict[tuple[int, int], Hops]:
     """The exchanges whose hops are known, by pattern and bytes."""
     ranks = sum(row.role != "spare" for row in record.ranks)
     if ranks == 1:
         return {}
-    its = traffic(config, model, [ranks])
+    said = traffic(config, model, [ranks]).said
     known = {(int(Pattern.ALL_TO_ALL), SUMMARY[0]): collectives.allreduce(ranks, SUMMARY[0])}
-    size = its.payload_bytes + (config.compress != "none")
-    if config.strategy in ("easgd", "downpour", "gossip", "two-level"):
-        return known | {(int(Pattern.RECEIVE), size): (collectives.Hop(1, size),)}
-    if config.topology == "master":
-        gathers = {(int(Pattern.ALL_TO_ONE), size): collectives.gather(ranks, size)}
-        return known | gathers | {(int(Pattern.ONE_TO_ALL), size): collectives.broadcast(ranks, size)}
-    if config.compress == "none":
-        known[int(Pattern.ALL_TO_ALL), size] = collectives.allreduce(ranks, size)
+    size = said.payload_bytes + said.compressed  # with a flag behind it
+    for exchange in said.each_round:
+        match exchange:
+            case Messages() | Collective(kind="broadcast", among="host"):
+                known[int(Pattern.RECEIVE), size] = (collectives.Hop(1, size),)
+            case Collective(kind="gather", among="all"):
+                known[int(Pattern.ALL_TO_ONE), size] = collectives.gather(ranks, size)
+            case Collective(kind="broadcast", among="all"):
+                known[int(Pattern.ONE_TO_ALL), size] = collectives.broadcast(ranks, size)
+            case Collective(kind="allreduce", among="all") if not said.compressed:
+                known[int(Pattern.ALL_TO_ALL), size] = collectives.allreduce(ranks, size)
     return known
 
 
-def _packing(lines: list[RankTimeline], config: TrainConfig, model: Model) -> float:
-    """Seconds a byte of packing, unpacking and keeping what is needed to go back, in rounds of workers."""
-    payload = traffic(config, model, [len(lines)]).payload_bytes
+def _packing(lines: list[RankTimeline], said: Traffic) -> float:
+    """Seconds per byte of packing, unpacking and keeping what is needed to go back, in rounds of workers."""
     columns = [PHASES.index("pack"), PHASES.index("recovery")]
     times = []
     for line in lines:
-        if line.role == "worker" and config.compress == "none":
+        if line.role == "worker" and not said.compressed:
             spent = spent_in_steps(line)[line.steps["step"] > 0][:, columns].sum(1)
             times += spent[spent > 0].tolist()
-    return float(np.median(times)) / 1e9 / payload if times else 0.0
+    return float(np.median(times)) / 1e9 / said.payload_bytes if times else 0.0
 
 
-def _serving(lines: list[RankTimeline], config: TrainConfig, model: Model) -> float:
-    """Seconds a byte of a master's adding up."""
-    served = traffic(config, model, [len(lines)]).served_bytes
-    if config.strategy == "gradient-server" or config.compress != "none" or not served:
+def _serving(lines: list[RankTimeline], said: Traffic) -> float:
+    """Seconds per byte that a server adds up."""
+    if said.server_steps or said.compressed or not said.served:
         return 0.0
     spent = [spent_in_steps(line) for line in lines if line.role == "master"]
     times = [row[PHASES.index("optimizer")] for rows in spent for row in rows]
     busy = [ns for ns in times if ns > 0]
-    return float(np.median(busy)) / 1e9 / served if busy else 0.0
+    return float(np.median(busy)) / 1e9 / said.served_bytes if busy else 0.0

@@ -24,8 +24,8 @@ from rankwise.prediction.collectives import Hop
 @dataclass(frozen=True)
 class Link:
     """What a message takes: `latency_s`, and `s_per_byte`, or `both_s_per_byte` while another one passes it
-    the other way, None for as much. Where messages of growing size were `measured`, those up to the largest
-    take what lies between the two nearest.
+    the other way (None for `s_per_byte`). Where messages of growing size were `measured`, those up to the
+    largest are interpolated between the two nearest.
     """
 
     latency_s: float
@@ -40,7 +40,7 @@ class Link:
         return cls(latency_us / 1e6, 8e-9 / bandwidth_gbit_s, both)
 
     def behind(self, local: Link) -> Link:
-        """This link with what a message takes in the software of a host, `local`, besides."""
+        """This link, with what a message takes in the software of a host, `local`, added."""
         both = self.s_per_byte if self.both_s_per_byte is None else self.both_s_per_byte
 
         def with_software(size: int, time_s: float) -> float:
@@ -179,7 +179,7 @@ class Cluster:
         # Of ranks d places apart those of a host that is a power of two stay inside it until d is as large.
         crosses = self.ranks > here and (hop.ring or hop.distance >= here or here & (here - 1) != 0)
         if not crosses:
-            # To copy and to add takes a core.
+            # Copying and adding up take a core.
             crowd = max(1.0, min(self.ranks, here) / self.cores_per_host)
             message_s = self.local.message_s(hop.bytes, one_way=hop.one_way)
             return crowd * (hop.count * message_s + added_s)

@@ -36,9 +36,9 @@ class PredictionOptions(CheckedOptions):
         "reduce_gb_s. By default all ranks are on one host.",
     )
     ranks_per_host: int | None = Field(
-        None, ge=1, description="Ranks of a host. By default all, with --network one a core."
+        None, ge=1, description="Ranks of a host. By default all, with --network one per core."
     )
     cores_per_host: int | None = Field(None, ge=1, description="Cores of a host. By default the source's.")
     threads: PositiveInt | Literal["auto", "all"] | None = Field(
-        None, description="Arithmetic threads a rank, as in train. By default as in the source."
+        None, description="Arithmetic threads per rank, as in train. By default as in the source."
     )

@@ -15,10 +15,11 @@ from rankwise.errors import ConfigError
 from rankwise.prediction import codec
 from rankwise.prediction.network import Cluster, Network
 from rankwise.prediction.simulation import Outcome, gossip, serve_all
-from rankwise.prediction.slowest import SEED, Seconds, expected_maximum
+from rankwise.prediction.slowest import SEED, expected_maximum
 from rankwise.prediction.source import Source, meets_in_each_step
 from rankwise.prediction.steps import SLICE_S, compute_at, meeting_s, rounds_s, spread_of_mean
-from rankwise.prediction.traffic import ASYNCHRONOUS, Traffic, traffic
+from rankwise.prediction.traffic import RunTraffic, traffic
+from rankwise.strategies.traffic import Barrier, Neighbours, Server
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Place:
     threads: int | str
 
     def cluster(self, source: Source, ranks: int) -> Cluster:
-        """The hosts of so many ranks."""
+        """The hosts of `ranks` ranks. Raises ConfigError without a network between several."""
         here = min(ranks, self.ranks_per_host or ranks)
         if here < ranks and self.network is None:
             raise ConfigError(
@@ -119,13 +120,11 @@ def predict_point(
     """The prediction for a resolved configuration. `alone_images_per_s` is what one rank alone trains, to
     which the efficiency compares."""
     cluster = place.cluster(source, config.ranks)
-    parts, wait_s, its, threads = _epoch(source, config, cluster, place)
+    parts, wait_s, sent, threads = _epoch(source, config, cluster, place)
     low, high = (_scaled(source, config, threads, parts, side) for side in (-1, 1))
     copies = config.workers if strategies.entry_of(str(config.strategy)).replicates else 1
     images_per_s = source.samples * copies / parts.total
     steps = _steps(config, source.samples)
-    rounds = _rounds(config, steps)
-    sent = _bytes(config, its, rounds, steps)
     alone = images_per_s if alone_images_per_s is None else alone_images_per_s
     return Point(
         ranks=config.ranks,
@@ -135,8 +134,8 @@ def predict_point(
         images_per_s=images_per_s,
         efficiency=images_per_s / (config.ranks * alone),
         wait_fraction=min(1.0, wait_s / (config.ranks * parts.total)),
-        bytes_sent=sent,
-        memory_bytes=source.rss_bytes + its.served_bytes + its.unpacked_bytes,
+        bytes_sent=_bytes(sent, _rounds(config, steps), steps),
+        memory_bytes=source.rss_bytes + sent.said.served_bytes + sent.said.unpacked_bytes,
         low_s=low,
         high_s=high,
         limit=parts.limit,
@@ -144,11 +143,10 @@ def predict_point(
     )
 
 
-def _bytes(config: TrainConfig, its: Traffic, rounds: int, steps: float) -> int:
+def _bytes(sent: RunTraffic, rounds: int, steps: float) -> int:
     """Payload of all ranks in an epoch."""
-    senders = config.workers if config.strategy in ASYNCHRONOUS else 1
-    in_steps = math.ceil(steps) * its.each_step.bytes_sent
-    return in_steps + senders * rounds * its.each_round.bytes_sent + its.each_epoch.bytes_sent
+    in_steps = math.ceil(steps) * sent.each_step.bytes_sent
+    return in_steps + rounds * sent.each_round.bytes_sent + sent.each_epoch.bytes_sent
 
 
 def _steps(config: TrainConfig, samples: int) -> float:
@@ -161,18 +159,16 @@ def _rounds(config: TrainConfig, steps: float) -> int:
     """Of a worker in an epoch."""
     every = config.sync_every if isinstance(config.sync_every, int) else math.inf
     rounds = max(1, math.ceil(math.ceil(steps) / every)) if every < math.inf else 1
-    if config.strategy == "post-local-sgd":  # the mean over the epochs before and after
-        part = config.local_after or 0.0
-        return round(part * math.ceil(steps) + (1 - part) * rounds)
-    return rounds
+    part = config.local_after or 0.0  # of the epochs, in which every step is synchronised
+    return round(part * math.ceil(steps) + (1 - part) * rounds)
 
 
 def _turn_s(source: Source, per_core: float) -> float:
-    """How long an exchange takes longer where so many threads share a core, as whom the last message wakes
-    gets one when another rank has had its turn.
+    """How many seconds longer an exchange takes where `per_core` threads share a core: the rank that its last
+    message wakes gets a core only when another rank has had its turn.
 
-    That is what each exchange of a run with about as many took longer than all else that is known of it; or
-    a time slice, if there is no such run.
+    Taken from the source's run with about as many threads per core: what each of its exchanges took longer
+    than the model says. A time slice, if there is no such run.
     """
     if per_core <= 1:
         return 0.0
@@ -194,13 +190,13 @@ def _turn_s(source: Source, per_core: float) -> float:
 
 def _epoch(
     source: Source, config: TrainConfig, cluster: Cluster, place: Place, turn_s: float | None = None
-) -> tuple[Parts, float, Traffic, int]:
-    """The parts of an epoch, seconds of all ranks together in which they wait, what they send, and
-    threads. `turn_s` is what each exchange waits for a core, otherwise what the source says of that."""
-    synchronous = config.local_after
-    if config.strategy == "post-local-sgd" and synchronous and synchronous > 0:
-        return _two_halves(source, config, cluster, place, synchronous, turn_s)
-    its = traffic(config, source.model, cluster.hosts)
+) -> tuple[Parts, float, RunTraffic, int]:
+    """The parts of an epoch, the seconds that all ranks together wait, what they send, and threads per rank.
+    `turn_s` is what each exchange waits for a core, by default `_turn_s`."""
+    if config.local_after:
+        return _two_halves(source, config, cluster, place, config.local_after, turn_s)
+    sent = traffic(config, source.model, cluster.hosts)
+    said = sent.said
     has_master = config.has_master and config.ranks > 1
     crowd_of = max(cluster.hosts)
     if has_master and len(cluster.hosts) == 1:
@@ -208,41 +204,58 @@ def _epoch(
     threads = place.threads_of(crowd_of)
     crowd = crowd_of * threads / cluster.cores_per_host
     shared = max(crowd, 1.0)
-    # Whoever has had the core in between leaves a rank's caches as an exchange does.
+    # A rank that has had the core in between empties the caches as an exchange does.
     meets = meets_in_each_step(config) or (crowd > 1 and crowd_of > 1)
     compute, step_s = compute_at(source, threads, config.batch_size, meets=meets)
-    if config.strategy == "gradient-server" and has_master:
+    if said.server_steps:
         step_s = np.maximum(step_s - compute.optimizer_s, 0)
     steps = _steps(config, source.samples)
     rounds = _rounds(config, steps)
     more_s = meeting_s(source, threads) if config.ranks > 1 and not meets else 0.0
-    alone, round_s, units = rounds_s(step_s, steps / rounds, config, crowd, crowd_of, cluster, more_s)
+    in_steps = {exchange.among for exchange in said.each_step}
+    together = config.workers if "all" in in_steps else crowd_of if "host" in in_steps else 1
+    alone, round_s, units = rounds_s(
+        step_s, steps / rounds, config.workers, crowd, crowd_of, cluster, more_s, together=together
+    )
 
-    pack_s = source.messages.pack_s_per_byte * its.payload_bytes
-    pack_s += codec.seconds(config.compress, source.model, its)
-    exchange_s = cluster.seconds(its.each_round.hops)
-    if its.buckets > 1:  # all but the last piece may go on behind the backward pass
-        hidden_s = min(exchange_s, compute.backward_s) * (1 - 1 / its.buckets)
+    pack_s = source.messages.pack_s_per_byte * said.payload_bytes
+    pack_s += codec.seconds(config.compress, source.model, said)
+    exchange_s = cluster.seconds(sent.each_round.hops)
+    if said.pieces > 1:  # all but the last piece may go on behind the backward pass
+        hidden_s = min(exchange_s, compute.backward_s) * (1 - 1 / said.pieces)
         exchange_s -= hidden_s
-    serve_s = source.messages.serve_s_per_byte * its.served_bytes
-    if config.strategy == "gradient-server" and has_master:
+    serve_s = source.messages.serve_s_per_byte * said.served_bytes
+    if said.server_steps:
         serve_s += compute.optimizer_s
-    if config.strategy in ASYNCHRONOUS or config.strategy == "gossip":
-        outcome = _simulate(config, cluster, round_s, rounds, exchange_s, pack_s * shared, serve_s)
-    else:
-        slowest_s = expected_maximum(round_s, units)
-        if crowd > 1:  # sharing cores makes nobody faster
-            slowest_s = max(slowest_s, expected_maximum(alone, config.workers))
-        waited_s = rounds * (max(slowest_s - float(round_s.mean()), 0.0) + serve_s)
-        turn_s = _turn_s(source, crowd) if turn_s is None else turn_s
-        train_s = rounds * (slowest_s + pack_s * shared + exchange_s + turn_s + serve_s)
-        if its.each_step.hops:
-            train_s += math.ceil(steps) * (cluster.seconds(its.each_step.hops) + turn_s)
-        outcome = Outcome(train_s, waited_s, rounds * slowest_s)
+    match said.meeting:
+        case Server(max_staleness):
+            outcome = serve_all(
+                config.workers,
+                rounds,
+                round_s + pack_s * shared,
+                transfer_s=exchange_s / 2,
+                serve_s=serve_s,
+                seed=SEED,
+                answers_behind=len(cluster.hosts) > 1,
+                max_staleness=max_staleness,
+            )
+        case Neighbours(distances):
+            exchange_s += pack_s * shared
+            outcome = gossip(distances, config.ranks, rounds, round_s, exchange_s=exchange_s, seed=SEED)
+        case Barrier():
+            slowest_s = expected_maximum(round_s, units)
+            if crowd > 1:  # sharing cores makes no rank faster
+                slowest_s = max(slowest_s, expected_maximum(alone, config.workers))
+            waited_s = rounds * (max(slowest_s - float(round_s.mean()), 0.0) + serve_s)
+            turn_s = _turn_s(source, crowd) if turn_s is None else turn_s
+            train_s = rounds * (slowest_s + pack_s * shared + exchange_s + turn_s + serve_s)
+            if sent.each_step.hops:
+                train_s += math.ceil(steps) * (cluster.seconds(sent.each_step.hops) + turn_s)
+            outcome = Outcome(train_s, waited_s, rounds * slowest_s)
     compute_s, longer_s = rounds * float(alone.mean()), rounds * float(round_s.mean() - alone.mean())
-    # Beside others a rank takes longer because cores are shared, or for whom it meets in each step.
+    # A rank takes longer because it shares cores, or because it waits for others in each step.
     crowded_s, met_s = (longer_s, 0.0) if crowd > 1 else (0.0, longer_s)
-    master_s = rounds * serve_s if its.served_bytes and has_master else 0.0
+    master_s = rounds * serve_s if said.served_bytes else 0.0
     waiting_s = max(0.0, outcome.worker_wait_s - master_s) + met_s
     transfer_s = max(0.0, outcome.makespan_s - compute_s - crowded_s - master_s - waiting_s)
     evaluation_s = compute.evaluation_s / config.evaluate_every
@@ -252,7 +265,7 @@ def _epoch(
         compute=compute_s,
         cores=crowded_s,
         waiting=waiting_s,
-        transfer=transfer_s + cluster.seconds(its.each_epoch.hops),
+        transfer=transfer_s + cluster.seconds(sent.each_epoch.hops),
         master=master_s,
         evaluation=evaluation_s,
         checkpoint=source.checkpoint_s / config.checkpoint_every,
@@ -261,44 +274,19 @@ def _epoch(
     wait_s = config.workers * (outcome.worker_wait_s + met_s)
     if has_master:
         wait_s += outcome.master_wait_s + config.workers * evaluation_s
-    return parts, wait_s, its, threads
+    return parts, wait_s, sent, threads
 
 
 def _two_halves(
     source: Source, config: TrainConfig, cluster: Cluster, place: Place, part: float, turn_s: float | None
-) -> tuple[Parts, float, Traffic, int]:
-    """The mean of an epoch that is synchronised every step, and one that is not."""
-    local = config.model_copy(update={"strategy": "local-sgd", "local_after": None})
+) -> tuple[Parts, float, RunTraffic, int]:
+    """The mean of an epoch that is synchronised every step, which `part` of them are, and one that is not."""
+    local = config.model_copy(update={"local_after": None})
     first = _epoch(source, local.model_copy(update={"sync_every": 1}), cluster, place, turn_s)
     second = _epoch(source, local, cluster, place, turn_s)
     pairs = zip(asdict(first[0]).items(), asdict(second[0]).values(), strict=True)
     parts = Parts(**{name: part * one + (1 - part) * other for (name, one), other in pairs})
     return parts, part * first[1] + (1 - part) * second[1], second[2], second[3]
-
-
-def _simulate(
-    config: TrainConfig,
-    cluster: Cluster,
-    round_s: Seconds,
-    rounds: int,
-    exchange_s: float,
-    pack_s: float,
-    serve_s: float,
-) -> Outcome:
-    if config.strategy == "gossip":
-        topology = config.topology or "ring"
-        exchange_s += pack_s
-        return gossip(topology, config.ranks, rounds, round_s, exchange_s=exchange_s, seed=SEED)
-    return serve_all(
-        config.workers,
-        rounds,
-        round_s + pack_s,
-        transfer_s=exchange_s / 2,
-        serve_s=serve_s,
-        seed=SEED,
-        answers_behind=len(cluster.hosts) > 1,
-        max_staleness=config.max_staleness,
-    )
 
 
 def _scaled(source: Source, config: TrainConfig, threads: int, parts: Parts, side: int) -> float:

@@ -1,4 +1,4 @@
-"""From a source and wishes to points: the options of each, and what is to be said beside them."""
+"""From a source and options to points: the configuration of each, and remarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rankwise.prediction.source import Source
 
 MOST_RANKS = 10_000
 MOST_POINTS = 64
-"""A range of more ranks is told by so many of them, each a constant factor above the one before."""
+"""Of a range of more ranks this many are predicted, each a constant factor above the one before."""
 
 UNKNOWN = (
     "other users' load on hosts and network, which the source did not see",
@@ -30,7 +30,7 @@ UNKNOWN = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """Points for the ranks that were asked for, what was predicted and from what, and what was assumed."""
+    """The points, what was predicted and from what, and what was assumed."""
 
     source: str
     about: str
@@ -56,16 +56,16 @@ class Prediction:
         }
 
 
-def predict(source: Source, wishes: PredictionOptions) -> Prediction:
-    """Predict an epoch of each number of ranks. Raises ConfigError, one line, for wishes that do not fit."""
-    network = read_network(wishes.network) if wishes.network else None
-    source = replace(source, samples=wishes.samples or source.samples)
-    counts = read_ranks(wishes.ranks, source.samples)
-    cores = wishes.cores_per_host or source.cores
-    here = wishes.ranks_per_host or (cores if network else None)
-    place = Place(here, cores, network, wishes.threads or source.config.threads)
-    configs = [_resolved(source, wishes, ranks) for ranks in counts]
-    single = _resolved(source, wishes, 1)
+def predict(source: Source, wanted: PredictionOptions) -> Prediction:
+    """Predict an epoch of each number of ranks. Raises ConfigError, one line, for options that do not fit."""
+    network = read_network(wanted.network) if wanted.network else None
+    source = replace(source, samples=wanted.samples or source.samples)
+    counts = read_ranks(wanted.ranks, source.samples)
+    cores = wanted.cores_per_host or source.cores
+    here = wanted.ranks_per_host or (cores if network else None)
+    place = Place(here, cores, network, wanted.threads or source.config.threads)
+    configs = [_resolved(source, wanted, ranks) for ranks in counts]
+    single = _resolved(source, wanted, 1)
     alone = predict_point(source, single, Place(1, place.cores_per_host, None, place.threads), None)
     points = tuple(predict_point(source, config, place, alone.images_per_s) for config in configs)
     last = configs[-1]
@@ -82,31 +82,28 @@ def predict(source: Source, wishes: PredictionOptions) -> Prediction:
     )
 
 
-def _resolved(source: Source, wishes: PredictionOptions, ranks: int) -> TrainConfig:
-    """The options of a run of so many ranks. One rank alone keeps in step with nobody."""
-    config = _over(source.config, wishes, ranks)
+def _resolved(source: Source, wanted: PredictionOptions, ranks: int) -> TrainConfig:
+    """The resolved options of a run of `ranks` ranks; of one rank without a strategy."""
+    config = _over(source.config, wanted, ranks)
     if ranks == 1:
         nothing = dict.fromkeys(("strategy", "topology", "sync_every", "local_after"))
         single = {**config.model_dump(), **strategies.OPTIONS, **nothing, "compress": "none"}
         return strategies.resolve(TrainConfig(**single))
-    resolved = strategies.resolve(config)
-    if resolved.strategy == "ddp" or resolved.strategy not in strategies.STRATEGIES:
-        raise ConfigError(f"--strategy {resolved.strategy}: only rankwise's own exchanges can be predicted")
-    return resolved
+    return strategies.resolve(config)
 
 
-def _over(source: TrainConfig, wishes: PredictionOptions, ranks: int) -> TrainConfig:
-    """The source's options with the wishes on top; not yet resolved."""
+def _over(source: TrainConfig, wanted: PredictionOptions, ranks: int) -> TrainConfig:
+    """The source's options with what is `wanted` on top; not yet resolved."""
     values = source.model_dump()
     values |= {"ranks": ranks, "hosts": None, "hostfile": None, "spares": 0, "fault": (), "min_ranks": 1}
-    same = source.ranks > 1 and wishes.strategy in (None, source.strategy)
+    same = source.ranks > 1 and wanted.strategy in (None, source.strategy)
     if not same:
         values |= {**strategies.OPTIONS, **dict.fromkeys(("strategy", "topology", "sync_every"))}
         values["local_after"] = None
     for name in ("batch_size", "strategy", "topology", "compress", "sync_every"):
-        wish = getattr(wishes, name)
-        if wish is not None:
-            values[name] = wish
+        value = getattr(wanted, name)
+        if value is not None:
+            values[name] = value
     return TrainConfig(**values)
 
 
@@ -146,7 +143,7 @@ def _remarks(source: Source, points: Sequence[Point], config: TrainConfig) -> tu
     if any(point.threads > 1 and point.parts.cores > 0 for point in points):
         lines.append(
             "ranks of several threads that share cores hold each other up far more than their work says: "
-            "take what is told of them for the least they need"
+            "take what is predicted for them as the least that they need"
         )
     batches = {its.batch for its in source.compute}
     if config.batch_size not in batches and len(batches) == 1:

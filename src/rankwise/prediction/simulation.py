@@ -1,8 +1,8 @@
-"""Discrete events for the strategies in which not all ranks meet: an asynchronous master, and gossip."""
+"""Rounds in which not all ranks meet: workers at a server, by discrete events, and neighbours."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import simpy
 from rankwise.prediction.slowest import Seconds
 
 MOST_EXCHANGES = 20_000
-"""Exchanges that are simulated at most; an epoch of more goes on at the pace of these."""
+"""Exchanges that are simulated at most; the rest of a longer epoch takes as long per exchange."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Outcome:
 
 @dataclass
 class _Desk:
-    """The master's books: rounds that each worker has done, and who waits until others have caught up."""
+    """What the server knows: the rounds that each worker has done, and the workers that it holds back until
+    others have caught up."""
 
     done: list[int]
     held: list[tuple[int, simpy.Event]] = field(default_factory=list)
@@ -43,11 +44,11 @@ def serve_all(
     answers_behind: bool = False,
     max_staleness: int | None = None,
 ) -> Outcome:
-    """Workers that compute a round (drawn from `round_s` [n]), send to a master, and wait for its answer.
+    """Workers that compute a round (drawn from `round_s` [n]), send to a server, and wait for its answer.
 
-    The master takes one message after the other, each for `serve_s` and two transfers through its port, or
-    one if answers go out behind its back (`answers_behind`), one after the other too. With `max_staleness` it
-    lets nobody be ahead of the slowest by more exchanges.
+    The server takes one message after the other, each for `serve_s` and two transfers through its port, or
+    one if the system sends the answers (`answers_behind`), one after the other too. With `max_staleness` it
+    holds workers back that are ahead of the slowest by more exchanges.
     """
     simulated = max(1, min(rounds, MOST_EXCHANGES // workers))
     random = np.random.default_rng(seed)
@@ -99,9 +100,16 @@ def serve_all(
 
 
 def gossip(
-    topology: str, ranks: int, rounds: int, round_s: Seconds, *, exchange_s: float, seed: int
+    distances: Callable[[int, int], Sequence[int]],
+    ranks: int,
+    rounds: int,
+    round_s: Seconds,
+    *,
+    exchange_s: float,
+    seed: int,
 ) -> Outcome:
-    """Ranks that mix with their neighbours after each round: nobody goes on before these have come.
+    """Ranks that mix with their neighbours after each round, for which they wait: in the round `number` rank
+    i receives from the ranks i - d (modulo `ranks`), d in `distances(ranks, number)`.
 
     The events of a round follow from those of the round before by a maximum, so no queue of events is needed:
     t_i <- max over i and those that send to i of (t + round) + exchange.
@@ -111,12 +119,11 @@ def gossip(
     now_s, waited_s = np.zeros(ranks), 0.0
     for number in range(simulated):
         came_s = now_s + random.choice(round_s, ranks)
-        if topology == "complete":
+        away = {distance % ranks for distance in distances(ranks, number)} - {0}
+        if len(away) == ranks - 1:  # all others, without a shift for each
             met_s = np.full(ranks, came_s.max())
-        elif topology == "ring":
-            met_s = np.maximum(came_s, np.maximum(np.roll(came_s, 1), np.roll(came_s, -1)))
         else:
-            met_s = np.maximum(came_s, np.roll(came_s, 2 ** (number % max(1, (ranks - 1).bit_length()))))
+            met_s = np.max([came_s, *(np.roll(came_s, distance) for distance in away)], axis=0)
         waited_s += float((met_s - came_s).mean())
         now_s = met_s + exchange_s
     longer = rounds / simulated

@@ -11,7 +11,7 @@ SEED = 0
 """Of all draws, so that the same source gives the same prediction."""
 
 DRAWS = 4096
-"""Samples of a sum; of the slowest of more than so many nothing beyond the largest draw is known."""
+"""Samples of a sum; the slowest of more ranks than this is the largest draw."""
 
 
 def expected_maximum(samples: Seconds, count: int) -> float:
@@ -29,7 +29,7 @@ def chances_of_largest(samples: int, count: int) -> NDArray[np.float64]:
 
 
 def sums(samples: Seconds, terms: float, seed: int) -> Seconds:
-    """Draws [DRAWS] of the sum of so many independent samples; a fraction counts as one that much shorter.
+    """Draws [DRAWS] of the sum of `terms` independent samples; a fraction of a term is one that much shorter.
 
     Above 64 terms a normal distribution stands for the sum of the whole ones.
     """

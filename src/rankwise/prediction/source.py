@@ -1,4 +1,4 @@
-"""What a prediction starts from: what finished runs tell of steps, messages and fixed costs."""
+"""What a prediction starts from: steps, messages and fixed costs of finished runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError, one_line
 from rankwise.ledger.phases import PHASES
 from rankwise.ledger.timeline import RankTimeline, read_timeline
-from rankwise.prediction.messages import ASSUMED, Messages, fit_messages
+from rankwise.prediction.messages import ASSUMED, MessageCosts, fit_messages
 from rankwise.prediction.slowest import Seconds
 from rankwise.prediction.step_phases import spent_in_steps
-from rankwise.prediction.traffic import ASYNCHRONOUS, Model
+from rankwise.prediction.traffic import traffic
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
+from rankwise.strategies.traffic import Barrier, ModelSize
 
 LEAST_STEPS = 16
 """Full steps without which nothing can be said of their distribution."""
@@ -60,7 +61,7 @@ class Compute:
 @dataclass(frozen=True)
 class OversubscribedRun:
     """A run with `per_core` threads of working ranks for each core: its options, samples, and seconds of an
-    epoch's training. From what that took longer than its work follows how long ranks wait for a core."""
+    epoch's training. What it took longer than its work is what ranks waited for a core."""
 
     per_core: float
     config: TrainConfig
@@ -76,11 +77,11 @@ class Source:
 
     name: str
     config: TrainConfig
-    model: Model
+    model: ModelSize
     samples: int
     cores: int
     compute: tuple[Compute, ...]
-    messages: Messages
+    messages: MessageCosts
     checkpoint_s: float
     epoch_s: float
     startup_s: float
@@ -109,7 +110,8 @@ NO_MESSAGES = (
 
 
 def read_source(folders: Sequence[Path]) -> Source:
-    """What some runs of one network tell; the first says the options. Raises UsageError, one line."""
+    """The source that some runs of one network make; its options are the first one's. Raises UsageError, one
+    line."""
     if not folders:
         raise UsageError("nothing to predict from: give a finished run with --from, or --measure")
     first, *others = [_read(folder) for folder in folders]
@@ -129,9 +131,11 @@ def _read(path: Path) -> Source:
     if record.outcome != "completed":
         raise UsageError(f"{path} is {record.outcome}: predict from a run that is completed")
     config = TrainConfig(**{k: v for k, v in record.config.items() if k in TrainConfig.model_fields})
-    if config.strategy == "ddp" or config.strategy not in strategies.STRATEGIES:
-        raise ConfigError(f"{path}: what --strategy {config.strategy} exchanges is not in its ledger")
     model = _model(folder)
+    try:
+        meeting = traffic(config, model, [config.ranks]).said.meeting
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     lines = [read_timeline(folder.timeline_of(row.rank)) for row in record.ranks if row.role != "spare"]
     steps, parts = _steps(record, lines, config.batch_size)
     if len(steps) < LEAST_STEPS:
@@ -142,7 +146,7 @@ def _read(path: Path) -> Source:
     messages = fit_messages(record, config, model, lines)
     hosts = record.environment.hosts
     workers = [row for row in record.ranks if row.role == "worker"]
-    copies = len(workers) if strategies.entry_of(config.strategy).replicates else 1
+    copies = len(workers) if strategies.entry_of(str(config.strategy)).replicates else 1
     remarks: tuple[str, ...] = () if messages.measured else (NO_MESSAGES,)
     cores = max(host.cores for host in hosts)
     later = record.epochs[1:] or record.epochs
@@ -151,7 +155,7 @@ def _read(path: Path) -> Source:
     per_core = sum(row.threads for row in workers) / sum(host.cores for host in hosts)
     crowds: tuple[OversubscribedRun, ...] = ()
     if per_core > 1:
-        if len(hosts) == 1 and config.strategy not in (*ASYNCHRONOUS, "gossip"):
+        if len(hosts) == 1 and isinstance(meeting, Barrier):
             crowds = (OversubscribedRun(per_core, config, samples, float(np.median(train_s))),)
         off = sum(sum(row.off_cpu_ns.get(p, 0) for p in ("forward", "backward")) for row in workers)
         on = sum(sum(row.phases_ns[p] for p in ("forward", "backward")) for row in workers)
@@ -192,10 +196,11 @@ def _read(path: Path) -> Source:
 
 def meets_in_each_step(config: TrainConfig) -> bool:
     """Whether ranks exchange something after each step, in a resolved configuration."""
-    return config.ranks > 1 and (config.sync_every == 1 or config.strategy == "two-level")
+    recovery = strategies.entry_of(str(config.strategy)).strategy.recovery
+    return config.ranks > 1 and (config.sync_every == 1 or recovery.syncs_every_step)
 
 
-def _model(folder: RunFolder) -> Model:
+def _model(folder: RunFolder) -> ModelSize:
     """The shapes in the newest checkpoint, by the header of its file."""
     saved = sorted(folder.checkpoints.glob("epoch-*/model.safetensors"))
     if not saved:
@@ -210,7 +215,7 @@ def _model(folder: RunFolder) -> Model:
         raise UsageError(f"{saved[-1]} is damaged: {one_line(error)[:200]}") from None
     saved_buffers = {name for name in tensors if name.rpartition(".")[2] in _SAVED_BUFFERS}
     integers = {name for name in saved_buffers if not kinds[name].startswith(("F", "BF"))}
-    return Model(
+    return ModelSize(
         tuple(shape for name, shape in tensors.items() if name not in saved_buffers),
         _numbers(tensors[name] for name in saved_buffers - integers),
         _numbers(tensors[name] for name in integers),

@@ -8,18 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from rankwise.config import TrainConfig
 from rankwise.prediction.network import Cluster
 from rankwise.prediction.slowest import SEED, Seconds, chances_of_largest, sums
 from rankwise.prediction.source import Compute, Source
 
 SLICE_S = 0.003
-"""Linux lets a task run for about so long before another takes its core."""
+"""About how long Linux lets a task run before another gets its core."""
 
 
 def compute_at(source: Source, threads: int, batch: int, *, meets: bool = False) -> tuple[Compute, Seconds]:
-    """What is known that is nearest to so many threads and this batch, and times [n] of steps there, with an
-    exchange after each if it `meets`.
+    """The known steps that are nearest to this number of threads and this batch, and the times [n] of steps
+    with them, with an exchange after each if it `meets`.
 
     Between two batch sizes the mean goes along a line; with one alone forward and backward grow with the
     batch, and the rest of a step does not. Steps of the other kind stand in where there are more of them,
@@ -57,22 +56,28 @@ def _nearest(source: Source, threads: int) -> list[Compute]:
 def rounds_s(
     step_s: Seconds,
     terms: float,
-    config: TrainConfig,
+    workers: int,
     crowd: float,
     here: int,
     cluster: Cluster,
     more_s: float = 0.0,
+    *,
+    together: int = 1,
 ) -> tuple[Seconds, Seconds, int]:
-    """Draws of the time that a rank alone would compute in a round, of what it takes beside the others of its
-    host, and how many such times are independent. The first of a round's steps takes `more_s` longer."""
-    if config.strategy == "two-level" and here > 1:  # those of a host meet in every step
+    """Draws of the time that a rank alone computes in a round of `terms` steps, draws of what it takes among
+    the `here` ranks of its host, and how many such times are independent.
+
+    `crowd` threads share a core, `together` workers meet in each step (1 for none), and the first step of a
+    round takes `more_s` longer.
+    """
+    if together > 1:
         step_s = np.sort(sums(step_s, 1, SEED))
         random = np.random.default_rng(SEED)
-        slowest = random.choice(step_s, len(step_s), p=chances_of_largest(len(step_s), here))
-        return sums(step_s, terms, SEED), sums(slowest * max(crowd, 1), terms, SEED), len(cluster.hosts)
+        slowest = random.choice(step_s, len(step_s), p=chances_of_largest(len(step_s), together))
+        return sums(step_s, terms, SEED), sums(slowest * max(crowd, 1), terms, SEED), -(-workers // together)
     alone = sums(step_s, terms, SEED) + more_s
     if crowd <= 1:
-        return alone, alone, config.workers
+        return alone, alone, workers
     # The cores of a host are shared out: all its work, a time slice more or less, or one rank after the
     # other.
     work = (sums(step_s, terms * here, SEED + 1) / here + more_s) * crowd
@@ -82,7 +87,8 @@ def rounds_s(
 def spread_of_mean(steps_s: Seconds, block: int = 16, draws: int = 200) -> float:
     """By which part the mean of steps may be off: half of what 90% of the means of resampled blocks span.
 
-    Neighbouring steps are alike, so blocks of them are drawn (Künsch 1989, doi:10.1214/aos/1176347265).
+    Neighbouring steps take similar times, so blocks of them are drawn (Künsch 1989,
+    doi:10.1214/aos/1176347265).
     """
     block = min(block, max(1, len(steps_s) // 4))
     means = np.convolve(steps_s, np.ones(block) / block, "valid")

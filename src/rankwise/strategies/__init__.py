@@ -18,7 +18,9 @@ from rankwise.strategies.gossip import Gossip
 from rankwise.strategies.gradients import GradientAveraging
 from rankwise.strategies.hierarchical import Hierarchical
 from rankwise.strategies.paper_exchange import PaperExchange
+from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.single import Single
+from rankwise.strategies.traffic import Barrier, Collective, Messages, ModelSize, Neighbours, Server, Traffic
 from rankwise.system import machine
 from rankwise.system.user_code import import_from
 
@@ -46,7 +48,7 @@ class Entry:
     samples instead of a shard; with `local_after` all epochs before that part of the run are synchronous.
     """
 
-    strategy: type[Strategy]
+    strategy: type[Strategy[Any]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     topologies: tuple[str, ...] = ()
     sync_every: int | str | None = None
@@ -64,7 +66,7 @@ class Entry:
             return self.local_after is not None
         return option in self._fields and option not in self.hides
 
-    def build(self, config: TrainConfig) -> Strategy:
+    def build(self, config: TrainConfig) -> Strategy[Any]:
         """The strategy with this configuration's options."""
         given = {name: getattr(config, name, None) for name in self._fields if name not in self.hides}
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -114,7 +116,35 @@ def entry_of(name: str) -> Entry:
         raise ConfigError(
             f"--strategy {name}: expected a dataclass that is a rankwise.strategies.Strategy, got {found!r}"
         )
+    _require_new_names(name, found)
     return Entry(found)
+
+
+_OLD_NAMES: dict[str, tuple[object, str]] = {
+    "survives": (False, "recovery = Recovery.FAIL_STOP"),
+    "syncs_every_step": (True, "recovery = Recovery.ROLL_BACK"),
+    "in_lockstep": (True, "recovery = Recovery.ROLL_BACK"),
+    "synchronous": (False, "recovery = Recovery.ASYNCHRONOUS"),
+    "in_step": (False, "recovery = Recovery.ASYNCHRONOUS"),
+    "keeps_local_work": (False, "recovery = Recovery.DROP_ROUND"),
+}
+"""Attributes that strategies had, each with the value that said something, and what says it now."""
+
+
+def _require_new_names(name: str, strategy: type[Strategy[Any]]) -> None:
+    """Raises ConfigError for a user's strategy that is written for an older rankwise."""
+    missing = object()
+    if (arrays := getattr(strategy, "alike", missing)) is not missing:
+        raise ConfigError(
+            f"--strategy {name}: alike = {arrays!r} was given, which is replicated now: write "
+            f"replicated = {arrays!r}"
+        )
+    for old, (value, new) in _OLD_NAMES.items():
+        if (given := getattr(strategy, old, missing)) is not missing:
+            write = f"write {new}" if given == value else "leave it out"
+            raise ConfigError(
+                f"--strategy {name}: {old} = {given!r} was given, which is part of recovery now: {write}"
+            )
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -191,7 +221,7 @@ def _check_average(name: str, entry: Entry, config: TrainConfig) -> None:
         )
     fits = {
         "none": True,
-        "ema": entry.strategy.synchronous,
+        "ema": entry.strategy.recovery.synchronous,
         "lookahead": entry.strategy.sends_gradients,
     }
     if not fits[kind]:
@@ -202,4 +232,19 @@ def _check_average(name: str, entry: Entry, config: TrainConfig) -> None:
         )
 
 
-__all__ = ["STRATEGIES", "Entry", "State", "Strategy", "entry_of", "resolve"]
+__all__ = [
+    "STRATEGIES",
+    "Barrier",
+    "Collective",
+    "Entry",
+    "Messages",
+    "ModelSize",
+    "Neighbours",
+    "Recovery",
+    "Server",
+    "State",
+    "Strategy",
+    "Traffic",
+    "entry_of",
+    "resolve",
+]

@@ -1,9 +1,9 @@
-"""Asynchronous training: a master holds the centre and serves whichever worker comes."""
+"""Asynchronous training: a master holds the centre and serves workers in the order in which they come."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,24 +15,33 @@ from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted, RankLost
 from rankwise.strategies.base import State, Strategy, require_finite
 from rankwise.strategies.compression import Flat
+from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.traffic import (
+    Collective,
+    Exchange,
+    Messages,
+    ModelSize,
+    Server,
+    Traffic,
+    flat_bytes,
+)
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Desk:
-    """The master's books over one epoch."""
+    """What the master knows of its workers in one epoch.
+
+    `rounds_left` [ranks] are the exchanges that each rank has still to make, `seen` [ranks] how often the
+    centre had changed when each fetched it last, `changes` how often it has changed, and `waiting` the
+    messages that are not answered yet, with their ranks, in the order in which they came.
+    """
 
     rounds_left: NDArray[np.int64]
-    """Exchanges with which each rank still has to come."""
-
     seen: NDArray[np.int64]
-    """How often the centre had changed when each rank fetched it last."""
-
-    waiting: list[tuple[int, Flat]] = field(default_factory=list)
-    """Messages that were not answered yet, in the order in which they came."""
-
+    waiting: tuple[tuple[int, Flat], ...] = ()
     changes: int = 0
 
     @classmethod
@@ -42,39 +51,44 @@ class _Desk:
         left[0] = 0
         return cls(left, np.zeros(ranks, np.int64))
 
-    def admit(self, max_staleness: int | None) -> Iterator[tuple[int, Flat]]:
-        """Messages that may be answered now: not of those too far ahead of the slowest."""
-        while True:
-            slowest = self.rounds_left.max()
-            for place, (source, _) in enumerate(self.waiting):
-                if max_staleness is None or slowest - self.rounds_left[source] <= max_staleness:
-                    yield self.waiting.pop(place)
-                    break
-            else:
-                return
+    def received(self, source: int, message: Flat) -> _Desk:
+        """After a message came."""
+        return replace(self, waiting=(*self.waiting, (source, message)))
 
-    def book(self, source: int, *, is_last: bool) -> int:
-        """A message was answered; returns how often the centre had changed unseen by its rank."""
-        staleness = int(self.changes - self.seen[source])
-        self.changes += 1
-        self.seen[source] = self.changes
-        self.rounds_left[source] = 0 if is_last else self.rounds_left[source] - 1
-        return staleness
+    def next(self, max_staleness: int | None) -> tuple[int, Flat] | None:
+        """The first message that may be answered now: none of a rank too far ahead of the slowest."""
+        slowest = self.rounds_left.max()
+        for source, message in self.waiting:
+            if max_staleness is None or slowest - self.rounds_left[source] <= max_staleness:
+                return source, message
+        return None
+
+    def staleness(self, source: int) -> int:
+        """How often the centre has changed since this rank fetched it."""
+        return int(self.changes - self.seen[source])
+
+    def answered(self, source: int, *, is_last: bool) -> _Desk:
+        """After the message of a rank was answered, which has only one there at a time."""
+        seen, left, changes = self.seen.copy(), self.rounds_left.copy(), self.changes + 1
+        seen[source] = changes
+        left[source] = 0 if is_last else left[source] - 1
+        waiting = tuple(entry for entry in self.waiting if entry[0] != source)
+        return _Desk(left, seen, waiting, changes)
 
 
 @dataclass(frozen=True)
 class CentreState(State):
-    """`fetched` are a worker's weights after its last exchange, and whether that was its last in this run;
-    `desk` are the master's books, which change as it serves."""
+    """`fetched` are a worker's weights after its last exchange, and `stopped` whether that was its last in
+    this run; `desk` is what the master knows of its workers, None until the epoch's first exchange."""
 
-    fetched: Flat | None = None
+    fetched: Flat = field(default_factory=lambda: np.empty(0))
     stopped: bool = False
     desk: _Desk | None = None
 
 
 @dataclass(frozen=True)
-class Asynchronous(Strategy):
-    """Each worker exchanges with the master every so many steps, and waits for nobody else.
+class Asynchronous(Strategy[CentreState]):
+    """Each worker exchanges with the master every few steps, and waits for no other worker.
 
     A message's staleness is how often others changed the centre since its worker fetched it; its mean and
     maximum stand in the record of the master. `max_staleness` bounds by how many exchanges of the epoch a
@@ -86,7 +100,7 @@ class Asynchronous(Strategy):
     """
 
     topologies: ClassVar = ("master",)
-    synchronous: ClassVar = False
+    recovery: ClassVar = Recovery.ASYNCHRONOUS
     sync_every: ClassVar = 4
 
     max_staleness: int | None = None
@@ -103,20 +117,20 @@ class Asynchronous(Strategy):
     def take(self, mine: Flat, reply: Flat) -> Flat:
         """What the worker goes on with."""
 
-    def init(self, replica: Replica, world: World) -> State:
+    def init(self, replica: Replica, world: World) -> CentreState:
         return CentreState()
 
-    def open_epoch(self, state: State, replica: Replica, world: World) -> State:
-        assert isinstance(state, CentreState)
+    def open_epoch(self, state: CentreState, replica: Replica, world: World) -> CentreState:
         if world.rank and "weights" in state.memory:
             replica.unpack(state.memory["weights"])
         if world.rank == 0:
             return replace(state, desk=None)
         return replace(state, fetched=replica.pack().copy())
 
-    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> tuple[CentreState, Flat]:
+    def prepare(
+        self, state: CentreState, replica: Replica, batch: Batch, world: World
+    ) -> tuple[CentreState, Flat]:
         """The state after the exchange, and this rank's new weights."""
-        assert isinstance(state, CentreState)
         with world.ledger.phase("pack"):
             flat = replica.pack(tail=1)
             flat[-1] = world.stopping
@@ -126,14 +140,13 @@ class Asynchronous(Strategy):
             return self._serve(state, flat, replica, batch, world)
         return self._call(state, flat, world)
 
-    def recover(self, state: State, replica: Replica, world: World) -> State:
-        assert isinstance(state, CentreState)
+    def recover(self, state: CentreState, replica: Replica, world: World) -> CentreState:
         return replace(state, desk=None)
 
     def close_epoch(
-        self, state: State, replica: Replica, weights: NDArray[np.float64], world: World
-    ) -> State:
-        """Raises Interrupted, on all ranks, if any wished to stop: here they meet."""
+        self, state: CentreState, replica: Replica, weights: NDArray[np.float64], world: World
+    ) -> CentreState:
+        """Raises Interrupted on all ranks if any is to stop: here they meet."""
         stops = np.array([float(world.stopping)])
         world.allreduce(stops, op="max")
         if stops[0]:
@@ -141,9 +154,20 @@ class Asynchronous(Strategy):
         state = super().close_epoch(state, replica, weights, world)
         return state.remember(weights=replica.pack().copy()) if world.rank else state
 
+    def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
+        size = flat_bytes(model.parameters)
+        return Traffic(
+            each_round=(Messages("server", size, count=2),),
+            meeting=Server(self.max_staleness),
+            payload_bytes=size,
+            served=1,
+        )
+
+    def closing_traffic(self, model: ModelSize) -> tuple[Exchange, ...]:
+        return (*super().closing_traffic(model), Collective("allreduce", 8))
+
     def _call(self, state: CentreState, flat: Flat, world: World) -> tuple[CentreState, Flat]:
-        """A worker's exchange. Once the master knows that somebody wished to stop there are no more."""
-        assert state.fetched is not None
+        """A worker's exchange. There are no more once the master knows that a rank is to stop."""
         mine = flat[:-1].copy()
         if state.stopped:
             return state, mine
@@ -161,7 +185,8 @@ class Asynchronous(Strategy):
     def _serve(
         self, state: CentreState, flat: Flat, replica: Replica, batch: Batch, world: World
     ) -> tuple[CentreState, Flat]:
-        """As many exchanges as there are workers, whoever comes; in the last round all that are left."""
+        """As many exchanges as there are workers, in the order in which they come; in the last round all that
+        are left."""
         workers = world.size - 1
         desk = state.desk or _Desk.of_epoch(batch.rounds_left + 1, world.size)
         centre, message = flat[:-1].copy(), np.empty_like(flat)
@@ -169,12 +194,14 @@ class Asynchronous(Strategy):
             while desk.rounds_left.sum() > workers * batch.rounds_left:
                 source = world.receive(message)
                 world.stopping = world.stopping or bool(message[-1])
-                desk.waiting.append((source, message.copy()))
-                for source, content in desk.admit(None if world.stopping else self.max_staleness):
+                desk = desk.received(source, message.copy())
+                while due := desk.next(None if world.stopping else self.max_staleness):
+                    source, content = due
                     with world.ledger.phase("optimizer"):
                         answer = np.append(self.serve(centre, content[:-1], workers), content[-1:])
                         answer[-1] = world.stopping
-                        state = _booked(state, desk.book(source, is_last=world.stopping))
+                        state = _measured(state, desk.staleness(source))
+                        desk = desk.answered(source, is_last=world.stopping)
                     world.send(answer, source)
         except RankLost:
             replica.unpack(centre)  # what workers have brought stays
@@ -182,7 +209,7 @@ class Asynchronous(Strategy):
         return replace(state, desk=desk), centre
 
 
-def _booked(state: CentreState, staleness: int) -> CentreState:
+def _measured(state: CentreState, staleness: int) -> CentreState:
     count = state.measured.get("exchanges", 0) + 1
     mean = state.measured.get("staleness_mean", 0)
     measured = {

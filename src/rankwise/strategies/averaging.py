@@ -1,7 +1,8 @@
-"""Averaging of weights every so many steps: the paper's exchange, local SGD, and its relatives."""
+"""Averaging of weights every few steps: the paper's exchange, local SGD, and its relatives."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -13,7 +14,8 @@ from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.base import State, Strategy, require_finite
 from rankwise.strategies.compression import Flat
-from rankwise.strategies.exchange import Reduction
+from rankwise.strategies.exchange import Reduction, reduction_of
+from rankwise.strategies.traffic import ModelSize, Traffic
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -21,10 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RoundState(State):
-    """`reduction` is how ranks add up; `anchor` are the weights that the last round ended with, where
-    somebody needs them."""
+    """`anchor` are the weights that the last round ended with; None where changes from them are neither
+    compressed nor taken by an outer optimiser."""
 
-    reduction: Reduction | None = None
     anchor: Flat | None = None
 
 
@@ -33,12 +34,12 @@ class Averaged:
     """What a round agreed on: the mean of all weights, and the state that the exchange left."""
 
     flat: Flat
-    state: State
+    state: RoundState
     rate: float
 
 
 @dataclass(frozen=True)
-class ParameterAveraging(Strategy):
+class ParameterAveraging(Strategy[RoundState]):
     """Workers train on their own; at the end of a round their weights are averaged.
 
     The mean is weighted by the samples that each worker trained in the round (McMahan et al. 2017,
@@ -67,34 +68,31 @@ class ParameterAveraging(Strategy):
     nesterov_outside: bool = False
     by_rate: bool = False
 
-    def init(self, replica: Replica, world: World) -> State:
-        return RoundState(reduction=Reduction.of(self.topology, self.compress, replica.shapes))
+    def init(self, replica: Replica, world: World) -> RoundState:
+        return RoundState()
 
-    def open_epoch(self, state: State, replica: Replica, world: World) -> State:
-        assert isinstance(state, RoundState)
-        assert state.reduction is not None
-        if self._steps_outside or state.reduction.compressor:
+    def open_epoch(self, state: RoundState, replica: Replica, world: World) -> RoundState:
+        if self._steps_outside or self._reduction(replica.shapes).compresses:
             return replace(state, anchor=replica.pack().copy())
         return state
 
-    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Averaged:
+    def prepare(self, state: RoundState, replica: Replica, batch: Batch, world: World) -> Averaged:
         with world.ledger.phase("pack"):
-            # One place behind the weights carries the wish to stop, so that no extra message does.
+            # One place behind the weights says whether this rank is to stop, so that no extra message does.
             flat = replica.pack(tail=1)
             flat[-1] = world.stopping
             if batch.weights[world.rank]:
                 require_finite(flat)
-        stops, after = self._average(flat, state, batch.weights, world)
+        stops, after = self._average(flat, replica, state, batch.weights, world)
         if stops:
             raise Interrupted(f"stopped in epoch {batch.epoch}")
         return Averaged(flat[:-1], after, replica.optimizer.param_groups[0]["lr"])
 
-    def commit(self, state: State, replica: Replica, prepared: Averaged, world: World) -> State:
+    def commit(self, state: RoundState, replica: Replica, prepared: Averaged, world: World) -> RoundState:
         after, flat = prepared.state, prepared.flat
-        assert isinstance(after, RoundState)
-        if self._steps_outside:
+        if self._steps_outside and after.anchor is not None:
             with world.ledger.phase("optimizer"):
-                after, flat = self._step_outside(after, flat, prepared.rate, replica.size)
+                after, flat = self._step_outside(after, after.anchor, flat, prepared.rate, replica.size)
         with world.ledger.phase("pack"):
             replica.unpack(flat)
             if after.anchor is not None:
@@ -103,21 +101,30 @@ class ParameterAveraging(Strategy):
             replica.reset_optimizer()
         return after.commit()
 
+    def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
+        return self._reduction(model.shapes).traffic(self._numbers(model), sum(hosts))
+
+    def _reduction(self, shapes: tuple[tuple[int, ...], ...]) -> Reduction:
+        return reduction_of(self.topology, self.compress, shapes)
+
+    def _numbers(self, model: ModelSize) -> int:
+        """How many numbers a rank averages."""
+        return model.with_moments if self.optimizer_state == "average" else model.parameters
+
     def _average(
-        self, flat: Flat, state: State, weights: NDArray[np.float64], ranks: Ranks
-    ) -> tuple[bool, State]:
+        self, flat: Flat, replica: Replica, state: RoundState, weights: NDArray[np.float64], ranks: Ranks
+    ) -> tuple[bool, RoundState]:
         """Overwrite this rank's weights with the mean over `ranks`, whose shares are `weights` [ranks].
 
         Behind the weights stands a flag: returns whether any of the ranks set it, and the state.
         """
-        assert isinstance(state, RoundState)
-        assert state.reduction is not None
+        reduction = self._reduction(replica.shapes)
         with ranks.ledger.phase("pack"):
-            if state.reduction.compressor and state.anchor is not None:
+            if reduction.compresses and state.anchor is not None:
                 flat[:-1] -= state.anchor  # what has changed is small, and can be sent with fewer bits
             flat[:-1] *= flat.dtype.type(weights[ranks.rank])
-        stops, after = state.reduction(flat, weights, ranks, state)
-        if state.reduction.compressor and state.anchor is not None:
+        stops, after = reduction(flat, weights, ranks, state)
+        if reduction.compresses and state.anchor is not None:
             flat[:-1] += state.anchor
         return stops, after
 
@@ -126,12 +133,11 @@ class ParameterAveraging(Strategy):
         return self.outer_lr != 1 or self.outer_momentum != 0
 
     def _step_outside(
-        self, state: RoundState, mean: Flat, rate: float, parameters: int
+        self, state: RoundState, anchor: Flat, mean: Flat, rate: float, parameters: int
     ) -> tuple[RoundState, Flat]:
         """The outer optimiser's step on the parameters; of shared optimiser state the mean is taken."""
-        assert state.anchor is not None
         scale = mean.dtype.type(rate if self.by_rate else 1)
-        before = state.anchor[:parameters]
+        before = anchor[:parameters]
         gradient = (before - mean[:parameters]) / scale
         momentum = gradient.copy()
         if "outer_momentum" in state.memory:
@@ -140,6 +146,4 @@ class ParameterAveraging(Strategy):
             gradient + mean.dtype.type(self.outer_momentum) * momentum if self.nesterov_outside else momentum
         )
         mean[:parameters] = before - mean.dtype.type(self.outer_lr) * scale * step
-        remembered = state.remember(outer_momentum=momentum)
-        assert isinstance(remembered, RoundState)
-        return remembered, mean
+        return state.remember(outer_momentum=momentum), mean

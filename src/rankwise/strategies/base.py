@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
+from rankwise.errors import ConfigError
 from rankwise.strategies.compression import Flat, Memory
+from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.traffic import ITEM_BYTES, Collective, Exchange, ModelSize, Traffic
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -20,12 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class State:
-    """What a strategy knows between two steps. Frozen, so that a step leaves the state before it as it was.
+    """What a strategy knows between two steps: values, in a frozen dataclass, so that a step leaves the state
+    before it as it was. What hangs on the model, such as hooks, is attached to the replica.
 
     A sample counts as trained once its update is in a committed synchronisation: `pending` samples
     are trained but not yet committed, `committed` ones are. Both count this rank's own samples.
-    `measured` is what the strategy wants in the record of its rank, by name with unit. `memory` holds
-    this rank's arrays that a checkpoint must keep, by name.
+    `measured` goes into the record of the rank, by name with unit. `memory` holds the rank's arrays that a
+    checkpoint must keep, by name.
     """
 
     rounds: int = 0
@@ -34,25 +38,29 @@ class State:
     measured: Mapping[str, float] = field(default_factory=dict)
     memory: Memory = field(default_factory=dict)
 
-    def trained(self, samples: int) -> State:
+    def trained(self, samples: int) -> Self:
         """After `samples` more were trained here."""
         return replace(self, pending=self.pending + samples)
 
-    def commit(self) -> State:
+    def commit(self) -> Self:
         """After a synchronisation that holds everything pending."""
         return replace(self, rounds=self.rounds + 1, committed=self.committed + self.pending, pending=0)
 
-    def remember(self, **arrays: Flat) -> State:
+    def remember(self, **arrays: Flat) -> Self:
         """With these arrays in its memory."""
         return replace(self, memory={**self.memory, **arrays})
+
+
+S = TypeVar("S", bound=State)
 
 
 class NotFiniteError(Exception):
     """What was about to be averaged, or what came of it, is not a number."""
 
 
-class Strategy(ABC):
-    """A way to keep ranks in step. Frozen: all that changes is in the state and the replica.
+class Strategy(ABC, Generic[S]):
+    """A way to keep ranks in step, with a state of type S. Frozen: all that changes is in the state and the
+    replica.
 
     A subclass is a frozen dataclass. Fields that are named like options of `rankwise train` are filled
     from them. A step has three parts, so that it can be undone: `train` is this rank's own and is never
@@ -69,39 +77,33 @@ class Strategy(ABC):
     shares_optimizer: ClassVar[bool] = False
     """Whether rank 0's optimiser state is that of all ranks."""
 
-    survives: ClassVar[bool] = True
-    """Whether the ranks can go on when one of them is lost."""
-
-    keeps_local_work: ClassVar[bool] = True
-    """Whether what a rank has trained in a round is still in its replica when the round's exchange failed;
-    otherwise it is trained again."""
-
-    synchronous: ClassVar[bool] = True
-    """Whether no rank ends a round before all have come to its end. Otherwise ranks are rounds apart when one
-    is lost, and each goes on from where it is."""
-
-    syncs_every_step: ClassVar[bool] = False
-    """Whether `train` exchanges too, so that all ranks make every step of a round, with an empty batch if
-    they have nothing left. A round is then trained again from its beginning when a rank is lost."""
+    recovery: ClassVar[Recovery] = Recovery.KEEP_LOCAL_WORK
+    """How the ranks go on when one of them is lost."""
 
     sends_gradients: ClassVar[bool] = False
-    """Whether ranks agree on gradients, never on weights, so that all may change their weights alike."""
+    """Whether ranks agree on gradients, never on weights, so that all may make the same change to them."""
+
+    needs_all_gradients: ClassVar[bool] = False
+    """Whether every parameter must have a gradient in each step, so that none can be frozen."""
+
+    weighs_samples: ClassVar[bool] = True
+    """Whether a rank counts in a mean by its samples, so that batches may differ in size."""
 
     replicated: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays in a state's memory that are the same on all ranks, so that a newcomer takes them
     from another."""
 
     @abstractmethod
-    def init(self, replica: Replica, world: World) -> State:
-        """The state before the first step, without an exchange; all replicas are alike."""
+    def init(self, replica: Replica, world: World) -> S:
+        """The state before the first step, without an exchange; all replicas are the same."""
 
-    def expect(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
+    def expect(self, state: S, replica: Replica, batch: Batch, world: World) -> None:
         """Get ready for the gradients of a batch that is about to be trained."""
         return
 
-    def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
-        """What this rank does by itself with the gradients of `batch`, if it holds any samples: a step of its
-        optimiser, unless a strategy has other plans for them."""
+    def train(self, state: S, replica: Replica, batch: Batch, world: World) -> S:
+        """What this rank does by itself with the gradients of `batch`, if it holds any samples: by default a
+        step of its optimiser."""
         if not len(batch):
             return state
         with world.ledger.phase("optimizer"):
@@ -109,7 +111,7 @@ class Strategy(ABC):
         return state.trained(len(batch))
 
     @abstractmethod
-    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Any:
+    def prepare(self, state: S, replica: Replica, batch: Batch, world: World) -> Any:
         """Exchange at the end of a round; returns what `commit` needs.
 
         Raises Interrupted, on all ranks at the same step, when `world.stopping` was set on any of them;
@@ -117,32 +119,42 @@ class Strategy(ABC):
         yet, or on all ranks.
         """
 
-    def commit(self, state: State, replica: Replica, prepared: Any, world: World) -> State:
-        """Take over what was prepared: the state after the exchange and this rank's new weights, unless a
-        strategy prepares something else. Arrays in the old state's memory are left as they are."""
+    def commit(self, state: S, replica: Replica, prepared: Any, world: World) -> S:
+        """Take over what was prepared: by default the state after the exchange and this rank's new weights.
+        Leaves arrays in the old state's memory as they are."""
         after, weights = prepared
         with world.ledger.phase("pack"):
             replica.unpack(weights)
-        committed: State = after.commit()
+        committed: S = after.commit()
         return committed
 
-    def recover(self, state: State, replica: Replica, world: World) -> State:
-        """After ranks were lost, before the round is gone on with; without an exchange."""
+    def recover(self, state: S, replica: Replica, world: World) -> S:
+        """The state after ranks were lost, before the round goes on; without an exchange."""
         return state
 
-    def open_epoch(self, state: State, replica: Replica, world: World) -> State:
+    def open_epoch(self, state: S, replica: Replica, world: World) -> S:
         """Before an epoch's first batch, also after a resume; all ranks together."""
         return state
 
-    def close_epoch(
-        self, state: State, replica: Replica, weights: NDArray[np.float64], world: World
-    ) -> State:
+    def close_epoch(self, state: S, replica: Replica, weights: NDArray[np.float64], world: World) -> S:
         """After an epoch's last round: leave in all replicas what is to be evaluated and saved.
 
         `weights` [ranks] are the shares of the ranks in the epoch's samples. All ranks together.
         """
         agree_on_buffers(replica, weights, world)
         return state
+
+    def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
+        """What `train` and `prepare` exchange, for a prediction: of two ranks or more, `hosts` [hosts] of
+        them on each host. Raises ConfigError if the strategy does not say."""
+        raise ConfigError(
+            f"{type(self).__name__} does not say what it sends, so no run of it can be predicted: write its "
+            "method traffic(model, hosts), which docs/extending.md explains"
+        )
+
+    def closing_traffic(self, model: ModelSize) -> tuple[Exchange, ...]:
+        """What `close_epoch` exchanges: by default the buffers."""
+        return buffers_traffic(model)
 
 
 def require_finite(flat: Flat) -> None:
@@ -168,7 +180,7 @@ def start_alike(replica: Replica, world: World) -> None:
 
 
 def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: World) -> None:
-    """Floating-point buffers become their weighted mean, integer ones the largest.
+    """Make floating-point buffers their weighted mean, and integer ones the largest.
 
     Training does not read them, so once an epoch, before it is evaluated, is enough.
     """
@@ -180,3 +192,9 @@ def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: Worl
     if integers.size:
         world.allreduce(integers, op="max")
         replica.unpack_integers(integers)
+
+
+def buffers_traffic(model: ModelSize) -> tuple[Exchange, ...]:
+    """What `agree_on_buffers` exchanges."""
+    sizes = (model.buffers * ITEM_BYTES, model.integers * 8)
+    return tuple(Collective("allreduce", size) for size in sizes if size)

@@ -28,8 +28,8 @@ class Buckets:
 
     `flat` holds them in their layout, `shapes` are theirs in it, and a flag stands behind them. With more
     than one bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass has filled it,
-    in the same order on all ranks. An exchange in the background goes on only when somebody looks at it: each
-    gradient that comes later does.
+    in the same order on all ranks. An exchange in the background goes on only when it is polled, which each
+    later gradient does.
     """
 
     def __init__(self, parameters: Sequence[Tensor], bucket_bytes: float, world: World) -> None:
@@ -46,7 +46,7 @@ class Buckets:
         self.shapes = layout.shapes
         self._views = layout.views(self._tensor)
         self._given = False
-        self._buckets = _cut(layout.sizes, bucket_bytes // self.flat.itemsize)
+        self._buckets = cut(layout.sizes, bucket_bytes // self.flat.itemsize)
         self._under_way: list[BackgroundExchange] = []
         self._next = 0
         self._share = 0.0
@@ -77,7 +77,7 @@ class Buckets:
         self._holds_some = True
 
     def close(self) -> Flat:
-        """What this rank has of the round, which ends here, with the wish to stop as its flag."""
+        """What this rank has of the round, which ends here; its flag says whether the rank is to stop."""
         if not self._holds_some:
             self.flat[:] = 0
         self._holds_some = False
@@ -86,7 +86,7 @@ class Buckets:
 
     def reduce(self) -> bool:
         """Add the round up over all ranks: what is still here, and what is under way. Returns whether any
-        rank wished to stop."""
+        rank is to stop."""
         if len(self._buckets) == 1:
             self._world.allreduce(self.close())
         else:
@@ -151,8 +151,9 @@ class Buckets:
             self._tensor[span].mul_(self._share)
 
 
-def _cut(sizes: list[int], most: float) -> list[_Bucket]:
-    """Buckets of whole parameters, of at most so many numbers unless one parameter has more."""
+def cut(sizes: Sequence[int], most: float) -> list[_Bucket]:
+    """Buckets of whole parameters with these `sizes`, of at most `most` numbers unless one parameter has
+    more."""
     buckets = [_Bucket(slice(0, 0), slice(0, 0))]
     end = 0
     for place, size in enumerate(sizes):

@@ -17,9 +17,11 @@ Karimireddy et al. 2019, arXiv:1901.09847), so over time all of it is sent. With
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,43 +29,16 @@ from numpy.typing import NDArray
 from rankwise.comm import Ranks
 from rankwise.comm.half_precision import Kind, from_words, to_words
 from rankwise.errors import ConfigError, unknown_name
+from rankwise.strategies.compressor import Compressor, Flat, Memory, Reduced
+from rankwise.strategies.powersgd import PowerSGD
+from rankwise.strategies.traffic import Collective, gather_and_broadcast
 
-Flat = NDArray[np.floating]
 Payload = NDArray[np.uint8]
-Memory = Mapping[str, NDArray[np.floating]]
 
 INT8_CHUNK = 4096
 """Values that share one scale."""
 
 FORMS = ("none", "fp16", "bf16", "int8", "topk:FRACTION", "sign", "powersgd:RANK")
-
-
-@dataclass(frozen=True)
-class Reduced:
-    """What came of adding up: `total` over all ranks, `mine` of it from this rank, whether anybody raised the
-    flag, the compressor's memory after it, and the bytes of this rank's payload."""
-
-    total: Flat
-    mine: Flat
-    flag: bool
-    memory: Memory
-    payload_bytes: int
-
-
-class Compressor(ABC):
-    """Adds flat arrays up over all ranks. Frozen; what changes from one sum to the next is in `memory`."""
-
-    @abstractmethod
-    def sum_by_allreduce(
-        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
-    ) -> Reduced:
-        """Among all ranks alike; all find the same total."""
-
-    @abstractmethod
-    def sum_by_master(
-        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
-    ) -> Reduced:
-        """By rank 0, in rank order, which sends the total to all."""
 
 
 class ByPayload(Compressor):
@@ -76,6 +51,12 @@ class ByPayload(Compressor):
     @abstractmethod
     def decode(self, payload: Payload, size: int) -> Flat:
         """The values [size] that a payload stands for."""
+
+    def sent_by_allreduce(self, size: int) -> tuple[Collective, ...]:
+        return (Collective("allgather", self.payload_bytes(size) + 1),)
+
+    def sent_by_master(self, size: int) -> tuple[Collective, ...]:
+        return gather_and_broadcast(self.payload_bytes(size) + 1)
 
     def sum_by_allreduce(
         self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
@@ -113,6 +94,13 @@ class Half(ByPayload):
     """Floats of 16 bits; by allreduce MPI adds them up as such."""
 
     kind: Kind
+    gathers: ClassVar = False
+
+    def payload_bytes(self, size: int) -> int:
+        return 2 * size
+
+    def sent_by_allreduce(self, size: int) -> tuple[Collective, ...]:
+        return (Collective("allreduce", self.payload_bytes(size) + 2),)
 
     def encode(self, values: Flat, random: np.random.Generator) -> Payload:
         return to_words(values, self.kind).view(np.uint8)
@@ -134,6 +122,9 @@ class Half(ByPayload):
 class Int8(ByPayload):
     """Whole numbers from -127 to 127 times a scale, rounded by chance so that the mean is right."""
 
+    def payload_bytes(self, size: int) -> int:
+        return size + 4 * _chunks(size)
+
     def encode(self, values: Flat, random: np.random.Generator) -> Payload:
         padded = np.zeros((_chunks(len(values)), INT8_CHUNK), np.float32)
         padded.ravel()[: len(values)] = values
@@ -154,8 +145,11 @@ class TopK(ByPayload):
 
     fraction: float
 
+    def payload_bytes(self, size: int) -> int:
+        return 8 * self._kept(size)
+
     def encode(self, values: Flat, random: np.random.Generator) -> Payload:
-        kept = math.ceil(self.fraction * len(values))
+        kept = self._kept(len(values))
         places = np.argpartition(np.abs(values), len(values) - kept)[len(values) - kept :].astype(np.int32)
         places.sort()  # one order whatever numpy's partition does
         return np.concatenate([places.view(np.uint8), values[places].astype(np.float32).view(np.uint8)])
@@ -167,10 +161,16 @@ class TopK(ByPayload):
         values[places] = np.ascontiguousarray(payload[half:]).view(np.float32)
         return values
 
+    def _kept(self, size: int) -> int:
+        return math.ceil(self.fraction * size)
+
 
 @dataclass(frozen=True)
 class Sign(ByPayload):
-    """One bit a value: its sign, times the mean magnitude of all."""
+    """One bit per value: its sign, times the mean magnitude of all."""
+
+    def payload_bytes(self, size: int) -> int:
+        return 4 - (-size // 8)
 
     def encode(self, values: Flat, random: np.random.Generator) -> Payload:
         scale = (
@@ -183,111 +183,11 @@ class Sign(ByPayload):
         return np.asarray(np.where(np.unpackbits(payload[4:], count=size), scale, -scale))
 
 
-@dataclass(frozen=True)
-class PowerSGD(Compressor):
-    """A sum of matrices by its projection on `rank` directions that all ranks share, P (M^T P)^T.
-
-    `shapes` are those of the tensors that the values are made of. A tensor of two dimensions and more is a
-    matrix of its first one and the rest; one that its factors would not make smaller goes as it is.
-    """
-
-    rank: int
-    shapes: tuple[tuple[int, ...], ...] = ()
-
-    def sum_by_allreduce(
-        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
-    ) -> Reduced:
-        return self._sum(values, flag, memory, world.allreduce)
-
-    def sum_by_master(
-        self, values: Flat, flag: bool, world: Ranks, memory: Memory, random: np.random.Generator
-    ) -> Reduced:
-        def add_up(buffer: Flat) -> None:
-            rows = world.gather(buffer)
-            if rows is not None:
-                buffer[...] = rows[0]
-                for row in rows[1:]:
-                    buffer += row
-            world.broadcast(buffer)
-
-        return self._sum(values, flag, memory, add_up)
-
-    def _sum(self, values: Flat, flag: bool, memory: Memory, add_up: Callable[[Flat], None]) -> Reduced:
-        matrices, rest = self._split(values)
-        directions = self._directions(matrices, memory)
-        projected = [_product(matrix, q) for matrix, q in zip(matrices, directions, strict=True)]
-        first = np.concatenate([*(p.ravel() for p in projected), values[rest], [values.dtype.type(flag)]])
-        add_up(first)
-        left = [_orthonormal(p) for p in _cut(first, [p.shape for p in projected])]
-        right = [_product(matrix.T, p) for matrix, p in zip(matrices, left, strict=True)]
-        second = np.concatenate([q.ravel() for q in right]) if right else first[:0].copy()
-        mine = self._join(_products(left, right), values[rest], rest, values)
-        if right:
-            add_up(second)
-        right = _cut(second, [q.shape for q in right])
-        rest_total = first[len(first) - 1 - rest.sum() : -1]
-        total = self._join(_products(left, right), rest_total, rest, values)
-        sizes = first.nbytes + second.nbytes - first.itemsize
-        return Reduced(total, mine, bool(first[-1]), {**memory, "directions": second}, sizes)
-
-    def _split(self, values: Flat) -> tuple[list[Flat], NDArray[np.bool_]]:
-        """The matrices, and where the values stand that go as they are."""
-        matrices, rest, start = [], np.ones(len(values), bool), 0
-        for shape in self.shapes:
-            size = math.prod(shape)
-            rows = shape[0] if shape else 1
-            columns = size // max(rows, 1)
-            if self.rank * (rows + columns) < size:
-                matrices.append(values[start : start + size].reshape(rows, columns))
-                rest[start : start + size] = False
-            start += size
-        return matrices, rest
-
-    def _directions(self, matrices: list[Flat], memory: Memory) -> list[Flat]:
-        shapes = [(matrix.shape[1], self.rank) for matrix in matrices]
-        stored = memory.get("directions")
-        if stored is None:
-            size = sum(math.prod(shape) for shape in shapes)
-            stored = np.random.default_rng(0).standard_normal(size).astype(np.float32)
-        return _cut(stored, shapes)
-
-    def _join(self, matrices: list[Flat], others: Flat, rest: NDArray[np.bool_], like: Flat) -> Flat:
-        joined = np.empty_like(like)
-        joined[rest] = others
-        if matrices:
-            joined[~rest] = np.concatenate([matrix.ravel() for matrix in matrices])
-        return joined
-
-
-def _product(one: Flat, other: Flat) -> Flat:
-    """Their matrix product, by torch: numpy's would take all cores, whatever this rank's share of them is."""
-    import torch
-
-    return (torch.from_numpy(one) @ torch.from_numpy(other)).numpy()
-
-
-def _products(left: list[Flat], right: list[Flat]) -> list[Flat]:
-    return [_product(p, q.T) for p, q in zip(left, right, strict=True)]
-
-
-def _orthonormal(columns: Flat) -> Flat:
-    import torch
-
-    basis: Flat = torch.linalg.qr(torch.from_numpy(columns))[0].contiguous().numpy()
-    return basis
-
-
-def _cut(flat: Flat, shapes: Sequence[tuple[int, ...]]) -> list[Flat]:
-    ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int)
-    return [
-        flat[end - math.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes, strict=True)
-    ]
-
-
 def _chunks(size: int) -> int:
     return -(-size // INT8_CHUNK)
 
 
+@cache
 def parse(name: str, shapes: tuple[tuple[int, ...], ...] = ()) -> Compressor | None:
     """The compressor of this name, None for ``none``; `shapes` are those of the tensors to be sent.
 
@@ -321,3 +221,6 @@ def _number(
     if not above < value <= most:
         raise ConfigError(f"--compress {name}: {text!r} was given, expected {expected}")
     return value
+
+
+__all__ = ["FORMS", "ByPayload", "Compressor", "Flat", "Memory", "parse"]

@@ -1,9 +1,10 @@
-"""PyTorch's DistributedDataParallel under the same loop, launch and ledger, as a peer to compare with."""
+"""PyTorch's DistributedDataParallel under the same loop, launch and ledger, to compare with."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,26 +13,42 @@ from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import ConfigError, Interrupted, one_line
 from rankwise.strategies.base import State, Strategy
+from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.traffic import ModelSize, Traffic
 from rankwise.system import machine
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from rankwise.models.replica import Replica
 
 ASK_EVERY = 16
-"""Steps between two questions whether somebody wishes to stop: DDP has no place for a flag."""
+"""Steps between two questions whether any rank is to stop: DDP has no place for a flag."""
+
+
+class _BlankInput:
+    """A blank input of the shape with which a module is called, from its first call on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._blank: Tensor | None = None
+        module.register_forward_pre_hook(self._look)
+
+    @property
+    def blank(self) -> Tensor:
+        """Raises RuntimeError before the first call."""
+        if self._blank is None:
+            raise RuntimeError("--strategy ddp wraps the model: call the synchroniser's `model` in your loop")
+        return self._blank
+
+    def _look(self, _: Any, inputs: tuple[Any, ...]) -> None:
+        import torch
+
+        if self._blank is None:
+            self._blank = torch.zeros_like(inputs[0][:1])
 
 
 @dataclass(frozen=True)
-class PeerState(State):
-    """`seen` holds a blank image of what the wrapped model is called with, once it was."""
-
-    seen: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class DDP(Strategy):
+class DDP(Strategy[State]):
     """DDP over gloo. Its exchange happens inside the backward pass, and the ledger has it there.
 
     As in DDP the mean over ranks is not weighted by samples; a rank whose shard has run out takes part with
@@ -40,10 +57,11 @@ class DDP(Strategy):
 
     shares_optimizer: ClassVar = True
     sends_gradients: ClassVar = True
-    survives: ClassVar = False
+    recovery: ClassVar = Recovery.FAIL_STOP
+    needs_all_gradients: ClassVar = True
+    weighs_samples: ClassVar = False
 
     def init(self, replica: Replica, world: World) -> State:
-        import torch
         from torch.nn.parallel import DistributedDataParallel
 
         if world.in_threads:
@@ -53,26 +71,18 @@ class DDP(Strategy):
             replica.module = DistributedDataParallel(replica.module)
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"--strategy ddp cannot start gloo: {one_line(error)}") from error
-        state = PeerState()
-
-        def look(_: Any, inputs: tuple[Any, ...]) -> None:
-            if not state.seen:
-                state.seen.append(torch.zeros_like(inputs[0][:1]))
-
-        replica.module.register_forward_pre_hook(look)
-        return state
+        replica.attach(_BlankInput(replica.module))
+        return State()
 
     def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
-        assert isinstance(state, PeerState)
-        if not state.seen:
-            raise RuntimeError("--strategy ddp wraps the model: call the synchroniser's `model` in your loop")
+        blank = replica.attached(_BlankInput).blank
         if not len(batch):
             with world.ledger.phase("backward"):
-                _take_part_with_nothing(replica, state.seen[0])
+                _take_part_with_nothing(replica, blank)
         return state.trained(len(batch))
 
     def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
-        """DDP has averaged the gradients in the backward pass; what is left is the wish to stop."""
+        """DDP has averaged the gradients in the backward pass; what is left is whether a rank is to stop."""
         if state.rounds % ASK_EVERY == ASK_EVERY - 1:
             stops = np.array([float(world.stopping)])
             world.allreduce(stops, op="max")
@@ -83,6 +93,11 @@ class DDP(Strategy):
         with world.ledger.phase("optimizer"):
             replica.step()
         return state.commit()
+
+    def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
+        raise ConfigError(
+            "--strategy ddp: only rankwise's own exchanges can be predicted, and ddp's are not in the ledger"
+        )
 
 
 def _take_part_with_nothing(replica: Replica, blank: Tensor) -> None:

@@ -1,8 +1,10 @@
-"""Decentralised averaging: each rank mixes its weights with its neighbours', and nobody meets all."""
+"""Decentralised averaging: each rank mixes its weights with its neighbours', and no rank meets all."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -13,6 +15,17 @@ from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.base import State, Strategy, require_finite
 from rankwise.strategies.compression import Flat
+from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.traffic import (
+    ITEM_BYTES,
+    Collective,
+    Exchange,
+    Messages,
+    ModelSize,
+    Neighbours,
+    Traffic,
+    flat_bytes,
+)
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -20,13 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GossipState(State):
-    """`stop_at` is the round after which all ranks stop, 0 as long as nobody wished it."""
+    """`stop_at` is the round after which all ranks stop, 0 for none."""
 
     stop_at: int = 0
 
 
 @dataclass(frozen=True)
-class Gossip(Strategy):
+class Gossip(Strategy[GossipState]):
     """After each round a rank takes the mean of its weights and those that it receives (D-PSGD: Lian et al.
     2017, arXiv:1705.09056).
 
@@ -40,21 +53,22 @@ class Gossip(Strategy):
     """
 
     topologies: ClassVar = ("ring", "exponential", "complete")
-    synchronous: ClassVar = False
+    recovery: ClassVar = Recovery.ASYNCHRONOUS
 
     topology: Literal["ring", "exponential", "complete"]
 
-    def init(self, replica: Replica, world: World) -> State:
+    def init(self, replica: Replica, world: World) -> GossipState:
         return GossipState()
 
-    def open_epoch(self, state: State, replica: Replica, world: World) -> State:
+    def open_epoch(self, state: GossipState, replica: Replica, world: World) -> GossipState:
         if "weights" in state.memory:
             replica.unpack(state.memory["weights"])
         return state
 
-    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> tuple[GossipState, Flat]:
+    def prepare(
+        self, state: GossipState, replica: Replica, batch: Batch, world: World
+    ) -> tuple[GossipState, Flat]:
         """The state after the exchange, and the mixed weights."""
-        assert isinstance(state, GossipState)
         stop_at = state.stop_at or (state.rounds + world.size if world.stopping else 0)
         with world.ledger.phase("pack"):
             flat = replica.pack(tail=1)
@@ -66,9 +80,8 @@ class Gossip(Strategy):
         sends = [world.start_send(flat, rank) for rank in to]
         for exchange in [*receives, *sends]:
             exchange.wait()
-        # A wish to stop goes from neighbour to neighbour, and the earliest counts: it is everywhere in time.
-        wishes = [int(wish) for wish in (stop_at, *rows[:, -1]) if wish]
-        stop_at = min(wishes, default=0)
+        # When to stop goes from neighbour to neighbour, and the earliest counts: all know it in time.
+        stop_at = min((int(stop) for stop in (stop_at, *rows[:, -1]) if stop), default=0)
         if stop_at and state.rounds >= stop_at:
             raise Interrupted(f"stopped in epoch {batch.epoch}")
         with world.ledger.phase("optimizer"):
@@ -76,8 +89,8 @@ class Gossip(Strategy):
         return replace(state, stop_at=stop_at), mixed[:-1]
 
     def close_epoch(
-        self, state: State, replica: Replica, weights: NDArray[np.float64], world: World
-    ) -> State:
+        self, state: GossipState, replica: Replica, weights: NDArray[np.float64], world: World
+    ) -> GossipState:
         state = super().close_epoch(state, replica, weights, world)
         mine = replica.pack().copy()
         mean = mine.copy()
@@ -89,15 +102,36 @@ class Gossip(Strategy):
         distance = {"consensus_distance": float(np.sqrt(squares[0] / world.size))}
         return replace(state.remember(weights=mine), measured={**state.measured, **distance})
 
+    def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
+        size = flat_bytes(model.parameters)
+        to, _ = neighbours(self.topology, rank=0, ranks=sum(hosts), number=0)
+        return Traffic(
+            each_round=(Messages("neighbours", size, count=len(to)),),
+            meeting=Neighbours(partial(distances, self.topology)),
+            payload_bytes=size,
+            unpacked=len(to),
+        )
+
+    def closing_traffic(self, model: ModelSize) -> tuple[Exchange, ...]:
+        mean, squares = model.parameters * ITEM_BYTES, 8
+        own = Collective("allreduce", mean), Collective("allreduce", squares)
+        return (*super().closing_traffic(model), *own)
+
+
+def distances(topology: str, ranks: int, number: int) -> Sequence[int]:
+    """How many places away those are to whom a rank sends in the round of this number; it receives from as
+    many places the other way."""
+    if topology == "complete":
+        return range(1, ranks)
+    if topology == "ring":
+        return (1, -1)
+    return (2 ** (number % max(1, (ranks - 1).bit_length())),)
+
 
 def neighbours(topology: str, rank: int, ranks: int, number: int) -> tuple[list[int], list[int]]:
-    """To whom a rank sends, and from whom it receives, in the round of this number; no rank twice."""
-    if topology == "complete":
-        steps = list(range(1, ranks))
-    elif topology == "ring":
-        steps = [1, -1]
-    else:
-        steps = [2 ** (number % max(1, (ranks - 1).bit_length()))]
+    """The ranks to which a rank sends, and those from which it receives, in the round of this number; none
+    twice."""
+    steps = distances(topology, ranks, number)
     to = dict.fromkeys((rank + step) % ranks for step in steps)
     sources = dict.fromkeys((rank - step) % ranks for step in steps)
     return [r for r in to if r != rank], sorted(r for r in sources if r != rank)

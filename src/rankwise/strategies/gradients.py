@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -10,9 +11,11 @@ from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.base import State, Strategy, require_finite
-from rankwise.strategies.buckets import Buckets
+from rankwise.strategies.buckets import Buckets, cut
 from rankwise.strategies.compression import Flat
-from rankwise.strategies.exchange import Reduction, gather_sum
+from rankwise.strategies.exchange import gather_sum, reduction_of
+from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.traffic import ITEM_BYTES, Collective, ModelSize, Traffic
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -21,27 +24,19 @@ BUCKET_MB = 25.0
 
 
 @dataclass(frozen=True)
-class GradientState(State):
-    """The gradients of the round that is being trained, and how they are added up."""
+class GradientAveraging(Strategy[State]):
+    """All ranks step with the mean of their gradients over all samples of the round.
 
-    buckets: Buckets | None = None
-    reduction: Reduction | None = None
-
-
-@dataclass(frozen=True)
-class GradientAveraging(Strategy):
-    """All ranks step with the mean of their gradients over all samples of the round, whoever trained them.
-
-    With `allreduce` each rank forms the mean and steps; the replicas stay alike. With a master, workers
+    With `allreduce` each rank forms the mean and steps; the replicas stay the same. With a master, workers
     send their gradients, and the master steps and sends weights: it alone has an optimiser. What is
     compressed are gradients, both ways, and every rank steps. With a round of several steps gradients
-    are added up, as those of one large batch.
+    are added up, as those of one large batch. `Buckets`, attached to the replica, hold them.
     """
 
     topologies: ClassVar = ("allreduce", "master")
     shares_optimizer: ClassVar = True
     sends_gradients: ClassVar = True
-    keeps_local_work: ClassVar = False
+    recovery: ClassVar = Recovery.DROP_ROUND
     replicated: ClassVar = ("directions",)
 
     topology: Literal["master", "allreduce"]
@@ -49,39 +44,36 @@ class GradientAveraging(Strategy):
     bucket_mb: float = BUCKET_MB
 
     def init(self, replica: Replica, world: World) -> State:
-        in_pieces = self.topology == "allreduce" and self.compress == "none" and world.size > 1
-        buckets = Buckets(replica.parameters, self.bucket_mb * 1e6 if in_pieces else math.inf, world)
-        return GradientState(
-            buckets=buckets, reduction=Reduction.of(self.topology, self.compress, buckets.shapes)
-        )
+        in_pieces = self._allreduces_plain and world.size > 1
+        replica.attach(Buckets(replica.parameters, self._bucket_bytes if in_pieces else math.inf, world))
+        return State()
 
     def expect(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
-        _buckets(state).expect(batch.share, sends=batch.ends_round)
+        replica.attached(Buckets).expect(batch.share, sends=batch.ends_round)
 
     def recover(self, state: State, replica: Replica, world: World) -> State:
-        _buckets(state).clear()
+        replica.attached(Buckets).clear()
         return replace(state, pending=0)
 
     def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
         if not len(batch):
             return state
-        _buckets(state).add()
+        replica.attached(Buckets).add()
         return state.trained(len(batch))
 
     def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> State | Flat:
-        """The state after the exchange, the mean being in its buckets; or the master's new weights."""
-        assert isinstance(state, GradientState)
-        assert state.reduction is not None
-        buckets = _buckets(state)
-        if self.topology == "allreduce" and state.reduction.compressor is None:
+        """The state after the exchange, the mean being in the buckets; or the master's new weights."""
+        buckets = replica.attached(Buckets)
+        if self._allreduces_plain:
             stops = buckets.reduce()
             require_finite(buckets.flat)
-        elif state.reduction.compressor is None:
+        elif self.compress == "none":
             return self._serve(buckets, replica, batch, world)
         else:
             if batch.weights[world.rank]:
                 require_finite(buckets.flat)
-            stops, state = state.reduction(buckets.close(), batch.weights, world, state)
+            reduction = reduction_of(self.topology, self.compress, buckets.shapes)
+            stops, state = reduction(buckets.close(), batch.weights, world, state)
         if stops:
             raise Interrupted(f"stopped in epoch {batch.epoch}")
         return state
@@ -89,7 +81,7 @@ class GradientAveraging(Strategy):
     def commit(self, state: State, replica: Replica, prepared: State | Flat, world: World) -> State:
         if isinstance(prepared, State):
             with world.ledger.phase("pack"):
-                _buckets(prepared).give()
+                replica.attached(Buckets).give()
             with world.ledger.phase("optimizer"):
                 replica.step()
             return prepared.commit()
@@ -115,8 +107,22 @@ class GradientAveraging(Strategy):
             raise Interrupted(f"stopped in epoch {batch.epoch}")
         return weights
 
+    def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
+        reduction = reduction_of(self.topology, self.compress, model.shapes)
+        traffic = reduction.traffic(model.parameters, sum(hosts))
+        if self._allreduces_plain:
+            sizes = [math.prod(shape) for shape in reversed(model.shapes)]
+            pieces = len(cut(sizes, self._bucket_bytes // ITEM_BYTES))
+            return replace(
+                traffic, each_round=(Collective("allreduce", traffic.payload_bytes, pieces=pieces),)
+            )
+        return replace(traffic, server_steps=reduction.by_master and not reduction.compresses)
 
-def _buckets(state: State) -> Buckets:
-    assert isinstance(state, GradientState)
-    assert state.buckets is not None
-    return state.buckets
+    @property
+    def _allreduces_plain(self) -> bool:
+        """Whether gradients go to all ranks as they are, so that pieces of them can go out early."""
+        return self.topology == "allreduce" and self.compress == "none"
+
+    @property
+    def _bucket_bytes(self) -> float:
+        return self.bucket_mb * 1e6

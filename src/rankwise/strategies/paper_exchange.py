@@ -6,8 +6,8 @@ its code, as messages between two ranks, and a stopwatch runs where its author's
 - worker: around sending its weights, and around loading those that came back;
 - master: after each message has arrived, around the average, and around sending it out.
 
-Around no `receive` runs a stopwatch, so all waiting falls between its readings: whoever comes early
-sits in a `receive`. What it shows is `author_communication_s` in the record's `ranks[].measured`, to be
+No `receive` is timed, so all waiting falls between the stopwatch's readings: a rank that comes early
+waits in a `receive`. What it shows is `author_communication_s` in the record's `ranks[].measured`, to be
 set beside ``transfer`` and ``wait`` of the same run.
 """
 
@@ -23,10 +23,10 @@ import numpy as np
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.averaging import Averaged, ParameterAveraging
-from rankwise.strategies.base import State
+from rankwise.strategies.averaging import Averaged, ParameterAveraging, RoundState
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.exchange import add_up_rows
+from rankwise.strategies.recovery import Recovery
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -55,9 +55,9 @@ class PaperExchange(ParameterAveraging):
     """
 
     topologies: ClassVar[tuple[str, ...]] = ("master",)
-    survives: ClassVar[bool] = False
+    recovery: ClassVar = Recovery.FAIL_STOP
 
-    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> Averaged:
+    def prepare(self, state: RoundState, replica: Replica, batch: Batch, world: World) -> Averaged:
         watch = _Stopwatch(world.ledger.clock)
         exchange = _as_master if world.rank == 0 else _as_worker
         flat = exchange(replica, batch, world, watch)
@@ -65,14 +65,14 @@ class PaperExchange(ParameterAveraging):
             raise Interrupted(f"stopped in epoch {batch.epoch}")
         return Averaged(flat[:-1], _timed(state, watch), replica.optimizer.param_groups[0]["lr"])
 
-    def commit(self, state: State, replica: Replica, prepared: Averaged, world: World) -> State:
+    def commit(self, state: RoundState, replica: Replica, prepared: Averaged, world: World) -> RoundState:
         watch = _Stopwatch(world.ledger.clock)
         with watch.running():
             state = super().commit(state, replica, prepared, world)
         return _timed(state, watch)
 
 
-def _timed(state: State, watch: _Stopwatch) -> State:
+def _timed(state: RoundState, watch: _Stopwatch) -> RoundState:
     total_s = state.measured.get(MEASURED, 0.0) + watch.elapsed_ns / 1e9
     return replace(state, measured={MEASURED: total_s})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -9,18 +10,20 @@ from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
 from rankwise.strategies.base import State, Strategy
+from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.traffic import ModelSize, Traffic
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
 
 
 @dataclass(frozen=True)
-class Single(Strategy):
+class Single(Strategy[State]):
     """Plain training; each step commits itself."""
 
     topologies: ClassVar = ()
     sync_every: ClassVar = None
-    survives: ClassVar = False
+    recovery: ClassVar = Recovery.FAIL_STOP
     sends_gradients: ClassVar = True
 
     def init(self, replica: Replica, world: World) -> State:
@@ -36,3 +39,6 @@ class Single(Strategy):
 
     def commit(self, state: State, replica: Replica, prepared: None, world: World) -> State:
         return state
+
+    def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
+        return Traffic()

@@ -36,7 +36,7 @@ class JoinState:
     history: Any
 
 
-def replicated(memory: Memory, strategy: Strategy) -> Memory:
+def replicated(memory: Memory, strategy: Strategy[Any]) -> Memory:
     """The arrays of a rank's memory that are the same on all ranks."""
     return {name: array for name, array in memory.items() if name in strategy.replicated}
 

@@ -9,6 +9,7 @@ from rankwise.comm import World
 from rankwise.config import TrainConfig
 from rankwise.data.partition import apportion
 from rankwise.errors import ConfigError
+from rankwise.strategies import entry_of
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -22,10 +23,11 @@ def check(config: TrainConfig) -> None:
     if config.balance == "none":
         return
     what = f"--balance {config.balance} was given, but"
-    if config.strategy == "replication":
-        raise ConfigError(f"{what} with --strategy replication every worker trains on all samples")
-    if config.strategy == "ddp":
-        raise ConfigError(f"{what} the mean of --strategy ddp counts every rank alike")
+    entry = entry_of(str(config.strategy))
+    if entry.replicates:
+        raise ConfigError(f"{what} with --strategy {config.strategy} every worker trains on all samples")
+    if not entry.strategy.weighs_samples:
+        raise ConfigError(f"{what} the mean of --strategy {config.strategy} counts every rank alike")
     if config.shards.startswith("dirichlet"):
         raise ConfigError(f"{what} the shards of --shards {config.shards} are uneven by themselves")
     if config.balance == "measured":

@@ -60,7 +60,7 @@ def make_sampler(config: TrainConfig, pool: Indices, labels: Indices, rank: int)
         batch_sizes=batch_sizes.batch_sizes(config),
         sync_every=lambda epoch: _steps_per_round(config, epoch),
         keeps_global_batch=config.on_shrink == "keep-global-batch",
-        syncs_every_step=entry_of(config.strategy).strategy.syncs_every_step,
+        syncs_every_step=entry_of(config.strategy).strategy.recovery.syncs_every_step,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.comm import World
 from rankwise.data.sampler import Sampler
@@ -30,7 +30,7 @@ MOST_FRUITLESS = 3
 """Recoveries in a row in which it turns out that no rank was lost."""
 
 
-class NoRecovery:
+class NoRankRecovery:
     """Where a lost rank ends the run: nothing is kept to go back to."""
 
     survives = False
@@ -66,7 +66,7 @@ class NoRecovery:
         raise RuntimeError("there is no step to undo")
 
 
-class Recovery(NoRecovery):
+class RankRecovery(NoRankRecovery):
     """Keeps what a rank needs to go on without others, and does it.
 
     A recovery moves `work` back, which the synchroniser moves on. A rank that stood by begins from its
@@ -79,7 +79,7 @@ class Recovery(NoRecovery):
         self,
         work: Work,
         replica: Replica,
-        strategy: Strategy,
+        strategy: Strategy[Any],
         sampler: Sampler,
         world: World,
         *,
@@ -101,8 +101,9 @@ class Recovery(NoRecovery):
         self._snapshots = Snapshots(
             replica,
             world.ledger,
-            begins_again=strategy.keeps_local_work or strategy.syncs_every_step,
-            keeps_commits=(spares > 0 and strategy.keeps_local_work) or strategy.syncs_every_step,
+            begins_again=strategy.recovery.keeps_local_work or strategy.recovery.syncs_every_step,
+            keeps_commits=(spares > 0 and strategy.recovery.keeps_local_work)
+            or strategy.recovery.syncs_every_step,
         )
         self._at_start = (0, 0)  # batches and samples that were under way when the round began
         self._drops = 0
@@ -182,9 +183,9 @@ class Recovery(NoRecovery):
         with world.ledger.phase("recovery"):
             self._redistribute(standings, ahead=self._meet(standings))
             work.state = self._strategy.recover(work.state, self._replica, world)
-            if not self._strategy.keeps_local_work:
+            if not self._strategy.recovery.keeps_local_work:
                 work.under_way.clear()
-            if self._strategy.syncs_every_step:
+            if self._strategy.recovery.syncs_every_step:
                 self._snapshots.commit_at(work.progress).restore()
             if all(standings):
                 return True
@@ -199,11 +200,11 @@ class Recovery(NoRecovery):
         stays."""
         work = self._work
         first = min(standing[-1][0] for standing in standings if standing)
-        last = first if self._strategy.synchronous else replace(first, rounds=work.progress.rounds)
+        last = first if self._strategy.recovery.synchronous else replace(first, rounds=work.progress.rounds)
         while work.progress > last:
             self.undo()
         self._snapshots.forget_steps()
-        if self._strategy.synchronous:
+        if self._strategy.recovery.synchronous:
             return [0] * len(standings)
         mine = work.progress.rounds - first.rounds
         work.state = replace(work.state, rounds=work.state.rounds - mine)
@@ -224,9 +225,9 @@ class Recovery(NoRecovery):
 
     def _kept(self, standing: Standing | None) -> int:
         """Samples of the round under way that are in a rank's replica, and stay there."""
-        if not standing or not self._strategy.keeps_local_work:
+        if not standing or not self._strategy.recovery.keeps_local_work:
             return 0
-        if self._strategy.synchronous:
+        if self._strategy.recovery.synchronous:
             return dict(standing).get(self._work.progress, 0)
         return standing[-1][1]
 

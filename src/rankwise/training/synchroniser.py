@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alik
 from rankwise.survival.fault_injection import NoFaults
 from rankwise.training.admission import JoinState, replicated
 from rankwise.training.observer import NoObserver, Observer
-from rankwise.training.recovery import NoRecovery, Recovery
+from rankwise.training.recovery import NoRankRecovery, RankRecovery
 from rankwise.training.snapshots import Progress, Work
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Synchroniser:
     def __init__(
         self,
         replica: Replica,
-        strategy: Strategy,
+        strategy: Strategy[Any],
         sampler: Sampler,
         world: World,
         *,
@@ -82,9 +82,9 @@ class Synchroniser:
         if join_state is None:
             start_alike(replica, world)
         self._work = Work(strategy.init(replica, world))
-        self._recovery: NoRecovery = NoRecovery()
+        self._recovery: NoRankRecovery = NoRankRecovery()
         if survives:
-            self._recovery = Recovery(
+            self._recovery = RankRecovery(
                 self._work,
                 replica,
                 strategy,
@@ -168,7 +168,7 @@ class Synchroniser:
         The round is trained again from its beginning. Raises DivergedError after three times in a row, and at
         once where a lost rank ends the run, as then nothing is kept to go back to.
         """
-        if self.survives and not self._strategy.keeps_local_work:
+        if self.survives and not self._strategy.recovery.keeps_local_work:
             self.step()  # part of it may be under way to the others: all find it out together
             return
         self._batch = None
@@ -217,7 +217,7 @@ class Synchroniser:
         """The batches from here to the end of the epoch, or until the round begins again."""
         begun_again = self._recovery.begun_again
         for batch in self.sampler.batches(epoch, self.progress.rounds):
-            if self.world.stopping and not self._strategy.syncs_every_step:
+            if self.world.stopping and not self._strategy.recovery.syncs_every_step:
                 # Go straight to the round's end, where the others learn that the run is to stop.
                 if not batch.ends_round:
                     continue
