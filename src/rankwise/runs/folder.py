@@ -1,0 +1,176 @@
+"""The run folder: the files of one run by name, and the only bridge between a run and whatever reads it later."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rankwise.errors import ResumeError, StorageError, SupersededError, UsageError, one_line
+from rankwise.runs.record import SCHEMA_VERSION, Epoch, Outcome, Record
+from rankwise.system.files import write_atomically
+
+
+class RunFolder:
+    """The files of one run, by name. `launched_at` is when the start was asked for in which this process
+    takes part, None if nobody said."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record = path / "record.json"
+        self.metrics = path / "metrics.jsonl"
+        self.timeline = path / "timeline"
+        self.checkpoints = path / "checkpoints"
+        self.failure = path / "failure.json"
+        self.progress = path / ".progress"
+        self.faults = path / "faults"
+        self.last_words = path / "last-words"
+        self.beats = path / ".beats"
+        self._start = path / ".start"
+        self._mine: str | None = None
+        self.launched_at: str | None = None
+
+    def timeline_of(self, rank: int) -> Path:
+        """The timeline of one rank."""
+        return self.timeline / f"rank-{rank:04d}.npz"
+
+    def leave_words(
+        self, rank: int, kind: str, message: str, *, silent_s: float | None = None, **more: Any
+    ) -> None:
+        """Leave word of why a rank ends that the others go on without. The first one counts."""
+        content = {"kind": kind, "message": message, "silent_s": silent_s, **more}
+        with suppress(OSError):
+            self.last_words.mkdir(exist_ok=True)
+            _create(self._words_of(rank), content)
+
+    def leave_failure(self, content: dict[str, Any]) -> bool:
+        """Leave word of what ends the run; returns whether it was the first, which counts."""
+        try:
+            _create(self.failure, content)
+        except OSError:
+            return False
+        return True
+
+    def read_words(self, rank: int) -> dict[str, Any]:
+        """The last words about a rank, empty if there are none."""
+        try:
+            return dict(json.loads(self._words_of(rank).read_bytes()))
+        except (OSError, ValueError):
+            return {}
+
+    def forget_failures(self) -> None:
+        """The run goes on: what ended it, or one of its ranks, was before."""
+        self.failure.unlink(missing_ok=True)
+        shutil.rmtree(self.last_words, ignore_errors=True)
+
+    def begin(self, launched_at: str = "") -> None:
+        """The run is about to be started, by a command that was given at `launched_at` (UTC): ranks of an
+        earlier start, wherever they are, may not write any more."""
+        write_atomically(self._start, f"{os.urandom(8).hex()} {launched_at}".encode())
+
+    def take_part(self) -> None:
+        """This process is a rank of the start that began last."""
+        self._mine = self._last_start()
+        self.launched_at = self._mine.partition(" ")[2] or None
+
+    def require_part(self) -> None:
+        """Raises SupersededError if the run was started again since this process took part.
+
+        After a link between hosts was cut, ranks on both sides may live, and see the folder.
+        """
+        if self._mine is not None and self._last_start() != self._mine:
+            raise SupersededError(f"{self.path} was started again without this rank")
+
+    def _last_start(self) -> str:
+        try:
+            return self._start.read_text()
+        except OSError:
+            return ""
+
+    def _words_of(self, rank: int) -> Path:
+        return self.last_words / f"rank-{rank:04d}.json"
+
+    def create(self) -> list[Path]:
+        """Make the folder; returns the folders that were not there before, the innermost first.
+
+        Raises UsageError if it cannot be written, or already holds a run.
+        """
+        if self.record.exists():
+            raise UsageError(f"{self.path} already holds a run: choose another --out, or go on with --resume")
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            for folder in (self.path, self.timeline, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / ".writable", b"")
+            (self.path / ".writable").unlink()
+        except (OSError, StorageError) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UsageError(
+                f"cannot write the run folder {self.path}: {reason}; choose another --out"
+            ) from None
+        return new
+
+    def write(self, record: Record) -> None:
+        """Replace record.json. Raises StorageError; the one before stays.
+
+        A run in which a rank has failed does not go on, so its record is not made `running` again.
+        """
+        self.require_part()
+        if record.outcome == "running" and self.failure.exists():
+            return
+        write_atomically(self.record, record.model_dump_json(indent=1).encode() + b"\n")
+
+    def read(self) -> Record:
+        """The record. Raises ResumeError if there is none, or it is damaged or of a newer version."""
+        if not self.record.is_file():
+            raise ResumeError(f"{self.path} holds no run: there is no record.json in it")
+        try:
+            content = json.loads(self.record.read_bytes())
+            version = content.get("schema_version")
+            if isinstance(version, int) and version > SCHEMA_VERSION:
+                raise ResumeError(f"{self.record} was written by a newer rankwise (schema {version})")
+            return Record.model_validate(content)
+        except (OSError, ValueError, ValidationError, AttributeError, RecursionError) as error:
+            raise ResumeError(f"{self.record} is damaged: {one_line(error)[:200]}") from None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The epochs that stand in metrics.jsonl so far; a line that is just being written does not count."""
+        try:
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
+        except OSError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+    def keep_metrics(self, epochs: Sequence[Epoch]) -> None:
+        """Make metrics.jsonl hold these epochs."""
+        self.require_part()
+        write_atomically(self.metrics, "".join(e.model_dump_json() + "\n" for e in epochs).encode())
+
+    def close(self, outcome: Outcome, message: str) -> None:
+        """Set the outcome of a run whose ranks are gone and could not do it themselves."""
+        record = self.read()
+        if record.outcome == "running":
+            self.write(record.model_copy(update={"outcome": outcome, "message": message}))
+
+
+def _create(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is not there yet: several ranks may want to at once, and the first is the cause."""
+    with path.open("x") as file:
+        json.dump(content, file, indent=1)
+
+
+def new_run_path(name: str) -> Path:
+    """runs/<time>-<name>, a folder that does not exist yet."""
+    base = Path("runs") / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{name}"
+    path, n = base, 1
+    while path.exists():
+        n += 1
+        path = base.with_name(f"{base.name}-{n}")
+    return path
