@@ -11,6 +11,7 @@ import numpy as np
 from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
+from rankwise.plan import RunPlan, resolve
 from rankwise.prediction.network import read_network
 from rankwise.prediction.options import PredictionOptions
 from rankwise.prediction.points import Place, Point, best_of, predict_point
@@ -82,14 +83,14 @@ def predict(source: Source, wishes: PredictionOptions) -> Prediction:
     )
 
 
-def _resolved(source: Source, wishes: PredictionOptions, ranks: int) -> TrainConfig:
-    """The options of a run of so many ranks. One rank alone keeps in step with nobody."""
+def _resolved(source: Source, wishes: PredictionOptions, ranks: int) -> RunPlan:
+    """The plan of a run of so many ranks. One rank alone keeps in step with nobody."""
     config = _over(source.config, wishes, ranks)
     if ranks == 1:
         nothing = dict.fromkeys(("strategy", "topology", "sync_every", "local_after"))
         single = {**config.model_dump(), **strategies.OPTIONS, **nothing, "compress": "none"}
-        return strategies.resolve(TrainConfig(**single))
-    resolved = strategies.resolve(config)
+        return resolve(TrainConfig(**single))
+    resolved = resolve(config)
     if resolved.strategy == "ddp" or resolved.strategy not in strategies.STRATEGIES:
         raise ConfigError(f"--strategy {resolved.strategy}: only rankwise's own exchanges can be predicted")
     return resolved

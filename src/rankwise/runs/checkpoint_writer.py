@@ -18,11 +18,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from rankwise.runs.checkpoint import AVERAGE, MANIFEST, MODEL, Memory, finished, memory_file, worker_file
+from rankwise.comm import World
 from rankwise.errors import StorageError
 from rankwise.models.replica import Replica
+from rankwise.runs.checkpoint import AVERAGE, MANIFEST, MODEL, Memory, finished, memory_file, worker_file
 from rankwise.system.files import write_atomically
-from rankwise.comm import World
 
 LOOK_S = 0.02
 """How often rank 0 looks for the notes of the others."""

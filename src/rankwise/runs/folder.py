@@ -1,4 +1,4 @@
-"""The run folder: the files of one run by name, and the only bridge between a run and whatever reads it later."""
+"""The run folder: the files of one run by name, the only bridge between a run and whatever reads it later."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.plan = path / "plan.json"
         self.record = path / "record.json"
         self.metrics = path / "metrics.jsonl"
         self.timeline = path / "timeline"

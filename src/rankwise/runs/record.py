@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from rankwise.config import TrainConfig
-from rankwise.errors import ResumeError, StorageError, SupersededError, UsageError, one_line
 from rankwise.ledger.phases import PHASES
-from rankwise.system.files import write_atomically
 
 SCHEMA_VERSION = 1
 

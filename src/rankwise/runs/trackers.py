@@ -17,8 +17,8 @@ from typing import Any, cast
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError, one_line
 from rankwise.ledger.phases import PHASES
-from rankwise.runs.record import Epoch, Record
 from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Epoch, Record
 from rankwise.system.files import write_atomically
 
 Say = Callable[[str], None]
