@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rankwise import plan as planning
 from rankwise.config import TrainConfig, preset_names, read_preset
 from rankwise.errors import ConfigError, ResumeError, UsageError
+from rankwise.launch.order import Order, resumed
 from rankwise.launch.plan_file import read_asked, read_plan, write_plan
 from rankwise.plan import RunPlan, make_plan, resolve
 from rankwise.runs.folder import RunFolder
@@ -20,7 +21,7 @@ from rankwise.strategies import OPTIONS, STRATEGIES
 from rankwise.survival.fault_injection import PlannedFault
 from rankwise.system.hosts import Host
 
-from . import effort
+from . import effort, records
 from .test_fuzz import LEAVES, at_most
 
 TWO = {"ranks": 2, "topology": "allreduce"}
@@ -114,9 +115,9 @@ def test_every_strategys_own_options_have_their_values(name: str) -> None:
     """A plan holds a value for each option that its strategy takes, and for no other; those values
     make the same plan."""
     plan = resolve(TrainConfig(strategy=name, ranks=1 if name == "single" else 3))
-    unbounded = {"max_staleness"}  # None is its value: no limit
+    without = {"max_staleness", "sync_across_hosts"}  # no limit; and what `sync_every` says
     for option in OPTIONS.keys() - {"optimizer_state", "compress"}:
-        has_one = plan.entry.takes(option) and option not in unbounded
+        has_one = plan.entry.takes(option) and option not in without
         assert (getattr(plan, option) is not None) == has_one, option
     assert resolve(TrainConfig(**plan.model_dump())) == plan
 
@@ -260,3 +261,38 @@ def test_damaged_plans_get_one_line(tmp_path: Path, data: st.DataObject) -> None
         read_plan(folder)
     with at_most(ResumeError, "plan.json"):
         read_asked(folder)
+
+
+# ---- going on
+
+
+def going_on(folder: RunFolder, plan: RunPlan, **options: Any) -> TrainConfig:
+    """The options of a run that goes on with these, after one by a plan."""
+    record = records.record(config=plan.model_dump(mode="json"))
+    return resumed(Order(TrainConfig(**options), resume=folder.path), folder, record).config
+
+
+def test_a_run_goes_on_from_what_was_asked_for(tmp_path: Path) -> None:
+    """What was filled in is not taken for a wish: another strategy brings its own topology and interval."""
+    folder, plan = written(tmp_path, ranks=3, lr=0.5)
+    assert (plan.topology, plan.sync_every) == ("master", "epoch")
+    after = resolve(going_on(folder, plan, strategy="local-sgd"))
+    assert (after.strategy, after.topology, after.sync_every, after.lr) == ("local-sgd", "allreduce", 8, 0.5)
+
+
+def test_what_ranks_have_settled_stays(tmp_path: Path) -> None:
+    """A run goes on with the batches that were measured, unless others are asked for."""
+    folder, plan = written(tmp_path, ranks=2, topology="allreduce", balance="measured", compile="auto")
+    settled = plan.with_options(balance="20,12", compile="off")
+    assert resolve(going_on(folder, settled)).batch_sizes == (20, 12)
+    assert going_on(folder, settled).compile == "off"
+    assert going_on(folder, settled, balance="none").balance == "none"
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
+def test_a_run_of_a_version_without_plans_goes_on(tmp_path: Path, before: int, after: int) -> None:
+    """Its record says what was in force, and how ranks keep in step follows from their number."""
+    plan = resolve(TrainConfig(ranks=before, lr=0.5))
+    config = going_on(RunFolder(tmp_path), plan, ranks=after)
+    assert resolve(config) == resolve(TrainConfig(ranks=after, lr=0.5, out=tmp_path))
+    assert resolve(going_on(RunFolder(tmp_path), plan)) == plan.with_options(out=tmp_path)

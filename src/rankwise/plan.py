@@ -7,6 +7,7 @@ stands in ``plan.json``, from which each rank takes it as it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from rankwise import data, models
@@ -142,6 +143,17 @@ def resolve(config: TrainConfig) -> RunPlan:
     return plan
 
 
+def recorded_plan(options: Mapping[str, Any]) -> RunPlan:
+    """The plan of a run by the options in its record, of an older version too. Raises ConfigError."""
+    known = {name: value for name, value in options.items() if name in TrainConfig.model_fields}
+    return RunPlan(**{**known, "hostfile": None, "on_failure": known.get("on_failure") or "stop"})
+
+
+def strategy_anew(options: Mapping[str, Any]) -> dict[str, Any]:
+    """These options without those that say how ranks keep in step, which then follow from the others."""
+    return {**options, **OPTIONS, **dict.fromkeys(("strategy", "topology", "sync_every"))}
+
+
 def _ranks(config: TrainConfig, hosts: tuple[Host, ...]) -> int:
     """As many as the hosts have slots, spares set apart, unless it was said how many."""
     if not hosts or "ranks" in config.model_fields_set:
@@ -204,15 +216,15 @@ def _check_strategys_own(name: str, entry: Entry, config: TrainConfig) -> None:
 
 
 def _strategys_own(entry: Entry, plan: RunPlan) -> dict[str, Any]:
-    """The values in force of the options that only some strategies take, of those that this one takes."""
+    """The values in force of the options that only some strategies take, of those that this one takes.
+
+    `sync_across_hosts` is the interval itself, which stands in `sync_every`.
+    """
     strategy = entry.build(plan)
-    values = {
-        name: getattr(strategy, name) for name in OPTIONS if entry.takes(name) and hasattr(strategy, name)
-    }
-    if entry.takes("local_after") and plan.local_after is None:
+    names = [name for name in OPTIONS if entry.takes(name) and name != "sync_across_hosts"]
+    values = {name: getattr(strategy, name) for name in names if hasattr(strategy, name)}
+    if plan.local_after is None:
         values["local_after"] = entry.local_after
-    if entry.takes("sync_across_hosts") and isinstance(plan.sync_every, int):
-        values["sync_across_hosts"] = plan.sync_every
     return values
 
 

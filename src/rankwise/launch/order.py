@@ -19,9 +19,7 @@ from rankwise.report.live import Display
 from rankwise.runs.folder import RunFolder, new_run_path
 from rankwise.runs.record import Record, utc_before
 from rankwise.system.files import write_atomically
-
-SETTLED = ("balance", "compile")
-"""Options for which a record has what the ranks have settled."""
+from rankwise.training.settled import SETTLED
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def resumed(order: Order, folder: RunFolder, stored: Record) -> Order:
     """The order with what the run in `folder` was asked for under what is given now, and remarks on what
     changes. Raises ResumeError if what was trained so far would not fit."""
     given, in_force = order.config, stored.config
-    # What its ranks have settled stays; a run of a version without plans has kept nothing but its record.
+    # A run of a version without plans has kept nothing but its record.
     asked = read_asked(folder)
     options = dict(in_force) if asked is None else asked | {name: in_force[name] for name in SETTLED}
     remarks = []

@@ -11,7 +11,7 @@ import numpy as np
 from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
-from rankwise.plan import RunPlan, resolve
+from rankwise.plan import RunPlan, resolve, strategy_anew
 from rankwise.prediction.network import read_network
 from rankwise.prediction.options import PredictionOptions
 from rankwise.prediction.points import Place, Point, best_of, predict_point
@@ -87,23 +87,20 @@ def _resolved(source: Source, wishes: PredictionOptions, ranks: int) -> RunPlan:
     """The plan of a run of so many ranks. One rank alone keeps in step with nobody."""
     config = _over(source.config, wishes, ranks)
     if ranks == 1:
-        nothing = dict.fromkeys(("strategy", "topology", "sync_every", "local_after"))
-        single = {**config.model_dump(), **strategies.OPTIONS, **nothing, "compress": "none"}
-        return resolve(TrainConfig(**single))
+        return resolve(TrainConfig(**strategy_anew(config.model_dump())))
     resolved = resolve(config)
     if resolved.strategy == "ddp" or resolved.strategy not in strategies.STRATEGIES:
         raise ConfigError(f"--strategy {resolved.strategy}: only rankwise's own exchanges can be predicted")
     return resolved
 
 
-def _over(source: TrainConfig, wishes: PredictionOptions, ranks: int) -> TrainConfig:
-    """The source's options with the wishes on top; not yet resolved."""
+def _over(source: RunPlan, wishes: PredictionOptions, ranks: int) -> TrainConfig:
+    """The source's options with the wishes on top."""
     values = source.model_dump()
     values |= {"ranks": ranks, "hosts": None, "hostfile": None, "spares": 0, "fault": (), "min_ranks": 1}
     same = source.ranks > 1 and wishes.strategy in (None, source.strategy)
     if not same:
-        values |= {**strategies.OPTIONS, **dict.fromkeys(("strategy", "topology", "sync_every"))}
-        values["local_after"] = None
+        values = strategy_anew(values)
     for name in ("batch_size", "strategy", "topology", "compress", "sync_every"):
         wish = getattr(wishes, name)
         if wish is not None:

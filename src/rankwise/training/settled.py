@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from rankwise.plan import RunPlan
 
+SETTLED = ("balance", "compile")
+"""Options of which a record holds what the ranks have settled, and with which a run goes on."""
+
 
 @dataclass(frozen=True)
 class Settled:
