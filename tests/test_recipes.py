@@ -27,7 +27,7 @@ from rankwise.models.muon import COEFFICIENTS, STEPS, Muon, orthogonalised
 from rankwise.models.optimizers import hidden_matrices, make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.models.whitening import whiten
-from rankwise.plan import make_plan
+from rankwise.plan import AVERAGE_DECAYS, make_plan
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
@@ -172,7 +172,7 @@ def test_averages_are_alike_on_all_ranks(kind: str, team: tuple[int, str]) -> No
 
     results = run_in_threads(ranks, loop)
     model, optimizer = loops.make()
-    average = Average(model, kind, epochs=3)  # type: ignore[arg-type]
+    average = Average(model, kind, decay=AVERAGE_DECAYS[kind], epochs=3)  # type: ignore[arg-type]
     steps = 0
     for epoch in range(3):
         longest = max(len(seen[epoch]) for *_, seen in results)

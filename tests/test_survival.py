@@ -107,10 +107,10 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
     that this rank saw the end of, or None for a spare that was not needed."""
     ranks = world.size - spares
     world.set_aside(ranks)
-    arrival = None
+    join_state = None
     if world.rank < 0:
-        arrival = stand_by(world)
-        if arrival is None:
+        join_state = stand_by(world)
+        if join_state is None:
             return None
     config = resolve(TrainConfig(ranks=ranks, batch_size=BATCH, epochs=3, **options))
     model, optimizer = make()
@@ -121,10 +121,10 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
         world,
         survives=True,
         spares=spares,
-        arrival=arrival,
+        join_state=join_state,
     )
     counts = []
-    for epoch in range(arrival.progress.epoch if arrival else 1, 4):
+    for epoch in range(join_state.progress.epoch if join_state else 1, 4):
 
         def train(epoch: int = epoch) -> Any:
             for batch in synchroniser.batches(epoch):

@@ -1,4 +1,4 @@
-"""The run folder: the files of one run by name, the only bridge between a run and whatever reads it later."""
+"""The run folder: the files of one run by name, and the only bridge between a run and its readers."""
 
 from __future__ import annotations
 
