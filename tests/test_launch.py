@@ -88,7 +88,7 @@ def test_banners_are_held_back_and_the_ranks_words_shown() -> None:
 
 
 def test_a_rank_without_a_plan_says_so_in_its_folder(tmp_path: Path) -> None:
-    """A rank whose folder holds no plan ends with code 2, prints nothing, and leaves word for its launcher."""
+    """A rank without a plan ends with code 2, prints nothing, and leaves word in its folder."""
     words = [sys.executable, "-P", "-m", "rankwise.launch.rank", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")

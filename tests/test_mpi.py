@@ -287,6 +287,15 @@ def test_different_options_on_ranks(command: Command) -> None:
     assert "--lr" in done.told[0]
 
 
+def test_debug_shows_the_traceback_of_the_rank(command: Command) -> None:
+    """With --debug the launcher shows where the rank was that failed, and only then."""
+    words = [*tiny.WORDS[:2], "--model", "nothing:Here", "--ranks", "2"]
+    done = command.rankwise("train", *words, "--debug")
+    assert done.code == 2, done
+    assert "Traceback" in done.err.partition("On rank ")[2]
+    assert "Traceback" not in command.rankwise("train", *words).err
+
+
 @pytest.mark.parametrize("launcher", ["ours", "given"])
 def test_wrong_use_is_told_once(command: Command, tmp_path: Path, launcher: str) -> None:
     """What only the ranks can find out, and all of them do, is told in one line with code 2, and no run
