@@ -27,12 +27,13 @@ from common import command, finish, images_per_s, record_of, spread, start, turn
 from torch import nn
 from torch.nn import functional as F
 
-from rankwise import data, strategies
+from rankwise import data
 from rankwise.comm import World, solo_world
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Split
 from rankwise.ledger.phases import PHASES, Ledger, Totals
 from rankwise.models.paper_cnn import PaperCNN
+from rankwise.plan import resolve
 from rankwise.runs.folder import RunFolder
 from rankwise.training.rank import run
 
@@ -89,7 +90,7 @@ def rankwise_epoch(
     batch: int, samples: int, dataset: str, data_dir: Path | None, world: Callable[[], World] = solo_world
 ) -> float:
     """Seconds of one epoch of a real run, evaluation and checkpoint left out."""
-    config = strategies.resolve(
+    config = resolve(
         TrainConfig(
             dataset=dataset,
             data_dir=data_dir,

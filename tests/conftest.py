@@ -17,11 +17,11 @@ import hypothesis
 import pytest
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-from rankwise import strategies
 from rankwise.comm import run_in_threads
 from rankwise.comm.mpi_environment import mpi_environment
 from rankwise.comm.threads import Killed
 from rankwise.config import TrainConfig
+from rankwise.plan import RunPlan, resolve
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record, Samples
 
@@ -74,10 +74,10 @@ def _one_thread() -> None:
 
 
 @pytest.fixture
-def config() -> Callable[..., TrainConfig]:
-    """Makes a resolved configuration of a run that takes the blink of an eye."""
+def config() -> Callable[..., RunPlan]:
+    """Makes the plan of a run that takes the blink of an eye."""
 
-    def make(**options: Any) -> TrainConfig:
+    def make(**options: Any) -> RunPlan:
         # One thread: sums are cut up by thread, so other numbers of threads give other bits.
         defaults = {
             "dataset": tiny.DATASET,
@@ -87,7 +87,7 @@ def config() -> Callable[..., TrainConfig]:
             "batch_size": 16,
             "threads": 1,
         }
-        return strategies.resolve(TrainConfig(**{**defaults, **options}))
+        return resolve(TrainConfig(**{**defaults, **options}))
 
     return make
 
@@ -99,7 +99,7 @@ def train_in_threads(tmp_path: Path) -> Callable[..., tuple[Record, RunFolder, d
     from rankwise.training.rank import run
 
     def train(
-        config: TrainConfig,
+        config: RunPlan,
         *,
         folder: str = "run",
         resume: bool = False,

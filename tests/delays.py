@@ -33,8 +33,9 @@ from rankwise.data.feed import Feed
 from rankwise.data.selection import select
 from rankwise.ledger.phases import PHASES
 from rankwise.models.replica import Replica
+from rankwise.plan import resolve
 from rankwise.runs.folder import RunFolder
-from rankwise.strategies import exchange, resolve
+from rankwise.strategies import exchange
 from rankwise.training.loop import Losses, train_epoch
 from rankwise.training.rank import _make_job, _make_replica
 

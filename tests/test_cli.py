@@ -211,6 +211,23 @@ def test_resume_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert f"--model {tiny.MODEL}" in capsys.readouterr().err
 
 
+def test_a_run_that_cannot_go_on_so_stays_as_it_was(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Options that only a rank finds wrong leave no trace: without them the run goes on."""
+    assert call("train", *QUICK, "--out", "run") == 0
+    before = Path("run/plan.json").read_bytes()
+    more = ["train", "--resume", "run", "--epochs", "3"]
+    assert call(*more, "--freeze", "nothing:2") == 2
+    assert "nothing:2" in capsys.readouterr().err
+    assert Path("run/plan.json").read_bytes() == before
+    Path("run/plan.json").unlink()
+    assert call(*more, "--freeze", "nothing:2") == 2
+    assert not Path("run/plan.json").exists()
+    assert call(*more) == 0
+    assert len(RunFolder(tmp_path / "run").read().epochs) == 3
+
+
 def test_a_damaged_record_cannot_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
     """A record that is no record, or of a newer version, is refused in one line."""
     Path("run").mkdir()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.plan import resolve
 from rankwise.runs.record import Fault, Record
-from rankwise.strategies import resolve
 from rankwise.studies import failures
 from rankwise.studies.failures import FULL, QUICK, Found, Setting, Trouble
 from rankwise.studies.failures_page import failures_page

@@ -19,10 +19,10 @@ from rankwise.comm import World, run_in_threads
 from rankwise.comm.threads import Killed
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
-from rankwise.launch import preflight
 from rankwise.ledger.phases import Ledger
+from rankwise.plan import make_plan
 from rankwise.runs.record import Record
-from rankwise.survival.fault_injection import Faults, Plan, parse, read_marks
+from rankwise.survival.fault_injection import Faults, PlannedFault, parse_fault, read_marks
 from rankwise.survival.harm import ThreadHarm
 
 Make = Callable[..., TrainConfig]
@@ -61,7 +61,7 @@ class Patient:
 
 def faults(folder: Path, *texts: str, rank: int = 0, seed: int = 0) -> tuple[Faults, Patient]:
     patient = Patient()
-    plans = [parse(text) for text in texts]
+    plans = [parse_fault(text) for text in texts]
     made = Faults(
         plans, folder, rank=rank, seed=seed, exchanges=patient, harm=patient, poison=patient.be_poisoned
     )
@@ -71,17 +71,17 @@ def faults(folder: Path, *texts: str, rank: int = 0, seed: int = 0) -> tuple[Fau
 @pytest.mark.parametrize(
     ("text", "plan"),
     [
-        ("kill:rank=2", Plan("kill", rank=2, epoch=1)),
-        ("kill:rank=0,epoch=3,phase=checkpoint", Plan("kill", rank=0, epoch=3, phase="checkpoint")),
-        ("sleep:p=0.1,seconds=2.5", Plan("sleep", p=0.1, seconds=2.5)),
-        ("slow:rank=1,factor=3", Plan("slow", rank=1, epoch=1, factor=3.0)),
-        ("nan:rank=1,epoch=2,step=7", Plan("nan", rank=1, epoch=2, step=7)),
-        ("hang:rank=1,p=0.5", Plan("hang", rank=1, p=0.5)),
+        ("kill:rank=2", PlannedFault("kill", rank=2, epoch=1)),
+        ("kill:rank=0,epoch=3,phase=checkpoint", PlannedFault("kill", rank=0, epoch=3, phase="checkpoint")),
+        ("sleep:p=0.1,seconds=2.5", PlannedFault("sleep", p=0.1, seconds=2.5)),
+        ("slow:rank=1,factor=3", PlannedFault("slow", rank=1, epoch=1, factor=3.0)),
+        ("nan:rank=1,epoch=2,step=7", PlannedFault("nan", rank=1, epoch=2, step=7)),
+        ("hang:rank=1,p=0.5", PlannedFault("hang", rank=1, p=0.5)),
     ],
 )
-def test_a_fault_is_what_its_words_say(text: str, plan: Plan) -> None:
+def test_a_fault_is_what_its_words_say(text: str, plan: PlannedFault) -> None:
     """KIND:KEY=VALUE,...; a fault without a probability strikes once, in the first epoch unless told."""
-    assert parse(text) == plan
+    assert parse_fault(text) == plan
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_fault_is_what_its_words_say(text: str, plan: Plan) -> None:
 def test_what_is_no_fault_is_told_in_one_line(text: str, told: str) -> None:
     """Unknown kinds, keys and phases, values out of range, and ranks that the run does not have."""
     with pytest.raises(ConfigError) as error:
-        preflight.check(TrainConfig(ranks=3, fault=(text,)))
+        make_plan(TrainConfig(ranks=3, fault=(text,)))
     assert told in str(error.value)
     assert str(error.value).startswith(f"--fault {text}: ")
     assert "\n" not in str(error.value)
@@ -190,7 +190,7 @@ def test_an_exchange_belongs_to_the_phase_around_it(tmp_path: Path) -> None:
 def test_chance_is_drawn_from_the_seed(p: float, seed: int) -> None:
     """With a probability the same faults strike in every run with the same seed, in about so many epochs,
     each rank for itself."""
-    plan = Plan("kill", p=p)
+    plan = PlannedFault("kill", p=p)
 
     def draw() -> list[int | None]:
         return [plan.step_for(rank, epoch, 10, (seed, 0)) for rank in range(4) for epoch in range(1, 101)]

@@ -16,11 +16,12 @@ from rankwise.comm.mpi_environment import Mpiexec
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, LaunchError, SupersededError, TrainingError
 from rankwise.launch import hosts as launching
-from rankwise.launch.hosts import Host, fit, parse, read, resolve_hosts
+from rankwise.launch.hosts import fit
 from rankwise.launch.mpiexec import command_line
-from rankwise.launch.order import without
+from rankwise.plan import resolve
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
+from rankwise.system.hosts import Host, parse_hosts, read_hostfile
 
 from .hosts import Hosts, why_not
 from .test_cli import call
@@ -33,16 +34,16 @@ HOSTS = st.dictionaries(NAMES, st.integers(1, 128), min_size=1, max_size=5)
 @given(HOSTS)
 def test_hosts_are_read_as_they_were_written(asked: dict[str, int]) -> None:
     """On the command line and in a file, the same hosts in the same order."""
-    expected = [Host(name, slots) for name, slots in asked.items()]
-    assert parse(",".join(f"{name}:{slots}" for name, slots in asked.items())) == expected
-    assert parse(",".join(map(str, expected))) == expected
+    expected = tuple(Host(name, slots) for name, slots in asked.items())
+    assert parse_hosts(",".join(f"{name}:{slots}" for name, slots in asked.items())) == expected
+    assert parse_hosts(",".join(map(str, expected))) == expected
 
 
 def test_a_hostfile_is_that_of_mpiexec(tmp_path: Path) -> None:
     """Names, slots, comments and what else mpiexec allows on a line; a host without slots has one."""
     path = tmp_path / "hosts"
     path.write_text("# all of them\nnode1 slots=4 max_slots=8\n\n10.0.0.2\tslots=2 # the old one\nnode3\n")
-    assert read(path) == [Host("node1", 4), Host("10.0.0.2", 2), Host("node3", 1)]
+    assert read_hostfile(path) == (Host("node1", 4), Host("10.0.0.2", 2), Host("node3", 1))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_a_hostfile_is_that_of_mpiexec(tmp_path: Path) -> None:
 def test_what_are_no_hosts_is_told_in_one_line(text: str, told: str) -> None:
     """A host twice with different slots, no slots, no name, and a name that ssh would take for an option."""
     with pytest.raises(ConfigError) as error:
-        resolve_hosts(TrainConfig(hosts=text))
+        resolve(TrainConfig(hosts=text))
     assert told in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -70,23 +71,23 @@ def test_what_is_no_hostfile_is_told_in_one_line(tmp_path: Path, content: str | 
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError) as error:
-        resolve_hosts(TrainConfig(hostfile=path))
+        resolve(TrainConfig(hostfile=path))
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_ranks_fill_the_slots() -> None:
     """As many ranks as there are slots, less the spares, unless their number was given."""
-    assert resolve_hosts(TrainConfig(hosts="a:4,b:3")).ranks == 7
-    assert resolve_hosts(TrainConfig(hosts="a:4,b:3", spares=2)).ranks == 5
-    assert resolve_hosts(TrainConfig(hosts="a:4,b:3", ranks=2)).ranks == 2
+    assert resolve(TrainConfig(hosts="a:4,b:3")).ranks == 7
+    assert resolve(TrainConfig(hosts="a:4,b:3", spares=2)).ranks == 5
+    assert resolve(TrainConfig(hosts="a:4,b:3", ranks=2)).ranks == 2
     with pytest.raises(ConfigError, match="leaves none to train"):
-        resolve_hosts(TrainConfig(hosts="a:1", spares=1))
+        resolve(TrainConfig(hosts="a:1", spares=1))
 
 
 def test_what_is_left_takes_fewer_ranks() -> None:
     """On fewer hosts a run goes on with the ranks that fit, then with spares; with too few it does not."""
-    config = resolve_hosts(TrainConfig(hosts="a:2,b:2,c:2", spares=1, min_ranks=3))
+    config = resolve(TrainConfig(hosts="a:2,b:2,c:2", spares=1, min_ranks=3))
     assert config.ranks == 5
     left = fit(config, [Host("a", 2), Host("c", 2)])
     assert (left.ranks, left.spares, left.hosts) == (4, 0, "a:2,c:2")
@@ -94,14 +95,6 @@ def test_what_is_left_takes_fewer_ranks() -> None:
         fit(config, [Host("c", 2)])
     with pytest.raises(TrainingError, match="room for 0 ranks"):
         fit(config, [])
-
-
-@given(st.lists(st.sampled_from(["--ranks", "--ranks=3", "--lr", "0.1", "2", "--hosts"]), max_size=8))
-def test_an_option_is_taken_out_with_its_value(words: list[str]) -> None:
-    """In both spellings; all other words stay in their order."""
-    left = without([*words, "--ranks", "9"], "--ranks")
-    assert not any(word.startswith("--ranks=") for word in left)
-    assert left == without(left, "--ranks")
 
 
 def test_flags_for_several_hosts() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -83,3 +85,13 @@ def test_banners_are_held_back_and_the_ranks_words_shown() -> None:
     ending = supervise([sys.executable, "-c", script], shown.append)
     assert shown == ["one", "two"]
     assert (ending.code, ending.interrupted, ending.last_words) == (3, False, "MPI_ABORT was invoked")
+
+
+def test_a_rank_without_a_plan_says_so_in_its_folder(tmp_path: Path) -> None:
+    """A rank without a plan ends with code 2, prints nothing, and leaves word in its folder."""
+    words = [sys.executable, "-P", "-m", "rankwise.launch.rank", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+    failure = json.loads((tmp_path / "failure.json").read_bytes())
+    assert "plan.json" in failure["message"]
+    assert failure["exit_code"] == 2

@@ -19,6 +19,7 @@ from rankwise.config import TrainConfig
 from rankwise.errors import ModelError
 from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
+from rankwise.plan import resolve
 
 
 class TutorialNet(nn.Module):
@@ -220,8 +221,8 @@ def test_optimisers_are_torchs(
         optimizer.register_step_post_hook(lambda *_: hooked.append(1))
         return optimizer
 
-    config = TrainConfig(lr=0.1, **options)
-    ours = after_five_steps(lambda model: watched(make_optimizer(config, model)))
+    plan = resolve(TrainConfig(lr=0.1, **options))
+    ours = after_five_steps(lambda model: watched(make_optimizer(plan, model)))
     assert torch.equal(ours, after_five_steps(lambda model: watched(theirs(model.parameters()))))
     assert len(hooked) == 10
 
@@ -232,10 +233,11 @@ def test_a_step_loads_no_compiler() -> None:
         "import sys, torch;"
         "from rankwise.config import TrainConfig;"
         "from rankwise.models.optimizers import make_optimizer;"
-        "from rankwise.models.replica import Replica\n"
+        "from rankwise.models.replica import Replica;"
+        "from rankwise.plan import resolve\n"
         "for name in ('sgd', 'adam', 'adamw', 'muon'):\n"
         "    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))\n"
-        "    replica = Replica(model, make_optimizer(TrainConfig(optimizer=name), model))\n"
+        "    replica = Replica(model, make_optimizer(resolve(TrainConfig(optimizer=name)), model))\n"
         "    model(torch.ones(2, 4)).sum().backward()\n"
         "    replica.step()\n"
         "print([name for name in ('torch._dynamo', 'sympy', 'scipy') if name in sys.modules])"

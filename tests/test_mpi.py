@@ -92,12 +92,12 @@ def test_mpi_and_threads_give_the_same(command: Command, tmp_path: Path, topolog
     one, two = (read_weights(RunFolder(tmp_path / name)) for name in ("one", "two"))
     assert all((one[name] == two[name]).all() for name in one)
     if topology == "master":
-        from rankwise import strategies
         from rankwise.comm import run_in_threads
         from rankwise.config import TrainConfig
+        from rankwise.plan import resolve
         from rankwise.training.rank import run
 
-        config = strategies.resolve(
+        config = resolve(
             TrainConfig(dataset=tiny.DATASET, model=tiny.MODEL, lr=0.02, epochs=2, ranks=3, threads=1)
         )
         folder = RunFolder(tmp_path / "threads")
@@ -133,22 +133,22 @@ def ranks_of(folder: Path) -> list[int]:
     found = []
     for process in psutil.process_iter(["cmdline", "cwd"]):
         words = process.info["cmdline"] or []
-        if not ("--launched" in words and "python" in Path(words[0]).name and process.info["cwd"]):
+        if not ("rankwise.launch.rank" in words and "python" in Path(words[0]).name and process.info["cwd"]):
             continue
-        if Path(process.info["cwd"], words[words.index("--out") + 1]) == folder.absolute():
+        if Path(process.info["cwd"], words[-1]) == folder.absolute():
             found.append(process.pid)
     return found
 
 
-def test_a_ranks_command_line_shows_the_command(command: Command, tmp_path: Path) -> None:
-    """A rank's command line is the one that was given, with the run folder."""
+def test_a_ranks_command_line_shows_its_run_folder(command: Command, tmp_path: Path) -> None:
+    """A rank is started with its run folder alone, which its command line shows."""
     words = [*tiny.WORDS, "--epochs", "2000", "--ranks", "2"]
     process = command.start(sys.executable, *train(*words))
     wait_for(lambda: list(tmp_path.glob("runs/*/record.json")))
     (folder,) = tmp_path.glob("runs/*")
     lines = [" ".join(psutil.Process(pid).cmdline()) for pid in ranks_of(folder)]
     assert len(lines) == 2
-    assert all(f"rankwise train {' '.join(words)} --out runs/{folder.name}" in line for line in lines)
+    assert all(line.endswith(f"-P -m rankwise.launch.rank runs/{folder.name}") for line in lines)
     process.terminate()
     assert process.wait(30) == 130
 
@@ -285,6 +285,15 @@ def test_different_options_on_ranks(command: Command) -> None:
     assert done.code == 2, done
     assert len(done.told) == 1, done
     assert "--lr" in done.told[0]
+
+
+def test_debug_shows_the_traceback_of_the_rank(command: Command) -> None:
+    """With --debug the launcher shows where the rank was that failed, and only then."""
+    words = [*tiny.WORDS[:2], "--model", "nothing:Here", "--ranks", "2"]
+    done = command.rankwise("train", *words, "--debug")
+    assert done.code == 2, done
+    assert "Traceback" in done.err.partition("On rank ")[2]
+    assert "Traceback" not in command.rankwise("train", *words).err
 
 
 @pytest.mark.parametrize("launcher", ["ours", "given"])

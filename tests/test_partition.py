@@ -29,7 +29,7 @@ def labels_and_workers(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 def test_every_sample_once(case: tuple[np.ndarray, int], mode: str, seed: int, epoch: int) -> None:
     """In every epoch each sample stands in exactly one shard, once, and every worker has one."""
     labels, workers = case
-    shards = deal(mode, labels=labels, shares=[1] * workers, epoch=epoch, seed=seed)
+    shards = deal(parse_shards(mode), labels=labels, shares=[1] * workers, epoch=epoch, seed=seed)
     assert len(shards) == workers
     assert sorted(np.concatenate(shards).tolist()) == list(range(len(labels)))
     assert all(len(shard) for shard in shards)
@@ -42,9 +42,9 @@ def test_every_sample_once(case: tuple[np.ndarray, int], mode: str, seed: int, e
 def test_shards_over_epochs(case: tuple[np.ndarray, int], mode: str, seed: int) -> None:
     """Fixed and uneven shards hold the same samples in every epoch, and a call twice gives the same."""
     labels, workers = case
-    first = deal(mode, labels=labels, shares=[1] * workers, epoch=1, seed=seed)
-    again = deal(mode, labels=labels, shares=[1] * workers, epoch=1, seed=seed)
-    later = deal(mode, labels=labels, shares=[1] * workers, epoch=2, seed=seed)
+    first = deal(parse_shards(mode), labels=labels, shares=[1] * workers, epoch=1, seed=seed)
+    again = deal(parse_shards(mode), labels=labels, shares=[1] * workers, epoch=1, seed=seed)
+    later = deal(parse_shards(mode), labels=labels, shares=[1] * workers, epoch=2, seed=seed)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     if mode != "redealt":
         assert all(set(a) == set(b) for a, b in zip(first, later, strict=True))
@@ -54,7 +54,9 @@ def test_redealt_shards_change_and_fixed_ones_are_reshuffled() -> None:
     """Redealt shards hold other samples in the next epoch; fixed ones the same in another order."""
     labels = np.arange(100) % 10
     for mode, same in (("redealt", False), ("fixed", True)):
-        one, two = (deal(mode, labels=labels, shares=[1] * 4, epoch=e, seed=0)[0] for e in (1, 2))
+        one, two = (
+            deal(parse_shards(mode), labels=labels, shares=[1] * 4, epoch=e, seed=0)[0] for e in (1, 2)
+        )
         assert (set(one) == set(two)) is same
         assert not np.array_equal(one, two)
 
@@ -62,7 +64,7 @@ def test_redealt_shards_change_and_fixed_ones_are_reshuffled() -> None:
 def test_fixed_shards_are_never_one_class() -> None:
     """Also where the samples lie sorted by class, a fixed shard is a random share of all classes."""
     labels = np.repeat(np.arange(10), 100)
-    for shard in deal("fixed", labels=labels, shares=[1] * 10, epoch=1, seed=3):
+    for shard in deal(parse_shards("fixed"), labels=labels, shares=[1] * 10, epoch=1, seed=3):
         assert len(np.unique(labels[shard])) >= 8
 
 
@@ -71,7 +73,7 @@ def test_dirichlet_is_more_uneven_the_smaller_alpha() -> None:
     labels = np.repeat(np.arange(10), 500)
 
     def largest_share(alpha: float) -> float:
-        shards = deal(f"dirichlet:{alpha}", labels=labels, shares=[1] * 5, epoch=1, seed=0)
+        shards = deal(parse_shards(f"dirichlet:{alpha}"), labels=labels, shares=[1] * 5, epoch=1, seed=0)
         counts = [np.bincount(labels[shard], minlength=10) for shard in shards]
         return float(np.mean([count.max() / count.sum() for count in counts]))
 
@@ -117,7 +119,7 @@ def test_rounds_agree_over_ranks(
     batch_sizes = [sizes[0]] * workers if alike else sizes[:workers]
 
     def shards_of(epoch: int, shares: Sequence[int]) -> list[np.ndarray]:
-        return deal(mode, labels=labels, shares=shares, epoch=epoch, seed=1)
+        return deal(parse_shards(mode), labels=labels, shares=shares, epoch=epoch, seed=1)
 
     samplers = [
         Sampler(
@@ -216,7 +218,7 @@ def test_steps_are_numbered_by_who_makes_the_most(
     labels, workers = case
     ranks = [
         Sampler(
-            lambda epoch, shares: deal(mode, labels=labels, shares=shares, epoch=epoch, seed=1),
+            lambda epoch, shares: deal(parse_shards(mode), labels=labels, shares=shares, epoch=epoch, seed=1),
             rank=rank,
             first_worker=0,
             batch_sizes=sizes[:workers],

@@ -18,10 +18,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise import strategies
 from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError
+from rankwise.plan import resolve
 from rankwise.prediction import collectives
 from rankwise.prediction.network import NETWORKS, Cluster, Link, coefficients, read_network
 from rankwise.prediction.options import PredictionOptions
@@ -289,7 +289,7 @@ def test_bytes_are_those_of_real_runs(options: dict[str, Any]) -> None:
 
     on_hosts = hosts if options["strategy"] == "two-level" else None
     sent = sum(run_in_threads(ranks, train, hosts=on_hosts))
-    config = strategies.resolve(TrainConfig(ranks=ranks, batch_size=8, momentum=0.9, **options))
+    config = resolve(TrainConfig(ranks=ranks, batch_size=8, momentum=0.9, **options))
     model = ModelSize(((6, 8), (6,), (6,), (6,), (3, 6), (3,)), buffers=12, integers=1)
     its = traffic(config, model, [2, 2] if on_hosts else [ranks])
     shard = -(-samples // config.workers)
@@ -354,7 +354,7 @@ def test_a_strategy_that_does_not_say_what_it_sends(
 def test_who_steps_and_what_is_unpacked(options: dict[str, Any], server_steps: bool, unpacked: int) -> None:
     """Only a server that gets plain gradients steps for all; only payloads that go to all ranks as they are
     are unpacked by each."""
-    config = strategies.resolve(TrainConfig(ranks=4, **options))
+    config = resolve(TrainConfig(ranks=4, **options))
     said = traffic(config, ModelSize(((20, 30), (20,))), [4]).said
     assert (said.server_steps, said.unpacked) == (server_steps, unpacked)
 

@@ -27,6 +27,7 @@ from rankwise.models.muon import COEFFICIENTS, STEPS, Muon, orthogonalised
 from rankwise.models.optimizers import hidden_matrices, make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.models.whitening import whiten
+from rankwise.plan import AVERAGE_DECAYS, make_plan
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
@@ -171,7 +172,7 @@ def test_averages_are_alike_on_all_ranks(kind: str, team: tuple[int, str]) -> No
 
     results = run_in_threads(ranks, loop)
     model, optimizer = loops.make()
-    average = Average(model, kind, epochs=3)  # type: ignore[arg-type]
+    average = Average(model, kind, decay=AVERAGE_DECAYS[kind], epochs=3)  # type: ignore[arg-type]
     steps = 0
     for epoch in range(3):
         longest = max(len(seen[epoch]) for *_, seen in results)
@@ -229,8 +230,8 @@ def test_whitening_takes_what_filters_there_are() -> None:
 def test_stages_of_smaller_images(config: Make) -> None:
     """Stages follow each other for their epochs; after the last one images are as they are."""
     staged = config(resize="16:1,24:2")
-    assert [resizing.height_in(staged, epoch) for epoch in range(1, 6)] == [16, 24, 24, None, None]
-    assert resizing.height_in(config(), 1) is None
+    assert [staged.resizing.height_in(epoch) for epoch in range(1, 6)] == [16, 24, 24, None, None]
+    assert config().resizing.height_in(1) is None
 
 
 def test_halved_images_are_weighted_means() -> None:
@@ -263,7 +264,7 @@ def test_halved_images_are_weighted_means() -> None:
 def test_sizes_that_do_not_fit(config: Make, given: dict[str, Any], told: str) -> None:
     """What is no stage, or no smaller image, is refused before a rank is started."""
     with pytest.raises(ConfigError, match=told):
-        preflight.prepare(preflight.check(config(dataset="synthetic:300", **given)))
+        preflight.prepare(make_plan(config(dataset="synthetic:300", **given)))
 
 
 def test_a_network_for_one_size_refuses_another(config: Make, train_in_threads: Train) -> None:
@@ -491,7 +492,7 @@ def test_what_cannot_be_frozen_is_refused(
 ) -> None:
     """A stage that is none, a name that fits nothing, a network of which nothing is left, one clear line."""
     with pytest.raises(ConfigError, match=told):
-        train_in_threads(preflight.check(config(model="mlp", **given)))
+        train_in_threads(make_plan(config(model="mlp", **given)))
 
 
 def test_what_is_evaluated_is_the_average(config: Make, train_in_threads: Train) -> None:

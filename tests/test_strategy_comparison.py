@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from rankwise.plan import resolve
 from rankwise.runs.record import Epoch, Record
-from rankwise.strategies import STRATEGIES, resolve
+from rankwise.strategies import STRATEGIES
 from rankwise.studies import runner, strategy_comparison
 from rankwise.studies.folder import StudyFolder
 from rankwise.studies.strategy_comparison import COURSES, QUICK_COURSES, Course, Score

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rankwise.cli import app
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
-from rankwise.launch.order import Order, to_arguments
+from rankwise.launch.order import to_arguments
 from rankwise.submit import Kubernetes, Slurm, Work, work_of
 
 from .conftest import Finished
@@ -132,7 +132,7 @@ def test_every_option_goes_along(tmp_path: Path) -> None:
     values = every_option()
     config = TrainConfig(**values)
     assert all(getattr(config, name) != TrainConfig.model_fields[name].default for name in values)
-    for words in given_in(Work(tuple(to_arguments(Order(config))), None, 4, 1), tmp_path):
+    for words in given_in(Work(tuple(to_arguments(config)), None, 4, 1), tmp_path):
         arrived = parsed(words)
         assert {name: getattr(arrived, name) for name in values} == {
             name: getattr(config, name) for name in values

@@ -16,8 +16,9 @@ from rankwise.config import TrainConfig
 from rankwise.errors import DivergedError, RankLost
 from rankwise.ledger.phases import Ledger
 from rankwise.models.replica import Replica
+from rankwise.plan import resolve
 from rankwise.runs.record import Record
-from rankwise.strategies import entry_of, resolve
+from rankwise.strategies import entry_of
 from rankwise.strategies.base import State
 from rankwise.training import recovery, synchroniser
 from rankwise.training.admission import stand_by
@@ -113,7 +114,6 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
         if join_state is None:
             return None
     config = resolve(TrainConfig(ranks=ranks, batch_size=BATCH, epochs=3, **options))
-    assert config.strategy is not None
     model, optimizer = make()
     synchroniser = Synchroniser(
         Replica(model, optimizer),

@@ -20,6 +20,8 @@ from rankwise import strategies
 from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, DivergedError, Interrupted, ResumeError, StorageError
+from rankwise.launch.order import Order
+from rankwise.launch.rank import _agree_on_options
 from rankwise.ledger.phases import PHASES
 from rankwise.runs import checkpoint
 from rankwise.runs.folder import RunFolder
@@ -319,14 +321,14 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert checkpoint.newest(tmp_path / "run" / "checkpoints", print).epoch == 0
 
 
-def test_ranks_with_different_options_are_refused(config: Make, tmp_path: Path) -> None:
-    """Ranks that were given different options are told which one, before training."""
-    folder = RunFolder(tmp_path / "run")
-    folder.create()
+def test_ranks_with_different_options_are_refused() -> None:
+    """Ranks that a user started with different options are told which one, before anything is made."""
+
+    def program(world: World) -> None:
+        _agree_on_options(Order(TrainConfig(ranks=3, lr=0.1 + (world.rank == 2))), world)
+
     with pytest.raises(ConfigError, match=r"--lr is .* on rank"):
-        run_in_threads(
-            3, lambda world: run(config(ranks=3, lr=0.1 + (world.rank == 2)), world, folder, say=print)
-        )
+        run_in_threads(3, program)
 
 
 def test_more_workers_than_samples_are_refused(config: Make, tmp_path: Path) -> None:

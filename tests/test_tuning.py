@@ -251,7 +251,7 @@ def test_the_tuned_run_is_an_ordinary_one(tmp_path: Path, trials: list[TrainConf
 
     found = tuning.tuned(order(tmp_path, batch_size=32))
     assert not found.tune
-    words = to_arguments(found)
+    words = to_arguments(found.config)
     assert words[words.index("--ranks") + 1] == "2"
     assert "--tune" not in words
     assert data.writable_folder(tmp_path) == tmp_path

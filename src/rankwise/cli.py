@@ -72,8 +72,6 @@ def train(
     ] = False,
     format: Format = "text",
     debug: Debug = False,
-    launched: Annotated[bool, Parameter(show=False, negative="")] = False,
-    arguments: Annotated[list[str], Parameter(parse=False)],
 ) -> None:
     """Train a network on N ranks; they are started here unless mpiexec or srun did so already.
 
@@ -87,8 +85,6 @@ def train(
         _layered(config, config_file, preset),
         resume=resume,
         tune=tune,
-        arguments=arguments,
-        launched=launched,
         asked_ns=machine.process_start_ns(),
     )
     result = launch(order)
@@ -347,11 +343,11 @@ def doctor(
 
     facts: dict[str, object]
     if hosts is not None or hostfile is not None:
-        from rankwise.launch.hosts import asked_for
         from rankwise.launch.links import survey
+        from rankwise.system.hosts import hosts_asked_for
 
         with Console(stderr=True).status("asking the hosts") as status:
-            facts = survey(asked_for(hosts, hostfile), status.update)
+            facts = survey(hosts_asked_for(hosts, hostfile), status.update)
         shown = physician.hosts_page(facts)
     elif speed:
         from rankwise.doctor import speed as stopwatch
@@ -473,8 +469,7 @@ def main(tokens: list[str] | None = None) -> None:
 def _exit(error: RankwiseError, tokens: list[str]) -> NoReturn:
     if "--debug" in tokens:
         traceback.print_exc()
-    if "--launched" not in tokens:  # there the launcher speaks, by what the rank left in the folder
-        print(f"rankwise: {one_line(error)}", file=sys.stderr, flush=True)
+    print(f"rankwise: {one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
 
 

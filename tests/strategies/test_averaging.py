@@ -73,7 +73,7 @@ def test_averaging_is_numpys(topology: str, optimizer_state: str, strategy: str,
     assert_alike(results)
 
     from rankwise.config import TrainConfig
-    from rankwise.strategies import resolve
+    from rankwise.plan import resolve
     from rankwise.training.build import make_sampler
 
     config = resolve(TrainConfig(ranks=ranks, batch_size=16, **options))

@@ -15,7 +15,8 @@ from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.errors import DivergedError
 from rankwise.models.replica import Replica
-from rankwise.strategies import STRATEGIES, resolve
+from rankwise.plan import resolve
+from rankwise.strategies import STRATEGIES
 from rankwise.training import synchroniser
 from rankwise.training.build import make_sampler
 from rankwise.training.snapshots import Progress

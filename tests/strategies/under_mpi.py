@@ -7,7 +7,8 @@ import torch
 
 from rankwise.comm import World, join
 from rankwise.config import TrainConfig
-from rankwise.strategies import STRATEGIES, resolve
+from rankwise.plan import resolve
+from rankwise.strategies import STRATEGIES
 
 from .loops import SAMPLES, train
 from .test_contract import COMPRESSIONS, few

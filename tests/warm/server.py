@@ -139,9 +139,13 @@ def run(words: list[str], environment: dict[str, str]) -> None:
     runpy.run_path(str(STACKS))  # which Python does at its start
     path = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.path[:] = [*path, *(part for part in sys.path if part not in path)]
+    safe_path = words[0] == "-P"
+    words = words[safe_path:]
     if words[0] == "-m":
-        sys.path.insert(0, os.getcwd())
+        if not safe_path:
+            sys.path.insert(0, os.getcwd())
         sys.argv = words[1:]
+        sys.modules.pop(words[1], None)  # it is run, not found imported
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
         sys.path.insert(0, "")

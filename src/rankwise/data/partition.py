@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,20 +15,30 @@ from rankwise.errors import ConfigError, unknown_name
 Indices = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Shards:
+    """How the training set is dealt.
+
+    ``redealt``: new shards each epoch; ``fixed``: the same shards all along, in a new order each epoch;
+    ``dirichlet``: fixed shards with uneven classes by `alpha`, whose sizes are by chance (Hsu et al. 2019,
+    arXiv:1909.06335).
+    """
+
+    kind: Literal["redealt", "fixed", "dirichlet"]
+    alpha: float = 0.0
+
+
 def deal(
-    mode: str, *, labels: NDArray[np.int64], shares: Sequence[int], epoch: int, seed: int
+    how: Shards, *, labels: NDArray[np.int64], shares: Sequence[int], epoch: int, seed: int
 ) -> list[Indices]:
     """The samples of each worker in one epoch, in the order of training.
 
     Every index of `labels` [n] stands in exactly one shard, once. `shares` [workers] say how large the
-    shards are to each other. `mode` is ``redealt`` (new shards each epoch), ``fixed`` (the same shards all
-    along, new order each epoch) or ``dirichlet:ALPHA`` (fixed shards with uneven classes, whose sizes are by
-    chance; Hsu et al. 2019, arXiv:1909.06335). Raises ConfigError for another mode.
+    shards are to each other, where `how` leaves that open.
     """
-    alpha = parse_shards(mode)
-    if alpha is not None:
-        shards = _deal_unevenly(labels, len(shares), alpha, np.random.default_rng([seed, 1]))
-    elif mode == "fixed":
+    if how.kind == "dirichlet":
+        shards = _deal_unevenly(labels, len(shares), how.alpha, np.random.default_rng([seed, 1]))
+    elif how.kind == "fixed":
         shards = _deal_by(shares, len(labels), np.random.default_rng([seed, 2]))
     else:
         return _deal_by(shares, len(labels), np.random.default_rng([seed, 3, epoch]))
@@ -40,20 +53,22 @@ def replicate(*, samples: int, workers: int, epoch: int, seed: int) -> list[Indi
     return [np.random.default_rng([seed, 5, epoch, worker]).permutation(samples) for worker in range(workers)]
 
 
-def parse_shards(mode: str) -> float | None:
-    """ALPHA of ``dirichlet:ALPHA``, or None for ``redealt`` and ``fixed``; ConfigError for anything else."""
-    name, colon, argument = mode.partition(":")
-    if mode in ("redealt", "fixed"):
-        return None
+@functools.cache
+def parse_shards(text: str) -> Shards:
+    """``redealt``, ``fixed`` or ``dirichlet:ALPHA``. Raises ConfigError, one line, for anything else."""
+    plain = {"redealt": Shards("redealt"), "fixed": Shards("fixed")}
+    if text in plain:
+        return plain[text]
+    name, colon, argument = text.partition(":")
     if name != "dirichlet":
-        raise ConfigError(unknown_name("--shards", mode, ["redealt", "fixed", "dirichlet:ALPHA"]))
+        raise ConfigError(unknown_name("--shards", text, ["redealt", "fixed", "dirichlet:ALPHA"]))
     try:
         alpha = float(argument)
     except ValueError:
         alpha = float("nan")
     if not (colon and 0 < alpha < float("inf")):
-        raise ConfigError(f"--shards {mode}: ALPHA must be a number above 0, e.g. dirichlet:0.5")
-    return alpha
+        raise ConfigError(f"--shards {text}: ALPHA must be a number above 0, e.g. dirichlet:0.5")
+    return Shards("dirichlet", alpha)
 
 
 def apportion(

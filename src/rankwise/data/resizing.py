@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def height_in(config: TrainConfig, epoch: int) -> int | None:
-    """Pixels to which the training images of an epoch are scaled, None for images as they are."""
-    for height, last in stages(config):
-        if epoch <= last:
-            return height
-    return None
+@dataclass(frozen=True)
+class Resizing:
+    """Height in pixels and last epoch of each stage of `--resize`, in their order; none for images as they
+    are."""
+
+    stages: tuple[tuple[int, int], ...] = ()
+
+    def height_in(self, epoch: int) -> int | None:
+        """Pixels to which the training images of an epoch are scaled, None for images as they are."""
+        return next((height for height, last in self.stages if epoch <= last), None)
 
 
-def stages(config: TrainConfig) -> list[tuple[int, int]]:
-    """Height in pixels and last epoch of each stage of `--resize`, in their order. Raises ConfigError."""
-    if config.resize == "none":
-        return []
+@functools.cache
+def parse_resize(text: str) -> Resizing:
+    """``none``, or ``HEIGHT:EPOCHS,...``. Raises ConfigError, one line."""
+    if text == "none":
+        return Resizing()
     found, last = [], 0
-    for part in config.resize.split(","):
+    for part in text.split(","):
         height, _, epochs = part.partition(":")
         if not (height.isdecimal() and epochs.isdecimal() and int(height) > 0 and int(epochs) > 0):
             raise ConfigError(
-                f"--resize {config.resize} was given, expected none, or HEIGHT:EPOCHS,..., e.g. 24:4 for "
+                f"--resize {text} was given, expected none, or HEIGHT:EPOCHS,..., e.g. 24:4 for "
                 "four epochs on images of 24 pixels"
             )
         last += int(epochs)
         found.append((int(height), last))
-    return found
-
-
-def check(config: TrainConfig, image_shape: tuple[int, int, int]) -> None:
-    """Raises ConfigError, one line, unless images [channels, height, width] are larger than all stages."""
-    for height, _ in stages(config):
-        if height >= image_shape[1]:
-            raise ConfigError(
-                f"--resize {config.resize} was given, but images of {config.dataset} have a height of "
-                f"{image_shape[1]} pixels: expected fewer"
-            )
+    return Resizing(tuple(found))
 
 
 def shape_at(height: int, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rankwise.comm.mpi_environment import find_mpiexec, started_as_rank
 from rankwise.launch import preflight
-from rankwise.launch.hosts import resolve_hosts
 from rankwise.launch.mpiexec import train_by_mpiexec
 from rankwise.launch.order import Order, resumed, run_folder
 from rankwise.launch.tuning import tuned
+from rankwise.plan import make_plan
 from rankwise.report.progress_bar import showing_progress
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record, Target
@@ -37,7 +37,7 @@ def launch(order: Order) -> Result:
     if order.resume:
         stored_in = RunFolder(order.resume)
         stored = stored_in.read()
-        order = resumed(order, order.resume, stored)
+        order = resumed(order, stored_in, stored)
         target = Target.of(order.config.target_accuracy, stored.epochs, None)
         over = len(stored.epochs) >= order.config.epochs or (target is not None and target.reached)
         if stored.outcome == "completed" and over:
@@ -47,22 +47,22 @@ def launch(order: Order) -> Result:
         from rankwise.launch.rank import train_as_rank  # loads torch, which a launcher does not need
 
         record, folder, rank = train_as_rank(order)
-        return Result(record, folder.path, speaks=rank == 0 and not order.launched)
+        return Result(record, folder.path, speaks=rank == 0)
     for remark in order.remarks:
         order.say(remark)
-    config = preflight.check(resolve_hosts(order.config), resumes=order.resume is not None)
-    by_mpiexec = config.ranks > 1 or config.hosts is not None
+    plan = make_plan(order.config, resumes=order.resume is not None)
+    by_mpiexec = plan.ranks > 1 or plan.hosts is not None
     if by_mpiexec:
         find_mpiexec()  # before anything is decoded or written
     with showing_progress(order.console) as on_progress:
-        flight = preflight.prepare(config, on_progress)
-    with run_folder(order, config) as folder:
+        prepared = preflight.prepare(plan, on_progress)
+    with run_folder(order, plan) as folder:
         if by_mpiexec:
-            record = train_by_mpiexec(order, flight, folder)
+            record = train_by_mpiexec(order, prepared, folder)
         else:
             from rankwise.launch.rank import train_alone
 
-            record = train_alone(order, flight, folder)
+            record = train_alone(order, prepared, folder)
         return Result(record, folder.path, speaks=True)
 
 

@@ -1,4 +1,4 @@
-"""The hosts of a run: which were asked for, whether they answer, and whether they fit together."""
+"""The hosts of a run: whether they answer, and whether they fit together."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from rankwise.config import TrainConfig
-from rankwise.errors import ConfigError, LaunchError, TrainingError
+from rankwise.errors import LaunchError, TrainingError
+from rankwise.plan import RunPlan
 from rankwise.system import machine
+from rankwise.system.hosts import Host
 
 ANSWER_S = 10.0
 """How long a host may take to answer."""
@@ -41,17 +42,6 @@ PACKAGES = ("rankwise", "mpi4py", "torch")
 
 
 @dataclass(frozen=True)
-class Host:
-    """A host as it was asked for: a name or address that ssh knows, and how many ranks it takes."""
-
-    name: str
-    slots: int
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.slots}"
-
-
-@dataclass(frozen=True)
 class Answer:
     """What a host says of itself; `trouble` is why it does not answer, and empty if it does.
 
@@ -63,74 +53,6 @@ class Answer:
     versions: tuple[tuple[str, str], ...] = ()
     sees_folder: bool = False
     trouble: str = ""
-
-
-def resolve_hosts(config: TrainConfig) -> TrainConfig:
-    """The configuration with hosts from a file filled in, and as many ranks as they have slots unless it says
-    how many. Raises ConfigError, one line."""
-    found = asked_for(config.hosts, config.hostfile)
-    if not found:
-        return config
-    changes: dict[str, object] = {"hosts": ",".join(map(str, found)), "hostfile": None}
-    if "ranks" not in config.model_fields_set:
-        slots = sum(host.slots for host in found)
-        if slots <= config.spares:
-            raise ConfigError(f"--spares {config.spares} on {slots} slots leaves none to train")
-        changes["ranks"] = slots - config.spares
-    return TrainConfig(**{**config.given(), **changes})
-
-
-def asked_for(hosts: str | None, hostfile: Path | None) -> list[Host]:
-    """The hosts of `--hosts` or of `--hostfile`, none if neither was given. Raises ConfigError, one line."""
-    if hostfile is not None and hosts is not None:
-        raise ConfigError("--hosts and --hostfile were given: choose one")
-    return parse(hosts) if hosts else read(hostfile) if hostfile else []
-
-
-def parse(text: str) -> list[Host]:
-    """Hosts as ``NAME:SLOTS,NAME:SLOTS``, one slot unless it says so. Raises ConfigError, one line."""
-    return _once([_host(f"--hosts {text}", *_split(word)) for word in text.split(",")])
-
-
-def read(path: Path) -> list[Host]:
-    """Hosts of a file with a line ``NAME slots=N`` each, as mpiexec reads it. Raises ConfigError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the hostfile {path}: {error}") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        if words:
-            slots = [word.partition("=")[2] for word in words[1:] if word.startswith("slots=")]
-            found.append(_host(f"{path}, line {number}", words[0], slots[0] if slots else "1"))
-    if not found:
-        raise ConfigError(f"the hostfile {path} names no host: expected lines like: node1 slots=4")
-    return _once(found)
-
-
-def _split(word: str) -> tuple[str, str]:
-    name, colon, slots = word.rpartition(":")
-    return (name, slots) if colon else (word, "1")
-
-
-def _host(where: str, name: str, slots: str) -> Host:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(f"{where}: {name!r} is no name of a host; expected NAME:SLOTS, e.g. node1:4")
-    if not (slots.isdecimal() and int(slots) > 0):
-        raise ConfigError(f"{where}: host {name} has {slots!r} slots, expected a number of 1 or more")
-    return Host(name, int(slots))
-
-
-def _once(hosts: Iterable[Host]) -> list[Host]:
-    found: dict[str, Host] = {}
-    for host in hosts:
-        if found.setdefault(host.name, host) != host:
-            raise ConfigError(
-                f"host {host.name} was given with {found[host.name].slots} slots and with {host.slots}: "
-                "give it once"
-            )
-    return list(found.values())
 
 
 def check(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
@@ -170,20 +92,22 @@ def answering(hosts: Sequence[Host], folder: Path, say: Callable[[str], None]) -
     return [host for host, answer in zip(hosts, answers, strict=True) if not answer.trouble]
 
 
-def fit(config: TrainConfig, hosts: Sequence[Host]) -> TrainConfig:
-    """The configuration on these hosts, which are what is left: with fewer ranks if they do not fit.
+def fit(plan: RunPlan, hosts: Sequence[Host]) -> RunPlan:
+    """The plan on these hosts, which are what is left: with fewer ranks if they do not fit, and batches by
+    speed measured anew.
 
     Raises TrainingError if that are too few.
     """
     slots = sum(host.slots for host in hosts)
-    ranks = min(config.ranks, slots)
-    if ranks < max(config.min_ranks, 1 + config.has_master):
+    ranks = min(plan.ranks, slots)
+    if ranks < max(plan.min_ranks, 1 + plan.has_master):
         raise TrainingError(f"on the hosts that are left there is room for {slots} ranks, which are too few")
-    where = ",".join(map(str, hosts))
-    changes: dict[str, object] = {"hosts": where, "ranks": ranks, "spares": min(config.spares, slots - ranks)}
-    if config.balance != "none":
-        changes["balance"] = "measured"
-    return config.model_copy(update=changes)
+    return plan.with_options(
+        hosts=",".join(map(str, hosts)),
+        ranks=ranks,
+        spares=min(plan.spares, slots - ranks),
+        balance="none" if plan.balance == "none" else "measured",
+    )
 
 
 def ask(hosts: Sequence[Host], folder: Path) -> list[Answer]:

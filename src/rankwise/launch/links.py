@@ -11,9 +11,10 @@ from typing import Any
 
 from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.errors import LaunchError
-from rankwise.launch.hosts import Host, ask, differences
+from rankwise.launch.hosts import ask, differences
 from rankwise.launch.mpiexec import command_line
 from rankwise.launch.supervision import supervise
+from rankwise.system.hosts import Host
 
 MARK = "rankwise-link "
 """What begins a line of rank 0 that is for `survey`."""

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rankwise.comm.mpi_environment import Mpiexec, allocated_hosts, find_mpiexec
-from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
-from rankwise.launch.hosts import Host, answering, check, fit, parse, passed_on
-from rankwise.launch.order import Order, to_arguments, without
+from rankwise.launch.hosts import answering, check, fit, passed_on
+from rankwise.launch.order import Order
+from rankwise.launch.plan_file import write_plan
 from rankwise.launch.preflight import PreparedRun
 from rankwise.launch.supervision import MpiexecResult, supervise
 from rankwise.runs.folder import RunFolder
@@ -22,6 +22,7 @@ from rankwise.runs.record import Record
 from rankwise.survival import causes
 from rankwise.survival.fault_injection import OF_HOSTS, Mark
 from rankwise.system import machine
+from rankwise.system.hosts import Host
 
 FIRST_PAUSE_S = 1.0
 """How long to wait before a restart."""
@@ -57,44 +58,43 @@ class RestartBackoff:
         return self._pause_s
 
 
-def train_by_mpiexec(order: Order, flight: PreparedRun, folder: RunFolder) -> Record:
+def train_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Record:
     """Start the ranks on this machine, show how they fare, and return the final record.
 
     If the run fails in a way that may not come again, it is started again from its newest checkpoint, as
     far as the options allow. Raises the error of the rank that failed first, or Interrupted.
     """
-    config = flight.config
+    plan = prepared.plan
     mpiexec = find_mpiexec()
-    hosts = parse(config.hosts) if config.hosts else []
-    names = check(hosts, folder.path)
-    survives = config.on_failure == "continue"
+    names = check(plan.host_list, folder.path)
+    survives = plan.on_failure == "continue"
     live = order.console.is_terminal
-    resume = order.resume is not None
+    # -P keeps files of this folder from being taken for modules of Python's or of a library.
+    program = [sys.executable, "-P", "-m", "rankwise.launch.rank", str(folder.path)]
     pauses = RestartBackoff()
-    with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
-        for restarts in range(config.max_restarts + 1):
-            program = [sys.executable, "-m", "rankwise", "train", *_arguments(order, config, folder, resume)]
-            command = command_line(mpiexec, config.processes, program, survives=survives, hosts=hosts)
+    with order.display(folder, plan.epochs, prepared.samples_per_epoch, live=live) as display:
+        for restarts in range(plan.max_restarts + 1):
+            command = command_line(mpiexec, plan.processes, program, survives=survives, hosts=plan.host_list)
             ending = supervise(command, display.say)
             try:
                 return _judge(ending, folder)
             except RestartableError as error:
-                over = config.on_failure == "stop" or restarts == config.max_restarts
+                over = plan.on_failure == "stop" or restarts == plan.max_restarts
                 if over or not folder.record.exists():
                     raise
-                left = answering(hosts, folder.path, display.say)
-                lost = [names[host.name] for host in hosts if host not in left]
+                left = answering(plan.host_list, folder.path, display.say)
+                lost = [names[host.name] for host in plan.host_list if host not in left]
                 _note_losses(folder, ending, lost)
                 if lost:
-                    config, hosts = fit(config, left), left
+                    plan = fit(plan, left)
+                    write_plan(folder, order.config, plan.with_options(out=folder.path))
                 pause_s = pauses.after(len(folder.read().epochs))
                 display.say(
-                    f"{error}; starting again in {pause_s:g} s ({restarts + 1} of {config.max_restarts})"
+                    f"{error}; starting again in {pause_s:g} s ({restarts + 1} of {plan.max_restarts})"
                 )
                 time.sleep(pause_s)
                 folder.forget_failures()
                 folder.begin()
-                resume = True
     raise AssertionError("the last restart returns or raises")
 
 
@@ -127,36 +127,17 @@ def _first_lost(folder: RunFolder, ending: MpiexecResult, injected: Sequence[Mar
     return int(json.loads(folder.failure.read_bytes())["rank"]) if folder.failure.exists() else -1
 
 
-def _arguments(order: Order, config: TrainConfig, folder: RunFolder, resume: bool) -> list[str]:
-    """What a rank's command line says: what the user gave, the folder, and what was settled here."""
-    arguments = list(to_arguments(order) if order.arguments is None else order.arguments)
-
-    def given(option: str) -> bool:
-        return any(word.split("=")[0] == option for word in arguments)
-
-    if not given("--out"):
-        arguments += ["--out", str(folder.path)]
-    if resume and not given("--resume"):
-        arguments += ["--resume", str(folder.path)]
-    settled: dict[str, object] = {"--on-failure": config.on_failure}
-    if config.hosts:
-        settled |= {"--hosts": config.hosts, "--ranks": config.ranks, "--spares": config.spares}
-        settled |= {"--balance": config.balance}
-        arguments = without(arguments, "--hostfile")
-    for option, value in settled.items():
-        arguments = [*without(arguments, option), option, str(value)]
-    return [*arguments, "--launched"]
-
-
 def _judge(ending: MpiexecResult, folder: RunFolder) -> Record:
     """What came of the ranks, by what they left in the folder; mpiexec's own code says too little."""
     if folder.failure.exists():
         failure = json.loads(folder.failure.read_bytes())
-        if failure["exit_code"] == UsageError.exit_code:
-            raise UsageError(failure["message"])
-        _close(folder, "failed", failure["message"])
+        wrong_use = failure["exit_code"] == UsageError.exit_code
         kind = RestartableError if failure["may_restart"] else TrainingError
-        raise kind(failure["message"])
+        error = (UsageError if wrong_use else kind)(failure["message"])
+        error.add_note(f"On rank {failure['rank']}:\n{failure['traceback']}")  # which --debug shows
+        if not wrong_use:
+            _close(folder, "failed", failure["message"])
+        raise error
     last_words = " ".join(ending.last_words.split())[:600] or "it left no word"
     if not folder.record.exists():
         if ending.interrupted:

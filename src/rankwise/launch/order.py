@@ -5,34 +5,34 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from rankwise.config import TrainConfig
-from rankwise.errors import ConfigError, RankwiseError, ResumeError, UsageError
+from rankwise.errors import ConfigError, RankwiseError, ResumeError, StorageError, UsageError
+from rankwise.launch.plan_file import read_asked, write_plan
+from rankwise.plan import RunPlan
 from rankwise.report.live import Display
 from rankwise.runs.folder import RunFolder, new_run_path
 from rankwise.runs.record import Record, utc_before
+from rankwise.system.files import write_atomically
+from rankwise.training.settled import SETTLED
 
 
 @dataclass(frozen=True)
 class Order:
     """A run to start: its options as given, and where words about it go.
 
-    `resume` goes on in that folder. With `tune` trials find out first how to run it. `arguments` is the
-    command line that says the same, if there was one. `launched` marks a rank that rankwise's own launcher
-    started: it leaves talking to the user and the care of the folder to the launcher. `remarks` are for
-    whoever talks to the user. `asked_ns` is when it was given, on `time.monotonic_ns`'s clock.
+    `resume` goes on in that folder. With `tune` trials find out first how to run it. `remarks` are for the
+    user. `asked_ns` is when it was given, on `time.monotonic_ns`'s clock.
     """
 
     config: TrainConfig
     resume: Path | None = None
     tune: bool = False
-    arguments: list[str] | None = None
-    launched: bool = False
     remarks: tuple[str, ...] = ()
     asked_ns: int = field(default_factory=time.monotonic_ns)
     console: Console = field(default_factory=lambda: Console(stderr=True))
@@ -63,86 +63,95 @@ class Order:
         )
 
 
-def open_folder(order: Order, config: TrainConfig) -> tuple[RunFolder, list[Path]]:
-    """The run's folder, made now or resumed, and the folders that are new (the innermost first)."""
-    folder = RunFolder(order.resume or config.out or new_run_path(config.model))
+@dataclass(frozen=True)
+class OpenFolder:
+    """A run's folder in which it is about to begin or to go on: the folders that are `new` (the innermost
+    first), and the plan that stood there before."""
+
+    folder: RunFolder
+    new: list[Path]
+    plan_before: bytes | None
+
+    def discard(self) -> None:
+        """No run came about: remove what is new, and leave a run that was to go on as it was."""
+        if self.new:
+            # Away under its name at once: a rank that fails a moment later must not find it half empty.
+            away = self.new[0].with_name(f".{self.new[0].name}.discarded")
+            with contextlib.suppress(OSError):
+                self.new[0].rename(away)
+            shutil.rmtree(away, ignore_errors=True)
+            with contextlib.suppress(OSError):  # "runs", say, if by now another run is in it
+                for parent in self.new[1:]:
+                    parent.rmdir()
+        elif self.plan_before is not None:
+            with contextlib.suppress(StorageError):
+                write_atomically(self.folder.plan, self.plan_before)
+        elif self.folder.record.exists():
+            self.folder.plan.unlink(missing_ok=True)
+
+
+def open_folder(order: Order, plan: RunPlan) -> OpenFolder:
+    """The run's folder, made now or resumed, with the plan in it. Raises UsageError if it cannot be made."""
+    folder = RunFolder(order.resume or plan.out or new_run_path(plan.model))
     new = [] if order.resume else folder.create()
+    before = folder.plan.read_bytes() if folder.plan.exists() else None
     folder.forget_failures()
+    write_plan(folder, order.config, plan.with_options(out=folder.path))
     asked_s = (time.monotonic_ns() - order.asked_ns) / 1e9
     folder.begin(utc_before(asked_s, "milliseconds"))
-    return folder, new
-
-
-def discard(new: list[Path]) -> None:
-    """Remove new folders in which no run came about."""
-    if new:
-        # Away under its name at once: a rank that fails a moment later must not find it half empty.
-        away = new[0].with_name(f".{new[0].name}.discarded")
-        with contextlib.suppress(OSError):
-            new[0].rename(away)
-        shutil.rmtree(away, ignore_errors=True)
-        with contextlib.suppress(OSError):  # "runs", say, if by now another run is in it
-            for parent in new[1:]:
-                parent.rmdir()
+    return OpenFolder(folder, new, before)
 
 
 @contextlib.contextmanager
-def run_folder(order: Order, config: TrainConfig) -> Iterator[RunFolder]:
+def run_folder(order: Order, plan: RunPlan) -> Iterator[RunFolder]:
     """The run's folder, made now or resumed, and discarded if no run comes about in it."""
-    folder, new = open_folder(order, config)
+    opened = open_folder(order, plan)
     try:
-        yield folder
+        yield opened.folder
     except (RankwiseError, KeyboardInterrupt) as error:
-        if isinstance(error, UsageError) or not folder.record.exists():
-            discard(new)
+        if isinstance(error, UsageError) or not opened.folder.record.exists():
+            opened.discard()
         raise
 
 
-def resumed(order: Order, folder: Path, stored: Record) -> Order:
-    """The order with the options of the run in `folder` under those given now, and remarks on what
-    the new ones change. Raises ResumeError if what was trained so far would not fit."""
-    given, options = order.config, dict(stored.config)
+def resumed(order: Order, folder: RunFolder, stored: Record) -> Order:
+    """The order with what the run in `folder` was asked for under what is given now, and remarks on what
+    changes. Raises ResumeError if what was trained so far would not fit."""
+    given, in_force = order.config, stored.config
+    # A run of a version without plans has kept nothing but its record.
+    asked = read_asked(folder)
+    options = dict(in_force) if asked is None else asked | {name: in_force[name] for name in SETTLED}
     remarks = []
     for name, value in given.model_dump(mode="json", include=given.model_fields_set - {"out"}).items():
-        if value == options.get(name):
+        if value == in_force.get(name):
             continue
         option = name.replace("_", "-")
         if name in ("model", "dataset", "optimizer"):
             raise ResumeError(
-                f"{folder} holds a run with --{option} {options.get(name)}, but {value} was given: "
+                f"{folder.path} holds a run with --{option} {in_force.get(name)}, but {value} was given: "
                 "leave the option out, or start a new run"
             )
-        remarks.append(f"--{option} is {value} instead of {options.get(name)}")
+        remarks.append(f"--{option} is {value} instead of {in_force.get(name)}")
         if name == "ranks":
             remarks.append(
                 "with other ranks shards are dealt anew and optimiser states shared out in turn: the result "
                 "is not that of the run that was never stopped"
             )
-            if 1 in (value, options["ranks"]):
-                # What was filled in for the other number of ranks must not be taken for a wish.
+            if 1 in (value, in_force["ranks"]):
+                # How several ranks keep in step says nothing of one, nor the other way round.
                 options |= dict.fromkeys(("strategy", "topology", "sync_every", "local_after"))
     known = {name: value for name, value in options.items() if name in TrainConfig.model_fields}
     try:
-        config = given.over(known).model_copy(update={"out": folder})
+        config = given.over(known).model_copy(update={"out": folder.path})
     except ConfigError as error:
-        raise ResumeError(f"the options stored in {folder} do not fit: {error}") from None
+        raise ResumeError(f"the options stored in {folder.path} do not fit: {error}") from None
     return replace(order, config=config, remarks=tuple(remarks))
 
 
-def without(arguments: Sequence[str], option: str) -> list[str]:
-    """A command line without an option that takes a value."""
-    kept, skip = [], False
-    for word in arguments:
-        if not (skip or word == option or word.startswith(f"{option}=")):
-            kept.append(word)
-        skip = word == option
-    return kept
-
-
-def to_arguments(order: Order) -> list[str]:
-    """The command line of `rankwise train` that says the same as the order."""
-    words = ["--resume", str(order.resume)] if order.resume else []
-    for name, value in order.config.model_dump(mode="json", include=order.config.model_fields_set).items():
+def to_arguments(config: TrainConfig) -> list[str]:
+    """The command line of `rankwise train` that says the same as the options."""
+    words: list[str] = []
+    for name, value in config.model_dump(mode="json", include=config.model_fields_set).items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")

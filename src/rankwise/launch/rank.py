@@ -1,4 +1,5 @@
-"""Being a rank: alone in this process, or one of those that mpiexec or srun started."""
+"""Being a rank: alone in this process, one of those that our launcher started for a run folder, or one of
+those that a user's mpiexec or srun started."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from rankwise.comm import World, solo_world
 from rankwise.comm.mpi import mpi_world
-from rankwise.config import TrainConfig
 from rankwise.errors import (
     ConfigError,
     Interrupted,
@@ -24,9 +25,11 @@ from rankwise.errors import (
     UsageError,
     one_line,
 )
-from rankwise.launch import preflight
-from rankwise.launch.order import Order, discard, open_folder
+from rankwise.launch.order import OpenFolder, Order, open_folder
+from rankwise.launch.plan_file import read_plan
+from rankwise.launch.preflight import PreparedRun
 from rankwise.ledger.phases import Ledger, measure_cost
+from rankwise.plan import RunPlan, make_plan
 from rankwise.report.live import Display
 from rankwise.runs import checkpoint
 from rankwise.runs.folder import RunFolder
@@ -39,14 +42,14 @@ FIRST_WORD_S = 2.0
 """How long a rank that fails too leaves the first one to say why, before it ends the job itself."""
 
 
-def train_alone(order: Order, flight: preflight.PreparedRun, folder: RunFolder) -> Record:
+def train_alone(order: Order, prepared: PreparedRun, folder: RunFolder) -> Record:
     """One rank, in this process, without MPI."""
     world = solo_world(_ledger())
-    config = flight.config
+    plan = read_plan(folder)
     live = order.console.is_terminal
-    with order.display(folder, config.epochs, flight.samples_per_epoch, live=live) as display:
+    with order.display(folder, plan.epochs, prepared.samples_per_epoch, live=live) as display:
         try:
-            return _train(order, config, world, folder, display.say)
+            return _train(plan, world, folder, display.say)
         except (UsageError, Interrupted):
             raise
         except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
@@ -60,74 +63,96 @@ def train_alone(order: Order, flight: preflight.PreparedRun, folder: RunFolder) 
             raise told from error
 
 
-def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
-    """One rank of a world that mpiexec or srun made; all ranks return the record, its folder, their rank.
+def main() -> None:
+    """``python -P -m rankwise.launch.rank FOLDER``: one of the ranks that our launcher started.
 
-    A rank that fails leaves word in the folder (and to the user, unless a launcher of ours will), and
-    ends all ranks, unless they can go on without it.
+    Ends with the exit code of its error, which stands in the folder, and prints nothing of it: the launcher
+    tells the user.
+    """
+    try:
+        train_as_launched(RunFolder(Path(sys.argv[1])))
+    except KeyboardInterrupt:
+        sys.exit(Interrupted.exit_code)
+    except RankwiseError as error:
+        sys.exit(error.exit_code)
+
+
+def train_as_launched(folder: RunFolder) -> Record:
+    """One rank of the run whose plan is in `folder`.
+
+    A rank that fails leaves word in the folder, and ends all ranks, unless they can go on without it.
     """
     machine.die_with_parent(signal.SIGKILL)  # or it might stay behind when a host's daemon is lost
-    folder = RunFolder(order.resume or order.config.out or Path()) if order.launched else None
-    new: list[Path] = []
     try:
+        plan = read_plan(folder)
         world = mpi_world(_ledger())
-    except LaunchError as error:
-        if folder:
-            _write_failure(folder, 0, error, error)
+    except UsageError as error:
+        _write_failure(folder, 0, error, error)
         raise
-    try:
-        if folder:
-            record = _as_launched(order, world, folder)
-        else:
-            config = preflight.check(_among(order.config, world.size), resumes=order.resume is not None)
-            mine = open_folder(order, config) if world.rank == 0 else None
-            folder, new = world.allgather_object(mine)[0]
-            record = _as_given(order, config, world, folder)
-    except Interrupted:
-        world.close()
-        raise
-    except SupersededError as error:
-        world.abort(error.exit_code)  # without a word in a folder that is others' now
-        raise
-    except BaseException as error:
-        if folder and world.survives and not isinstance(error, RankwiseError | KeyboardInterrupt):
-            _die_alone(world, folder, error)
-        _end_all_ranks(order, world, folder, new, error)
-        raise
+    with _ending_all_ranks(world, folder, lambda told: None):
+        if world.size != plan.processes:
+            raise LaunchError(
+                f"{plan.processes} ranks were started, but this one sees {world.size}: mpiexec and the MPI "
+                f"library of mpi4py ({world.describe()}) do not fit together; rankwise doctor shows both"
+            )
+        record = _train(plan, world, folder, lambda line: print(line, file=sys.stderr, flush=True))
+    world.close()
+    return record
+
+
+def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
+    """One rank of a world that a user's mpiexec or srun made; all ranks return the record, its folder, their
+    rank. Rank 0 makes the plan and the folder.
+
+    A rank that fails leaves word in the folder and to the user, and ends all ranks, unless they can go on
+    without it. Raises ConfigError if ranks were given different options.
+    """
+    machine.die_with_parent(signal.SIGKILL)
+    world = mpi_world(_ledger())
+    with _ending_all_ranks(world, None, lambda told: order.say(f"rankwise: {told}")):
+        _agree_on_options(order, world)
+        mine = _opened(order, world.size) if world.rank == 0 else None
+        opened: OpenFolder = world.allgather_object(mine)[0]
+    folder = opened.folder
+    with _ending_all_ranks(world, folder, lambda told: _tell(order, opened, told)):
+        record = _as_given(order, read_plan(folder), world, folder)
     world.close()
     return record, folder, world.rank
 
 
-def _as_launched(order: Order, world: World, folder: RunFolder) -> Record:
-    config = preflight.check(order.config, resumes=order.resume is not None)
-    if world.size != config.processes:
-        raise LaunchError(
-            f"{config.processes} ranks were started, but this one sees {world.size}: mpiexec and the MPI "
-            f"library of mpi4py ({world.describe()}) do not fit together; rankwise doctor shows both"
-        )
-    return _train(order, config, world, folder, lambda line: print(line, file=sys.stderr, flush=True))
+def _agree_on_options(order: Order, world: World) -> None:
+    mine = order.config.model_dump(mode="json", exclude={"out"})
+    for rank, theirs in enumerate(world.allgather_object(mine)):
+        for name in mine:
+            if theirs[name] != mine[name]:
+                raise ConfigError(
+                    f"ranks were given different options: --{name.replace('_', '-')} is {mine[name]} on rank "
+                    f"{world.rank} and {theirs[name]} on rank {rank}; start all ranks with the same command"
+                )
 
 
-def _among(config: TrainConfig, processes: int) -> TrainConfig:
-    """The configuration for as many processes as the user's mpiexec started."""
-    if processes <= config.spares:
-        raise ConfigError(f"--spares {config.spares} of {processes} ranks leaves none to train")
-    return config.model_copy(update={"ranks": processes - config.spares})
+def _opened(order: Order, processes: int) -> OpenFolder:
+    """The folder of a run with as many processes as the user's mpiexec started."""
+    spares = order.config.spares
+    if processes <= spares:
+        raise ConfigError(f"--spares {spares} of {processes} ranks leaves none to train")
+    config = order.config.model_copy(update={"ranks": processes - spares})
+    return open_folder(replace(order, config=config), make_plan(config, resumes=order.resume is not None))
 
 
-def _as_given(order: Order, config: TrainConfig, world: World, folder: RunFolder) -> Record:
+def _as_given(order: Order, plan: RunPlan, world: World, folder: RunFolder) -> Record:
     if world.rank != 0:
-        return _train_as_understudy(order, config, world, folder)
-    if order.config.ranks not in (1, config.ranks):
-        order.say(f"--ranks {order.config.ranks} was given, but there are {config.ranks}: these are used")
+        return _train_as_understudy(order, plan, world, folder)
+    if order.config.ranks not in (1, plan.ranks):
+        order.say(f"--ranks {order.config.ranks} was given, but there are {plan.ranks}: these are used")
     for remark in order.remarks:
         order.say(remark)
     # Ranks may see a terminal though mpiexec's output is a file, so here are lines and no bar.
-    with order.display(folder, config.epochs, 0, live=False) as display:
-        return _train(order, config, world, folder, display.say)
+    with order.display(folder, plan.epochs, 0, live=False) as display:
+        return _train(plan, world, folder, display.say)
 
 
-def _train_as_understudy(order: Order, config: TrainConfig, world: World, folder: RunFolder) -> Record:
+def _train_as_understudy(order: Order, plan: RunPlan, world: World, folder: RunFolder) -> Record:
     """As a rank that shows nothing, until it has become rank 0."""
     with contextlib.ExitStack() as stack:
         displays: list[Display] = []
@@ -135,22 +160,23 @@ def _train_as_understudy(order: Order, config: TrainConfig, world: World, folder
         def say(line: str) -> None:
             if world.rank == 0 and not displays:
                 done = len(folder.read_metrics())
-                display = order.display(folder, config.epochs, 0, live=False, done=done)
+                display = order.display(folder, plan.epochs, 0, live=False, done=done)
                 displays.append(stack.enter_context(display))
             (displays[0].say if displays else order.say)(line)
 
-        return _train(order, config, world, folder, say)
+        return _train(plan, world, folder, say)
 
 
-def _train(order: Order, config: TrainConfig, world: World, folder: RunFolder, say: Say) -> Record:
+def _train(plan: RunPlan, world: World, folder: RunFolder, say: Say) -> Record:
+    """From the newest checkpoint, if a run has left a record in the folder."""
     start = None
     folder.take_part()
     with _stop_on_signal(world):
-        if order.resume:
+        if folder.record.exists():
             tell = say if world.rank == 0 else _silent
             start = checkpoint.newest(folder.checkpoints, on_damage=tell)
-            tell(f"going on after epoch {start.epoch} of {config.epochs}")
-        return run(config, world, folder, say=say, start=start)
+            tell(f"going on after epoch {start.epoch} of {plan.epochs}")
+        return run(plan, world, folder, say=say, start=start)
 
 
 def _silent(_: str) -> None:
@@ -174,6 +200,44 @@ def _stop_on_signal(world: World) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _ending_all_ranks(
+    world: World, folder: RunFolder | None, tell: Callable[[RankwiseError], None]
+) -> Iterator[None]:
+    """A rank that fails inside ends the whole job, if the others cannot go on: one that just left would hang
+    them. `tell` is called once, on the rank that failed first."""
+    try:
+        yield
+    except Interrupted:
+        world.close()
+        raise
+    except SupersededError as error:
+        world.abort(error.exit_code)  # without a word in a folder that is others' now
+        raise
+    except BaseException as error:
+        if folder and world.survives and not isinstance(error, RankwiseError | KeyboardInterrupt):
+            _die_alone(world, folder, error)
+        told = _translated(error, world)
+        # Without a folder it is wrong use, of which rank 0 knows.
+        if _write_failure(folder, world.rank, told, error) if folder else world.rank == 0:
+            tell(told)
+        else:
+            time.sleep(FIRST_WORD_S)
+        world.abort(told.exit_code)
+        raise
+
+
+def _tell(order: Order, opened: OpenFolder, told: RankwiseError) -> None:
+    """Tell the user what happened, and leave the folder as it should be."""
+    order.say(f"rankwise: {told}")
+    if isinstance(told, UsageError):
+        opened.discard()
+    else:
+        time.sleep(0.2)  # rank 0 may be just writing the record
+        with contextlib.suppress(RankwiseError):
+            opened.folder.close("failed", str(told))
+
+
 def _translated(error: BaseException, world: World) -> RankwiseError:
     """A foreign error as one of ours, in one line that names the rank."""
     if isinstance(error, UsageError):
@@ -181,26 +245,6 @@ def _translated(error: BaseException, world: World) -> RankwiseError:
     where = f"rank {world.rank} on {machine.host_name()} failed: " if world.size > 1 else ""
     kind = "" if isinstance(error, RankwiseError) else f"{type(error).__name__}: "
     return RankwiseError(f"{where}{kind}{one_line(error)}")
-
-
-def _end_all_ranks(
-    order: Order, world: World, folder: RunFolder | None, new: list[Path], error: BaseException
-) -> None:
-    """Say what happened, once, and end the whole job: a rank that just left would hang the others."""
-    told = _translated(error, world)
-    # Without a folder it is wrong use, which all ranks find alike.
-    first = _write_failure(folder, world.rank, told, error) if folder else world.rank == 0
-    if not first:
-        time.sleep(FIRST_WORD_S)
-    elif not order.launched:
-        order.say(f"rankwise: {told}")
-        if isinstance(told, UsageError):
-            discard(new)
-        elif folder:
-            time.sleep(0.2)  # rank 0 may be just writing the record
-            with contextlib.suppress(RankwiseError):
-                folder.close("failed", str(told))
-    world.abort(told.exit_code)
 
 
 def _die_alone(world: World, folder: RunFolder, error: BaseException) -> None:
@@ -224,3 +268,7 @@ def _write_failure(folder: RunFolder, rank: int, told: RankwiseError, error: Bas
         "traceback": "".join(traceback.format_exception(error)),
     }
     return folder.leave_failure(content)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ from rankwise.errors import ConfigError, LaunchError
 from rankwise.launch import preflight
 from rankwise.launch.order import Order, to_arguments
 from rankwise.launch.tournament import Options, Stage, TrialFailed, Tried, choose
+from rankwise.plan import RunPlan, make_plan
 from rankwise.report.progress_bar import showing_progress
 from rankwise.report.words import duration
 from rankwise.runs.folder import RunFolder
@@ -69,34 +70,34 @@ def tuned(order: Order) -> Order:
         raise ConfigError("--tune starts runs of its own: leave it out under mpiexec or srun")
     if order.config.hosts or order.config.hostfile:
         raise ConfigError("--tune measures this machine alone: leave it out with --hosts")
-    config = preflight.check(order.config)
+    plan = make_plan(order.config)
     with showing_progress(order.console) as on_progress:
-        preflight.prepare(config, on_progress)
-    dataset = data.prepare(config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
-    samples = len(select(config, dataset).train_pool)
+        preflight.prepare(plan, on_progress)
+    dataset = data.prepare(plan.dataset, data_dir=plan.data_dir, cache_dir=plan.cache_dir)
+    samples = len(select(plan, dataset).train_pool)
     place = _place(order.config, samples)
     choice = _remembered(place)
     if choice is None:
         order.say("tuning: short runs in turn; seconds are those of the whole run without its evaluation")
         splits = _may_split(order.config, dataset)
-        found = _Trials(order, config, samples)
+        found = _Trials(order, plan, samples)
         try:
-            choice = choose(_stages(order.config, config, splits), found.seconds, found.tell)
+            choice = choose(_stages(order.config, plan, splits), found.seconds, found.tell)
         except TrialFailed as error:
             raise LaunchError(f"--tune cannot measure the run as it was given: {error}") from None
         write_atomically(place, json.dumps({"choice": choice, "trials": found.told}, indent=1).encode())
     order.say(f"tuned: {_words(choice)} (remembered in {place}; remove it to measure again)")
     options = {**order.config.given(), **choice}
-    return replace(order, config=TrainConfig(**options), arguments=None, tune=False)
+    return replace(order, config=TrainConfig(**options), tune=False)
 
 
-def _stages(given: TrainConfig, config: TrainConfig, splits: bool) -> list[Stage]:
+def _stages(given: TrainConfig, plan: RunPlan, splits: bool) -> list[Stage]:
     """What is tried in turn; options that the user gave are left alone."""
     named = given.model_fields_set
     cores = machine.usable_cores()
 
     def placements(champion: Tried) -> list[Options]:
-        share = max(1, cores // config.workers)
+        share = max(1, cores // plan.workers)
         halves = [share >> shift for shift in range(1, share.bit_length())]
         found: list[Options] = [] if "threads" in named else [{"threads": n} for n in halves]
         if splits and "threads" not in named:
@@ -104,11 +105,11 @@ def _stages(given: TrainConfig, config: TrainConfig, splits: bool) -> list[Stage
                 {
                     "ranks": n,
                     "threads": cores // n,
-                    "batch_size": config.batch_size // n,
+                    "batch_size": plan.batch_size // n,
                     "strategy": "allreduce",
                 }
                 for n in (2**power for power in range(1, cores.bit_length()))
-                if n <= cores and config.batch_size % n == 0
+                if n <= cores and plan.batch_size % n == 0
             ]
         return found
 
@@ -117,7 +118,7 @@ def _stages(given: TrainConfig, config: TrainConfig, splits: bool) -> list[Stage
         return [] if named & {"memory_format", "onednn"} else [plain, {**plain, "onednn": False}]
 
     def precisions(champion: Tried) -> list[Options]:
-        return [{**champion.options, "precision": "fp32"}] if config.precision == "bf16" else []
+        return [{**champion.options, "precision": "fp32"}] if plan.precision == "bf16" else []
 
     def compiled(champion: Tried) -> list[Options]:
         short = not champion.seconds or champion.median_s < SHORT_S
@@ -140,11 +141,11 @@ def _may_split(given: TrainConfig, dataset: data.Dataset) -> bool:
 class _Trials:
     """Runs of the command line, and what they say about the run that is asked for."""
 
-    def __init__(self, order: Order, config: TrainConfig, samples: int) -> None:
+    def __init__(self, order: Order, plan: RunPlan, samples: int) -> None:
         self._order = order
-        self._epochs = config.epochs
+        self._epochs = plan.epochs
         self._samples = samples
-        self._batch = config.workers * config.batch_size
+        self._batch = plan.workers * plan.batch_size
         self._size = 0
         self.told: list[dict[str, Any]] = []
 
@@ -161,7 +162,7 @@ class _Trials:
         with tempfile.TemporaryDirectory(prefix="rankwise-tune-") as scratch:
             place = Path(scratch) / "run"
             config = self.config_of(options, samples, place)
-            words = [sys.executable, "-m", "rankwise", "train", *to_arguments(Order(config))]
+            words = [sys.executable, "-m", "rankwise", "train", *to_arguments(config)]
             ended = subprocess.run(words, capture_output=True, text=True, check=False)
             if ended.returncode:
                 raise TrialFailed((ended.stderr.strip().splitlines() or ["it ended without a word"])[-1])

@@ -8,9 +8,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-DECAYS = {"ema": 0.99, "lookahead": 0.95}
-"""Part of the average that stays at a step."""
-
 EVERY = 5
 """Steps after which lookahead looks."""
 
@@ -33,11 +30,11 @@ class Average:
         model: nn.Module,
         kind: Literal["ema", "lookahead"],
         *,
-        decay: float | None = None,
+        decay: float,
         epochs: int = 1,
     ) -> None:
         self._kind = kind
-        self._decay = DECAYS[kind] if decay is None else decay
+        self._decay = decay
         self._epochs = epochs
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.weights = [parameter.detach() for parameter in self.model.parameters()]

@@ -13,8 +13,6 @@ from rankwise.models import muon
 
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
 
-MUON_LR = 0.02
-
 
 class _Uncompiled:
     """An optimiser that torch.compile knows nothing of, which is for the model alone.
@@ -68,7 +66,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         return SGD(groups, **common, **momentum, fused=True)
     if config.optimizer == "muon":
         if hidden:
-            own = {"lr": config.muon_lr or MUON_LR, "fixed_norm": config.muon_fixed_norm}
+            own = {"lr": config.muon_lr, "fixed_norm": config.muon_fixed_norm}
             groups.append({"params": hidden, **own, "orthogonalise": True})
         return Muon(groups, **common, **momentum)
     adam = Adam if config.optimizer == "adam" else AdamW

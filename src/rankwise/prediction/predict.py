@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
+from rankwise.plan import RunPlan, resolve, strategy_anew
 from rankwise.prediction.network import read_network
 from rankwise.prediction.options import PredictionOptions
 from rankwise.prediction.points import Place, Point, best_of, predict_point
@@ -82,24 +82,21 @@ def predict(source: Source, wanted: PredictionOptions) -> Prediction:
     )
 
 
-def _resolved(source: Source, wanted: PredictionOptions, ranks: int) -> TrainConfig:
-    """The resolved options of a run of `ranks` ranks; of one rank without a strategy."""
+def _resolved(source: Source, wanted: PredictionOptions, ranks: int) -> RunPlan:
+    """The plan of a run of `ranks` ranks; one rank has no strategy to share."""
     config = _over(source.config, wanted, ranks)
     if ranks == 1:
-        nothing = dict.fromkeys(("strategy", "topology", "sync_every", "local_after"))
-        single = {**config.model_dump(), **strategies.OPTIONS, **nothing, "compress": "none"}
-        return strategies.resolve(TrainConfig(**single))
-    return strategies.resolve(config)
+        return resolve(TrainConfig(**strategy_anew(config.model_dump())))
+    return resolve(config)
 
 
-def _over(source: TrainConfig, wanted: PredictionOptions, ranks: int) -> TrainConfig:
-    """The source's options with what is `wanted` on top; not yet resolved."""
+def _over(source: RunPlan, wanted: PredictionOptions, ranks: int) -> TrainConfig:
+    """The source's options with what is `wanted` on top."""
     values = source.model_dump()
     values |= {"ranks": ranks, "hosts": None, "hostfile": None, "spares": 0, "fault": (), "min_ranks": 1}
     same = source.ranks > 1 and wanted.strategy in (None, source.strategy)
     if not same:
-        values |= {**strategies.OPTIONS, **dict.fromkeys(("strategy", "topology", "sync_every"))}
-        values["local_after"] = None
+        values = strategy_anew(values)
     for name in ("batch_size", "strategy", "topology", "compress", "sync_every"):
         value = getattr(wanted, name)
         if value is not None:

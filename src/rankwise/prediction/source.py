@@ -17,6 +17,7 @@ from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError, one_line
 from rankwise.ledger.phases import PHASES
 from rankwise.ledger.timeline import RankTimeline, read_timeline
+from rankwise.plan import RunPlan, recorded_plan
 from rankwise.prediction.messages import ASSUMED, MessageCosts, fit_messages
 from rankwise.prediction.slowest import Seconds
 from rankwise.prediction.step_phases import spent_in_steps
@@ -64,7 +65,7 @@ class OversubscribedRun:
     epoch's training. What it took longer than its work is what ranks waited for a core."""
 
     per_core: float
-    config: TrainConfig
+    config: RunPlan
     samples: int
     train_s: float
 
@@ -76,7 +77,7 @@ class Source:
     `remarks` say what was assumed."""
 
     name: str
-    config: TrainConfig
+    config: RunPlan
     model: ModelSize
     samples: int
     cores: int
@@ -130,7 +131,7 @@ def _read(path: Path) -> Source:
     record = folder.read()
     if record.outcome != "completed":
         raise UsageError(f"{path} is {record.outcome}: predict from a run that is completed")
-    config = TrainConfig(**{k: v for k, v in record.config.items() if k in TrainConfig.model_fields})
+    config = recorded_plan(record.config)
     model = _model(folder)
     try:
         meeting = traffic(config, model, [config.ranks]).said.meeting
@@ -146,7 +147,7 @@ def _read(path: Path) -> Source:
     messages = fit_messages(record, config, model, lines)
     hosts = record.environment.hosts
     workers = [row for row in record.ranks if row.role == "worker"]
-    copies = len(workers) if strategies.entry_of(str(config.strategy)).replicates else 1
+    copies = len(workers) if config.entry.replicates else 1
     remarks: tuple[str, ...] = () if messages.measured else (NO_MESSAGES,)
     cores = max(host.cores for host in hosts)
     later = record.epochs[1:] or record.epochs
@@ -161,7 +162,7 @@ def _read(path: Path) -> Source:
         on = sum(sum(row.phases_ns[p] for p in ("forward", "backward")) for row in workers)
         steps = steps * (1 - off / max(on, 1))
         remarks += (f"{path} had more threads than cores: its steps are taken without the time off them",)
-    if (config.resize, config.freeze) != ("none", "none"):
+    if config.resizing.stages or config.freezing.parts:
         remarks += (f"{path} had epochs of smaller images or frozen parameters: its mean step is taken",)
     if len(hosts) > 1:
         remarks += (f"{path} ran on {len(hosts)} hosts: its messages stand for those inside a host too",)

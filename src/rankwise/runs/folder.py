@@ -24,6 +24,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.plan = path / "plan.json"
         self.record = path / "record.json"
         self.metrics = path / "metrics.jsonl"
         self.timeline = path / "timeline"

@@ -9,7 +9,6 @@ from typing import Any
 
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, unknown_name
-from rankwise.strategies import compression
 from rankwise.strategies.asynchronous import EASGD, Downpour
 from rankwise.strategies.averaging import ParameterAveraging
 from rankwise.strategies.base import State, Strategy
@@ -21,7 +20,6 @@ from rankwise.strategies.paper_exchange import PaperExchange
 from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.single import Single
 from rankwise.strategies.traffic import Barrier, Collective, Messages, ModelSize, Neighbours, Server, Traffic
-from rankwise.system import machine
 from rankwise.system.user_code import import_from
 
 OPTIONS = {
@@ -147,92 +145,8 @@ def _require_new_names(name: str, strategy: type[Strategy[Any]]) -> None:
             )
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in what depends on the strategy: its name, topology and interval. Raises ConfigError."""
-    name = config.strategy or ("single" if config.ranks == 1 else "parameter-averaging")
-    if config.sync_across_hosts and not config.strategy and config.ranks > 1:
-        name = "two-level"
-    entry = entry_of(name)
-    topology = config.topology or (entry.topologies[0] if entry.topologies else None)
-    if topology is not None and topology not in entry.topologies:
-        allowed = " or ".join(entry.topologies) or "none"
-        raise ConfigError(f"--topology {topology} was given, but --strategy {name} takes {allowed}")
-    _check_ranks(name, topology, config.ranks)
-    if config.sync_every not in (None, entry.sync_every):
-        if name == "single":
-            raise ConfigError("--sync-every was given, but --strategy single has nobody to synchronise with")
-        if name == "ddp":
-            raise ConfigError("--strategy ddp synchronises in each step: leave out --sync-every")
-    _check_options(name, entry, config)
-    changes = {
-        "strategy": name,
-        "topology": topology,
-        "sync_every": config.sync_across_hosts or config.sync_every or entry.sync_every,
-        "local_after": entry.local_after if config.local_after is None else config.local_after,
-    }
-    return TrainConfig(**{**config.model_dump(), **changes})
-
-
-def _check_ranks(name: str, topology: str | None, ranks: int) -> None:
-    if name == "single" and ranks > 1:
-        raise ConfigError(
-            f"--strategy single trains on one rank, but --ranks {ranks} was given: "
-            "leave out --strategy, or use --ranks 1"
-        )
-    if topology == "master" and ranks == 1:
-        raise ConfigError(
-            "--ranks 1 with a master leaves nobody to train: use --ranks 2 or more, or --topology allreduce"
-        )
-    if name == "gossip" and ranks == 1:
-        raise ConfigError(
-            "--strategy gossip needs a neighbour, but --ranks 1 was given: use --ranks 2 or more"
-        )
-
-
-def _check_options(name: str, entry: Entry, config: TrainConfig) -> None:
-    compression.parse(config.compress)
-    for option, nothing in OPTIONS.items():
-        if name == "single" and option == "optimizer_state":
-            continue  # about synchronisations, of which there are none: presets may say it all the same
-        value = getattr(config, option)
-        if value != nothing and not entry.takes(option):
-            takers = [other for other, its in STRATEGIES.items() if its.takes(option)]
-            raise ConfigError(
-                f"--{option.replace('_', '-')} {value} was given, but --strategy {name} does not take it; "
-                f"these do: {', '.join(takers)}"
-            )
-    if config.compress != "none" and config.optimizer_state == "average":
-        raise ConfigError(
-            "--compress and --optimizer-state average do not go together: use --optimizer-state keep or reset"
-        )
-    _check_average(name, entry, config)
-    if config.bucket_mb is not None and config.bucket_mb * 1e6 > machine.memory_bytes():
-        raise ConfigError(
-            f"--bucket-mb {config.bucket_mb} was given, but this machine has "
-            f"{machine.memory_bytes() / 1e6:.0f} MB of memory"
-        )
-
-
-def _check_average(name: str, entry: Entry, config: TrainConfig) -> None:
-    kind = config.averaged_weights
-    if kind == "none" and config.average_decay is not None:
-        raise ConfigError(
-            f"--average-decay {config.average_decay} was given without --averaged-weights ema or lookahead"
-        )
-    fits = {
-        "none": True,
-        "ema": entry.strategy.recovery.synchronous,
-        "lookahead": entry.strategy.sends_gradients,
-    }
-    if not fits[kind]:
-        needs = "gradients" if kind == "lookahead" else "weights all alike"
-        raise ConfigError(
-            f"--averaged-weights {kind} was given, but it is for strategies whose ranks agree on {needs} in "
-            f"each synchronisation, such as allreduce, and --strategy {name} is not one"
-        )
-
-
 __all__ = [
+    "OPTIONS",
     "STRATEGIES",
     "Barrier",
     "Collective",
@@ -246,5 +160,4 @@ __all__ = [
     "Strategy",
     "Traffic",
     "entry_of",
-    "resolve",
 ]

@@ -12,6 +12,7 @@ from rankwise import strategies
 from rankwise.config import TrainConfig
 from rankwise.errors import UsageError
 from rankwise.launch import Order, launch, preflight
+from rankwise.plan import make_plan
 from rankwise.prediction.options import PredictionOptions
 from rankwise.prediction.points import Place
 from rankwise.prediction.predict import read_ranks
@@ -38,12 +39,12 @@ def measure(config: TrainConfig, wishes: PredictionOptions, folders: Sequence[Pa
     """
     batch = wishes.batch_size or config.batch_size
     options = {name: value for name, value in config.given().items() if name not in NOT_OF_SHORT_RUNS}
-    one = preflight.check(TrainConfig(**{**options, "batch_size": batch}))
-    flight = preflight.prepare(one)
+    one = make_plan(TrainConfig(**{**options, "batch_size": batch}))
+    prepared = preflight.prepare(one)
     with tempfile.TemporaryDirectory(prefix="rankwise-predict-") as scratch:
 
         def run(ranks: int, strategy: str, threads: int) -> Source:
-            samples = min(flight.samples_per_epoch, STEPS * batch * ranks)
+            samples = min(prepared.samples_per_epoch, STEPS * batch * ranks)
             short = {"ranks": ranks, "strategy": strategy, "threads": threads, "train_limit": samples}
             out = Path(scratch) / f"{strategy}-{ranks}-{threads}"
             order = TrainConfig(**{**options, **short, "epochs": EPOCHS, "batch_size": batch, "out": out})
@@ -51,13 +52,13 @@ def measure(config: TrainConfig, wishes: PredictionOptions, folders: Sequence[Pa
 
         source = run(2, "allreduce", 1)
         cores = machine.usable_cores()
-        places = _places(wishes, flight.samples_per_epoch)
+        places = _places(wishes, prepared.samples_per_epoch)
         for threads in sorted({its for _, its in places if its <= cores}):
             source = source.with_compute_of(run(1, "single", threads))
         crowded = any(here * threads > (wishes.cores_per_host or cores) for here, threads in places)
         if crowded and not source.crowds:  # on a single core the first run has told that already
             source = source.with_compute_of(run(2 * cores, "allreduce", 1))
-    source = replace(source, name="short runs here", samples=flight.samples_per_epoch, config=one)
+    source = replace(source, name="short runs here", samples=prepared.samples_per_epoch, config=one)
     for folder in folders:
         other = read_source([folder])
         if other.model != source.model:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, UsageError
-from rankwise.launch.order import Order, to_arguments
+from rankwise.launch.order import to_arguments
 from rankwise.runs.record import Record
 from rankwise.studies.folder import StudyFolder, require_options
 from rankwise.studies.plan import expected_s
@@ -73,7 +73,7 @@ def _train(run: Run, folder: StudyFolder, board: StudyProgress) -> Record | str:
             words = ["--resume", str(place.path)]
         else:
             shutil.rmtree(place.path, ignore_errors=True)
-            words = to_arguments(Order(run.config.model_copy(update={"out": place.path})))
+            words = to_arguments(run.config.model_copy(update={"out": place.path}))
         command = [sys.executable, "-m", "rankwise", "train", *words]
         log = folder.log(run.name)
         code = _supervise(

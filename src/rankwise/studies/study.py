@@ -15,6 +15,7 @@ from rankwise.config import TrainConfig
 from rankwise.data.selection import select
 from rankwise.errors import TrainingError, UsageError, unknown_name
 from rankwise.launch import preflight
+from rankwise.plan import make_plan
 from rankwise.report.progress_bar import showing_progress
 from rankwise.studies import plan
 from rankwise.studies.folder import StudyFolder
@@ -71,15 +72,15 @@ class Study:
 
         Checks all of them, and decodes the dataset if need be. Raises UsageError.
         """
-        checked = [preflight.check(self.config(options, 0)) for options in named.values()]
-        if any(config.ranks > 1 for config in checked):
+        plans = [make_plan(self.config(options, 0)) for options in named.values()]
+        if any(its.ranks > 1 for its in plans):
             find_mpiexec()
         with showing_progress(self.console) as on_progress:
-            flights = [preflight.prepare(config, on_progress) for config in checked]
+            prepared = [preflight.prepare(its, on_progress) for its in plans]
         return [
-            Run(f"{name}-seed{seed}", self.config(options, seed), flight.samples_per_epoch)
+            Run(f"{name}-seed{seed}", self.config(options, seed), its.samples_per_epoch)
             for seed in range(seeds)
-            for (name, options), flight in zip(named.items(), flights, strict=True)
+            for (name, options), its in zip(named.items(), prepared, strict=True)
         ]
 
     def require_folder(self) -> None:

@@ -42,9 +42,9 @@ def work_of(config: TrainConfig, hosts: int) -> Work:
     Raises ConfigError, one line, for what `rankwise train` would refuse wherever it ran, and for what is the
     batch system's to say.
     """
-    from rankwise.launch.hosts import Host  # what the command line imports must be quick to load
-    from rankwise.launch.order import Order, to_arguments
-    from rankwise.launch.preflight import check
+    from rankwise.launch.order import to_arguments  # what the command line imports must be quick to load
+    from rankwise.plan import make_plan
+    from rankwise.system.hosts import Host
 
     if config.hosts is not None or config.hostfile is not None:
         option = "--hosts" if config.hosts is not None else "--hostfile"
@@ -57,9 +57,9 @@ def work_of(config: TrainConfig, hosts: int) -> Work:
         )
     # Whether that MPI survives failures, and has the data, is found out there. Faults of hosts need --hosts.
     somewhere = {"hosts": str(Host("there", config.processes)), "on_failure": None, "data_dir": None}
-    check(config.model_copy(update=somewhere))
-    order = Order(config.model_copy(update={"out": None}))
-    return Work(tuple(to_arguments(order)), config.out, config.processes, hosts)
+    make_plan(config.model_copy(update=somewhere))
+    words = to_arguments(config.model_copy(update={"out": None}))
+    return Work(tuple(words), config.out, config.processes, hosts)
 
 
 def comment(words: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ that goes on later, what it was and when.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,7 @@ class InjectedCrash(Exception):  # it stands for any exception of a user's code
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedFault:
     """One `--fault`.
 
     With a probability `p` every rank (or `rank` alone) draws in each epoch (or in `epoch` alone) whether it
@@ -71,7 +72,8 @@ class Plan:
         return self.step or (step if self.phase in ("compute", "exchange") else 1)
 
 
-def parse(text: str) -> Plan:
+@functools.cache
+def parse_fault(text: str) -> PlannedFault:
     """A fault as given: ``KIND:KEY=VALUE,KEY=VALUE``. Raises ConfigError, one line."""
     kind, _, rest = text.partition(":")
     if kind not in get_args(Kind):
@@ -85,12 +87,12 @@ def parse(text: str) -> Plan:
             values[key] = _KEYS[key](value)
         except ValueError:
             raise ConfigError(f"--fault {text}: {key} is {value!r}, expected {_KEYS[key].__name__}") from None
-    plan = Plan(kind, **values)  # type: ignore[arg-type]
+    plan = PlannedFault(kind, **values)  # type: ignore[arg-type]
     _check(text, plan, values)
     return plan if plan.p is not None or plan.epoch else dataclasses.replace(plan, epoch=1)
 
 
-def _check(text: str, plan: Plan, values: dict[str, object]) -> None:
+def _check(text: str, plan: PlannedFault, values: dict[str, object]) -> None:
     def require(holds: bool, expected: str) -> None:
         if not holds:
             raise ConfigError(f"--fault {text}: expected {expected}")
@@ -166,7 +168,7 @@ class Faults(NoFaults):
 
     def __init__(
         self,
-        plans: Sequence[Plan],
+        plans: Sequence[PlannedFault],
         folder: Path,
         *,
         rank: int,
@@ -240,7 +242,7 @@ class Faults(NoFaults):
         write_atomically(path, json.dumps(dataclasses.asdict(mark)).encode())
         return True
 
-    def _strike(self, plan: Plan) -> None:
+    def _strike(self, plan: PlannedFault) -> None:
         if plan.kind == "sleep":
             with self._exchanges.ledger.phase("other"):
                 time.sleep(plan.seconds)

@@ -11,13 +11,13 @@ from rankwise.errors import UsageError, one_line
 
 
 def import_from(path: str, what: str, error: type[UsageError]) -> Any:
-    """The attribute of the module. A module in the current folder is found first, as with `python -m`.
+    """The attribute of the module, which may stand in the current folder, behind all that is installed.
 
     Raises `error`, one line that says `what` it was to be.
     """
     module, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as reason:

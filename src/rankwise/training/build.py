@@ -13,9 +13,9 @@ from rankwise.data import partition
 from rankwise.data.partition import Indices
 from rankwise.data.sampler import Sampler
 from rankwise.errors import ConfigError
-from rankwise.strategies import entry_of, resolve
+from rankwise.plan import RunPlan, resolve
 from rankwise.survival.fault_injection import NoFaults
-from rankwise.training import batch_sizes, schedule
+from rankwise.training import schedule
 from rankwise.training.admission import JoinState
 from rankwise.training.observer import Observer
 from rankwise.training.options import LoopOptions
@@ -29,67 +29,61 @@ if TYPE_CHECKING:
 
 
 def dealing_of(
-    config: TrainConfig, pool: Indices, labels: Indices
+    plan: RunPlan, pool: Indices, labels: Indices
 ) -> Callable[[int, Sequence[int]], list[Indices]]:
     """The function (epoch, shares) -> shards, one per worker, over the samples `pool`, whose classes are
     `labels`."""
-    assert config.strategy is not None
-    replicates = entry_of(config.strategy).replicates
+    how, replicates = plan.dealing, plan.entry.replicates
 
     def deal(epoch: int, shares: Sequence[int]) -> list[Indices]:
         if replicates:
-            shards = partition.replicate(
-                samples=len(pool), workers=len(shares), epoch=epoch, seed=config.seed
-            )
+            shards = partition.replicate(samples=len(pool), workers=len(shares), epoch=epoch, seed=plan.seed)
         else:
-            shards = partition.deal(
-                config.shards, labels=labels, shares=shares, epoch=epoch, seed=config.seed
-            )
+            shards = partition.deal(how, labels=labels, shares=shares, epoch=epoch, seed=plan.seed)
         return [pool[shard] for shard in shards]
 
     return deal
 
 
-def make_sampler(config: TrainConfig, pool: Indices, labels: Indices, rank: int) -> Sampler:
-    """The sampler of `rank` for a resolved configuration."""
-    assert config.strategy is not None
+def make_sampler(plan: RunPlan, pool: Indices, labels: Indices, rank: int) -> Sampler:
+    """The sampler of `rank` over the samples `pool`, whose classes are `labels`."""
     return Sampler(
-        dealing_of(config, pool, labels),
+        dealing_of(plan, pool, labels),
         rank=rank,
-        first_worker=1 if config.has_master else 0,
-        batch_sizes=batch_sizes.batch_sizes(config),
-        sync_every=lambda epoch: _steps_per_round(config, epoch),
-        keeps_global_batch=config.on_shrink == "keep-global-batch",
-        syncs_every_step=entry_of(config.strategy).strategy.recovery.syncs_every_step,
+        first_worker=1 if plan.has_master else 0,
+        batch_sizes=plan.batch_sizes,
+        sync_every=lambda epoch: _steps_per_round(plan, epoch),
+        keeps_global_batch=plan.on_shrink == "keep-global-batch",
+        syncs_every_step=plan.entry.strategy.recovery.syncs_every_step,
     )
 
 
-def _steps_per_round(config: TrainConfig, epoch: int) -> int | None:
+def _steps_per_round(plan: RunPlan, epoch: int) -> int | None:
     """Steps between synchronisations in an epoch, None for all of it."""
-    if config.local_after is not None and epoch <= config.local_after * config.epochs:
+    if plan.local_after is not None and epoch <= plan.local_after * plan.epochs:
         return 1
-    return config.sync_every if isinstance(config.sync_every, int) else None
+    return plan.sync_every if isinstance(plan.sync_every, int) else None
 
 
-def make_replica(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> Replica:
-    """The replica of a rank for a resolved configuration."""
+def make_replica(plan: RunPlan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Replica:
+    """The replica of a rank."""
     from rankwise.models.average import Average
     from rankwise.models.replica import Replica
 
     average = None
-    if config.averaged_weights != "none":
-        average = Average(model, config.averaged_weights, decay=config.average_decay, epochs=config.epochs)
+    if plan.averaged_weights != "none" and plan.average_decay is not None:
+        average = Average(model, plan.averaged_weights, decay=plan.average_decay, epochs=plan.epochs)
     return Replica(
         model,
         optimizer,
-        share_optimizer_state=config.optimizer_state == "average",
-        clip_norm=config.clip_norm,
+        share_optimizer_state=plan.optimizer_state == "average",
+        clip_norm=plan.clip_norm,
         average=average,
     )
 
 
 def build(
-    config: TrainConfig,
+    plan: RunPlan,
     replica: Replica,
     pool: Indices,
     labels: Indices,
@@ -99,18 +93,17 @@ def build(
     observer: Observer | None = None,
     join_state: JoinState | None = None,
 ) -> Synchroniser:
-    """The synchroniser of a resolved configuration, over the samples `pool`, whose classes are `labels`. A
-    rank that takes the place of a lost one begins from its `join_state`."""
-    assert config.strategy is not None
+    """The synchroniser of a plan, over the samples `pool`, whose classes are `labels`. A rank that takes the
+    place of a lost one begins from its `join_state`."""
     return Synchroniser(
         replica,
-        entry_of(config.strategy).build(config),
-        make_sampler(config, pool, labels, world.rank),
+        plan.entry.build(plan),
+        make_sampler(plan, pool, labels, world.rank),
         world,
-        rate_factor=schedule.scheduler(config),
-        survives=config.on_failure == "continue" and world.size > 1,
-        min_ranks=config.min_ranks,
-        spares=config.spares,
+        rate_factor=schedule.scheduler(plan),
+        survives=plan.on_failure == "continue" and world.size > 1,
+        min_ranks=plan.min_ranks,
+        spares=plan.spares,
         faults=faults,
         observer=observer,
         join_state=join_state,
@@ -134,14 +127,12 @@ def synchronise(
     all. The rate itself is the optimiser's, and what an average holds is `replica.evaluated`.
     Raises ConfigError, one line, for an option that does not exist or does not fit.
     """
-    config = resolve(TrainConfig(ranks=world.size, **options))
-    schedule.check(config)
-    batch_sizes.check(config)
-    if config.balance == "measured":
+    plan = resolve(TrainConfig(ranks=world.size, **options))
+    if plan.balance == "measured":
         raise ConfigError("--balance measured is for rankwise train: give your loop the batches, N,N,...")
-    if config.shards.startswith("dirichlet"):
+    if plan.dealing.kind == "dirichlet":
         raise ConfigError("--shards dirichlet needs labels, which a loop of your own deals with itself")
-    if samples < config.workers:
-        raise ConfigError(f"{samples} samples cannot be dealt to {config.workers} workers: use fewer ranks")
-    replica = make_replica(config, model, optimizer)
-    return build(config, replica, np.arange(samples), np.zeros(samples, np.int64), world)
+    if samples < plan.workers:
+        raise ConfigError(f"{samples} samples cannot be dealt to {plan.workers} workers: use fewer ranks")
+    replica = make_replica(plan, model, optimizer)
+    return build(plan, replica, np.arange(samples), np.zeros(samples, np.int64), world)

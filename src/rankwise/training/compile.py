@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from rankwise.comm import World
-from rankwise.config import TrainConfig
 from rankwise.errors import one_line
 from rankwise.models.blank import blank_batch, make_gradients, median_step_s
 from rankwise.models.replica import Replica
+from rankwise.plan import RunPlan
 
 SHORT_S = 300.0
 """Training shorter than this is compiled only if asked for: compiling takes half a minute, and saves little
@@ -33,7 +33,7 @@ class _Trial:
 
 
 def choose_compile(
-    config: TrainConfig,
+    plan: RunPlan,
     replica: Replica,
     world: World,
     *,
@@ -47,28 +47,28 @@ def choose_compile(
     ``on`` compiles if that works here, ``auto`` if training on `samples` per epoch takes long and a compiled
     step turns out to be faster on each rank. Both are tried on blank images, and leave the replica as it was.
     """
-    if config.compile == "off":
+    if plan.compile == "off":
         return False
     # Ranks that are threads share torch's generator: none draws from it before all have their weights.
     world.barrier()
-    trains = not (config.has_master and world.rank == 0)
+    trains = not (plan.has_master and world.rank == 0)
     before, snapshot = replica.module, replica.snapshot()
-    sizes = [config.batch_size, *([config.batch_size - 1] if config.batch_size > 2 else [])]
+    sizes = [plan.batch_size, *([plan.batch_size - 1] if plan.batch_size > 2 else [])]
     batches = [blank_batch(image_shape, classes, size) for size in sizes]
 
     def step_s() -> float:
-        return median_step_s(replica.module, replica.optimizer, batches[0], config.precision)
+        return median_step_s(replica.module, replica.optimizer, batches[0], plan.precision)
 
     mine = _Trial(step_s() if trains else 0.0)
     plain_s = max(trial.plain_s for trial in world.allgather_object(mine))
-    training_s = plain_s * config.epochs * samples / (config.workers * config.batch_size)
-    short = config.compile == "auto" and training_s < SHORT_S
+    training_s = plain_s * plan.epochs * samples / (plan.workers * plan.batch_size)
+    short = plan.compile == "auto" and training_s < SHORT_S
     if trains and not short:
         start_s = time.perf_counter()
         try:
             replica.module = torch.compile(replica.model)  # type: ignore[assignment]  # a module gives a module
             for batch in batches:  # the second compiles for all sizes, which last batches need
-                make_gradients(replica.module, replica.optimizer, batch, config.precision)
+                make_gradients(replica.module, replica.optimizer, batch, plan.precision)
             compiling_s = time.perf_counter() - start_s
             mine = _Trial(mine.plain_s, step_s(), compiling_s)
         except Exception as error:  # whatever it is: the model itself has just worked
@@ -78,11 +78,11 @@ def choose_compile(
     keeps, why = (
         (False, f"training takes about {training_s:.0f} s, too short for it")
         if short
-        else _judge(world.allgather_object(mine), auto=config.compile == "auto")
+        else _judge(world.allgather_object(mine), auto=plan.compile == "auto")
     )
     if not keeps:
         replica.module = before
-    say(f"--compile {config.compile}: {why}")
+    say(f"--compile {plan.compile}: {why}")
     return keeps
 
 

@@ -11,16 +11,14 @@ import torch
 from torch.nn import functional as F
 
 from rankwise.comm import World
-from rankwise.config import TrainConfig
 from rankwise.data.augmentation import Augmentation
 from rankwise.data.dataset import Split
 from rankwise.data.feed import Feed, feed
 from rankwise.data.partition import Indices
-from rankwise.data.resizing import height_in
 from rankwise.errors import DivergedError
 from rankwise.models.evaluation import score
-from rankwise.models.freezing import frozen_in
 from rankwise.models.precision import autocast
+from rankwise.plan import RunPlan
 from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Epoch, Evaluated, Role
 from rankwise.training.observer import EpochResult, Observer
@@ -39,7 +37,7 @@ class Job:
     that are trained.
     """
 
-    config: TrainConfig
+    config: RunPlan
     synchroniser: Synchroniser
     train: Split
     validation: Split
@@ -117,12 +115,12 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
         job.train,
         synchroniser.sampler.shard(epoch),
         augmentation=augmentation,
-        height=height_in(config, epoch),
+        height=config.resizing.height_in(epoch),
     )
     arithmetic = autocast(config.precision)
     job.progress.start(epoch)
     model.train()
-    synchroniser.replica.freeze(frozen_in(config, epoch))
+    synchroniser.replica.freeze(config.freezing.frozen_in(epoch))
 
     ledger.enter("other")
     for step, batch in enumerate(synchroniser.batches(epoch), start=1):
@@ -152,7 +150,7 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
         job.progress.add(len(batch), value * len(batch))
 
 
-def is_evaluated(config: TrainConfig, epoch: int) -> bool:
+def is_evaluated(config: RunPlan, epoch: int) -> bool:
     """Whether the network is evaluated after an epoch."""
     return epoch % config.evaluate_every == 0 or epoch == config.epochs
 

@@ -1,4 +1,4 @@
-"""One run on one rank: builds all parts from the configuration, and trains."""
+"""One run on one rank: builds all parts from its plan, and trains."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch
 
 from rankwise import data, models
 from rankwise.comm import World
-from rankwise.config import TrainConfig
 from rankwise.data import resizing
 from rankwise.data.dataset import Dataset
 from rankwise.data.feed import feed
 from rankwise.data.selection import Selection, at_most, select
 from rankwise.errors import ConfigError, Interrupted
-from rankwise.models import freezing
 from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.models.whitening import whiten
+from rankwise.plan import RunPlan
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Host, Rank, Record
-from rankwise.survival.fault_injection import Faults, NoFaults, parse
+from rankwise.survival.fault_injection import Faults, NoFaults
 from rankwise.survival.harm import ProcessHarm, ThreadHarm
 from rankwise.survival.watchdog import Watchdog
 from rankwise.system import machine
@@ -36,6 +35,7 @@ from rankwise.training.history import RunHistory
 from rankwise.training.loop import Job, train
 from rankwise.training.observer import Observer
 from rankwise.training.recorder import Recorder
+from rankwise.training.settled import Settled
 
 Say = Callable[[str], None]
 
@@ -47,9 +47,9 @@ _SEEDING = threading.Lock()
 
 
 def run(
-    config: TrainConfig, world: World, folder: RunFolder, *, say: Say, start: Checkpoint | None = None
+    plan: RunPlan, world: World, folder: RunFolder, *, say: Say, start: Checkpoint | None = None
 ) -> Record:
-    """Train as `config` (resolved) says, as one rank of `world`; all ranks call it together.
+    """Train as `plan` says, as one rank of `world`; all ranks call it together, with the same plan.
 
     With `start` the run goes on after that checkpoint. `say` gets remarks for the user, on rank 0
     only. Returns the final record. Raises UsageError before training; after it began Interrupted, on
@@ -58,22 +58,21 @@ def run(
     ledger = world.ledger
     announce = _announcer(say)
     say = _by_rank_0(say, world)
-    _agree_on_options(config, world)
-    world.cross_check = config.cross_check
+    world.cross_check = plan.cross_check
     ledger.enter("data")
     dataset = data.prepare(
-        config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir, on_progress=announce
+        plan.dataset, data_dir=plan.data_dir, cache_dir=plan.cache_dir, on_progress=announce
     )
     ledger.enter("startup")
-    threads, hosts = _share_threads(config, world, say)
-    spares = standing_by(config, world, threads)
-    torch.backends.mkldnn.set_flags(config.onednn)  # type: ignore[no-untyped-call]
+    threads, hosts = _share_threads(plan, world, say)
+    spares = standing_by(plan, world, threads)
+    torch.backends.mkldnn.set_flags(plan.onednn)  # type: ignore[no-untyped-call]
     machine.keep_freed_memory()
-    chosen = select(config, dataset)
+    chosen = select(plan, dataset)
     # Also of a spare, which then is there at once when it is needed.
-    replica = _make_replica(config, dataset, chosen)
+    replica = _make_replica(plan, dataset, chosen)
     compiled = compile.choose_compile(
-        config,
+        plan,
         replica,
         world,
         image_shape=dataset.image_shape,
@@ -81,17 +80,17 @@ def run(
         samples=len(chosen.train_pool),
         say=say,
     )
-    config = config.model_copy(update={"compile": "on" if compiled else "off"})
-    config = batch_sizes.choose_batch_sizes(
-        config,
+    sizes = batch_sizes.choose_batch_sizes(
+        plan,
         replica,
         world,
         image_shape=dataset.image_shape,
         classes=len(dataset.classes),
         say=say,
     )
-    world.set_aside(config.ranks)
-    with _watchdog(config, folder, world) as watchdog:
+    plan = Settled(threads, compiled, sizes).in_force(plan)
+    world.set_aside(plan.ranks)
+    with _watchdog(plan, folder, world) as watchdog:
         join_state = None
         if world.rank < 0:
             world.survives = True  # no rank needs it yet
@@ -99,7 +98,7 @@ def run(
             if join_state is None:
                 return folder.read()
         recorder = Recorder(
-            config,
+            plan,
             world,
             folder,
             join_state.history if join_state else _begin_history(folder, start, spares, world),
@@ -109,7 +108,7 @@ def run(
             resumed_from=start.epoch if start else None,
             say=say,
         )
-        job = _make_job(config, dataset, chosen, replica, world, folder, recorder, join_state)
+        job = _make_job(plan, dataset, chosen, replica, world, folder, recorder, join_state)
         return _train(job, recorder, world, start, join_state, folder)
 
 
@@ -179,27 +178,16 @@ def _announcer(say: Say) -> Callable[[str, int, int], None]:
     return announce
 
 
-def _agree_on_options(config: TrainConfig, world: World) -> None:
-    mine = config.model_dump(mode="json", exclude={"out"})
-    for rank, theirs in enumerate(world.allgather_object(mine)):
-        for name in mine:
-            if theirs[name] != mine[name]:
-                raise ConfigError(
-                    f"ranks were given different options: --{name.replace('_', '-')} is {mine[name]} on rank "
-                    f"{world.rank} and {theirs[name]} on rank {rank}; start all ranks with the same command"
-                )
-
-
-def _share_threads(config: TrainConfig, world: World, say: Say) -> tuple[int, list[Host]]:
+def _share_threads(plan: RunPlan, world: World, say: Say) -> tuple[int, list[Host]]:
     """Set this rank's arithmetic threads; returns them, and the hosts of the world in rank order."""
-    works = world.rank < config.ranks
-    mine = cpu_threads.here(trains=works and not (config.has_master and world.rank == 0))
+    works = world.rank < plan.ranks
+    mine = cpu_threads.here(trains=works and not (plan.has_master and world.rank == 0))
     ranks: list[cpu_threads.RankPlacement] = world.allgather_object(mine)
-    threads = cpu_threads.share_threads(ranks, config.threads)
+    threads = cpu_threads.share_threads(ranks, plan.threads)
     for warning in cpu_threads.oversubscribed(ranks, threads):
         say(warning)
     slow = sorted({rank.host for rank in ranks if not rank.multiplies_bf16})
-    if config.precision == "bf16" and slow:
+    if plan.precision == "bf16" and slow:
         say(
             f"--precision bf16 is slow here: {', '.join(slow)} has no instructions for bfloat16 and goes "
             "by way of float32, which --precision fp32 does at once"
@@ -217,24 +205,24 @@ def _share_threads(config: TrainConfig, world: World, say: Say) -> tuple[int, li
     return threads[world.rank], hosts
 
 
-def _make_replica(config: TrainConfig, dataset: Dataset, chosen: Selection) -> Replica:
+def _make_replica(plan: RunPlan, dataset: Dataset, chosen: Selection) -> Replica:
     with _SEEDING:
-        torch.manual_seed(config.seed)
-        smaller = [resizing.shape_at(height, dataset.image_shape) for height, _ in resizing.stages(config)]
-        model = models.build(config.model, dataset.image_shape, len(dataset.classes), takes=smaller)
-    if config.whitening:
-        seen = at_most(chosen.train_pool, config.whitening, config.seed)
+        torch.manual_seed(plan.seed)
+        smaller = [resizing.shape_at(height, dataset.image_shape) for height, _ in plan.resizing.stages]
+        model = models.build(plan.model, dataset.image_shape, len(dataset.classes), takes=smaller)
+    if plan.whitening:
+        seen = at_most(chosen.train_pool, plan.whitening, plan.seed)
         whiten(model, (images for images, _ in feed(dataset.train, seen, WHITENING_BATCH)))
-    if config.memory_format == "contiguous":
+    if plan.memory_format == "contiguous":
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     else:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
-    freezing.check(config, [name for name, value in model.named_parameters() if value.requires_grad])
-    return make_replica(config, model, make_optimizer(config, model))
+    plan.freezing.check(plan.model, [name for name, p in model.named_parameters() if p.requires_grad])
+    return make_replica(plan, model, make_optimizer(plan, model))
 
 
 def _make_job(
-    config: TrainConfig,
+    plan: RunPlan,
     dataset: Dataset,
     chosen: Selection,
     replica: Replica,
@@ -244,14 +232,14 @@ def _make_job(
     join_state: JoinState | None = None,
 ) -> Job:
     return Job(
-        config=config,
+        config=plan,
         synchroniser=build(
-            config,
+            plan,
             replica,
             chosen.train_pool,
             dataset.train.labels[chosen.train_pool],
             world,
-            faults=_faults(config, folder, world, replica),
+            faults=_faults(plan, folder, world, replica),
             observer=observer,
             join_state=join_state,
         ),
@@ -259,32 +247,31 @@ def _make_job(
         validation=chosen.validation,
         val_pool=chosen.val_pool,
         pool=chosen.train_pool,
-        progress=ProgressFile(folder.progress, world.number, config.processes),
+        progress=ProgressFile(folder.progress, world.number, plan.processes),
     )
 
 
-def _watchdog(config: TrainConfig, folder: RunFolder, world: World) -> Watchdog:
+def _watchdog(plan: RunPlan, folder: RunFolder, world: World) -> Watchdog:
     return Watchdog(
         folder,
         rank=world.number,
-        ranks=config.processes,
+        ranks=plan.processes,
         ledger=world.ledger,
         # Ranks that are threads are one process: none of them can be ended alone.
-        timeout_s=math.inf if world.in_threads else config.hang_timeout or math.inf,
+        timeout_s=math.inf if world.in_threads else plan.hang_timeout or math.inf,
     )
 
 
-def _faults(config: TrainConfig, folder: RunFolder, world: World, replica: Replica) -> NoFaults:
-    if not config.fault:
+def _faults(plan: RunPlan, folder: RunFolder, world: World, replica: Replica) -> NoFaults:
+    if not plan.fault:
         return NoFaults()
-    plans = [parse(text) for text in config.fault]
-    if any(plan.kind == "cut" for plan in plans) and not machine.can_cut_links():
+    if any(fault.kind == "cut" for fault in plan.planned_faults) and not machine.can_cut_links():
         raise ConfigError("--fault cut takes links down, which needs the program ip and CAP_NET_ADMIN")
     return Faults(
-        plans,
+        plan.planned_faults,
         folder.faults,
         rank=world.number,
-        seed=config.seed,
+        seed=plan.seed,
         exchanges=world,
         harm=ThreadHarm() if world.in_threads else ProcessHarm(),
         poison=replica.poison,
