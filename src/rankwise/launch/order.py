@@ -86,7 +86,7 @@ class OpenFolder:
         elif self.plan_before is not None:
             with contextlib.suppress(StorageError):
                 write_atomically(self.folder.plan, self.plan_before)
-        elif self.folder.record.exists():
+        else:
             self.folder.plan.unlink(missing_ok=True)
 
 
