@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from rankwise.errors import UsageError, one_line
+
+_lock = threading.RLock()
+_added: list[str] = []
+"""The folder that was put behind Python's path, if it was not on it."""
 
 
 def import_from(path: str, what: str, error: type[UsageError]) -> Any:
@@ -16,9 +26,36 @@ def import_from(path: str, what: str, error: type[UsageError]) -> Any:
     Raises `error`, one line that says `what` it was to be.
     """
     module, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(import_users(module), attribute)
     except Exception as reason:
         raise error(f"{what} {path} cannot be imported: {one_line(reason)}") from reason
+
+
+def import_users(module: str) -> ModuleType:
+    """A module of the current folder, or one that is installed. Raises what importing it raises."""
+    with _seeing_current_folder():
+        return importlib.import_module(module)
+
+
+def find_users(module: str) -> ModuleSpec | None:
+    """Where such a module is, without importing it; None if there is none. Raises what importing its package
+    raises."""
+    with _seeing_current_folder():
+        return importlib.util.find_spec(module)
+
+
+@contextlib.contextmanager
+def _seeing_current_folder() -> Iterator[None]:
+    """The current folder is on Python's path, from here on. Ranks that are threads take turns: they share the
+    path and what Python keeps of it."""
+    with _lock:
+        here = os.getcwd()
+        if _added and _added != [here]:  # this process has changed its folder
+            with contextlib.suppress(ValueError):
+                sys.path.remove(_added.pop())
+        if here not in sys.path:
+            sys.path.append(here)
+            _added[:] = [here]
+        importlib.invalidate_caches()  # the user may have just written it
+        yield

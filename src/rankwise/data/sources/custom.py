@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import numpy as np
 
 from rankwise.data.dataset import Dataset, Decoded, Images, Labels, Report, Samples, Source
 from rankwise.errors import DataError, one_line
+from rankwise.system.user_code import find_users, import_users
 
 MOST_UNNAMED_CLASSES = 100_000
 SPLITS = ("train", "test")
@@ -51,8 +49,8 @@ class Custom(Source):
     def decode(self, report: Report, downloads: Path) -> Decoded:
         report(f"calling {self.name}", 0, 1)
         file = self._file()
-        with _current_directory_first(), self._blamed("failed"):
-            function = getattr(importlib.import_module(self._module), self._function, None)
+        with self._blamed("failed"):
+            function = getattr(import_users(self._module), self._function, None)
             if not callable(function):
                 raise DataError(f"dataset {self.name!r}: {file} has no function {self._function!r}")
             returned = function()
@@ -61,9 +59,8 @@ class Custom(Source):
 
     def _file(self) -> Path:
         """The file of the module, which is not imported."""
-        with _current_directory_first(), self._blamed("cannot be imported"):
-            importlib.invalidate_caches()
-            found = importlib.util.find_spec(self._module)
+        with self._blamed("cannot be imported"):
+            found = find_users(self._module)
         if found is None:
             raise DataError(
                 f"dataset {self.name!r}: no module {self._module!r} in {Path.cwd()} or on Python's path; "
@@ -153,14 +150,3 @@ def _described(thing: object) -> str:
     if isinstance(thing, tuple):
         return f"a tuple of {len(thing)}"
     return f"a {type(thing).__name__}"
-
-
-@contextlib.contextmanager
-def _current_directory_first() -> Iterator[None]:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(here)
