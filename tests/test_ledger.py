@@ -134,6 +134,38 @@ def test_busy_is_what_is_neither_startup_nor_exchange() -> None:
     assert ledger.busy_ns == 24
 
 
+@given(
+    st.lists(st.lists(st.tuples(st.sampled_from(PHASES), LENGTHS, st.floats(0, 1)), max_size=5), max_size=8),
+    st.sampled_from([0, 1_000, 10**6]),
+)
+def test_each_period_adds_up_however_late_time_is_moved(
+    story: list[list[tuple[str, int, float]]], cost_ns: int
+) -> None:
+    """A period's phases add up to its length and none is negative, also when time in it is moved only after
+    it; without a cost of its own the ledger's totals are the sums of its periods'."""
+    clock = FakeClock()
+    ledger = Ledger(clock, cost_ns=cost_ns)
+    for period in story:
+        for phase, duration_ns, _ in period:
+            ledger.enter(phase)
+            clock.now_ns += duration_ns
+        ledger.begin_period()
+    for number, period in enumerate(story):
+        for phase, duration_ns, part in period:
+            ledger.move(phase, "wait", int(duration_ns * part), number)
+    for number, period in enumerate(story):
+        phases_ns = ledger.phases_of(number)
+        assert min(phases_ns.values()) >= 0
+        assert sum(phases_ns.values()) == sum(duration_ns for _, duration_ns, _ in period)
+        assert phases_ns["wait"] <= sum(
+            duration_ns if phase == "wait" else int(duration_ns * part) for phase, duration_ns, part in period
+        )
+    if not cost_ns:
+        totals_ns = ledger.close().phases_ns
+        for phase in PHASES:
+            assert totals_ns[phase] == sum(ledger.phases_of(number)[phase] for number in range(len(story)))
+
+
 def test_measuring_the_cost_gives_a_small_number() -> None:
     """A change of phase costs something, and less than a tenth of a millisecond."""
     assert 0 < measure_cost() < 100_000

@@ -356,6 +356,29 @@ def test_an_exchange_that_fails_is_recovery(failed_ns: int) -> None:
     assert len(simulate(2, program)) == 2
 
 
+def test_an_exchange_that_fails_in_the_background_is_recovery() -> None:
+    """A loss that is found where an exchange is begun or polled is recovery, for the time of that alone."""
+    clock = Clock()
+    ledger = Ledger(clock, cpu_clock=lambda: 0)
+    log = ExchangeLog(0, 1, ledger, Timeline(ledger), CommonClock(SimpleNamespace(clock_of=[0]), clock))  # type: ignore[arg-type]
+    ledger.enter("backward")
+    exchange = log.open(Pattern.ALL_TO_ALL, -1, 8)
+
+    def look_after(duration_ns: int, error: Exception | None) -> None:
+        with exchange.beside():
+            clock.work(duration_ns)
+            if error is not None:
+                raise error
+
+    look_after(100, None)
+    clock.work(1_000)
+    with pytest.raises(RankLost):
+        look_after(20, RankLost("a rank was lost"))
+    assert ledger.running == "backward"
+    phases_ns = ledger.close().phases_ns
+    assert (phases_ns["transfer"], phases_ns["recovery"], phases_ns["backward"]) == (100, 20, 1_000)
+
+
 @pytest.mark.parametrize("lost", [0, 1, 2])
 def test_what_survivors_had_together_is_told_apart(lost: int) -> None:
     """When a rank is lost, the others' waiting for each other until then is charged; what they waited for it,
