@@ -20,7 +20,7 @@ from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
 from . import tiny
-from .conftest import MPI_SIZES, Command, mpiexec_words, read_weights
+from .conftest import MPI_SIZES, SURROUNDINGS, Command, mpiexec_words, read_weights
 from .processes import wait_for
 from .test_cli import count_epochs
 
@@ -118,6 +118,7 @@ def test_resume_to_the_bit_under_mpi(command: Command, tmp_path: Path) -> None:
     ranks = ranks_of(tmp_path / "killed")
     process.kill()
     process.wait(10)
+    command.belongings.launcher_was_killed = True
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 20)
     assert record(tmp_path / "killed").outcome in ("running", "interrupted")
     done = command.rankwise("train", "--resume", "killed")
@@ -371,7 +372,7 @@ def test_a_live_bar_on_a_terminal(command: Command, tmp_path: Path) -> None:
     with subprocess.Popen(
         [command.python, *words],
         cwd=tmp_path,
-        env=os.environ | {"COLUMNS": "140", "TERM": "xterm"},
+        env=os.environ | SURROUNDINGS | {"COLUMNS": "140", "TERM": "xterm"},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

@@ -61,6 +61,13 @@ def submit(capsys: pytest.CaptureFixture[str]) -> Submit:
     return run
 
 
+def test_the_mpi_of_this_machine_says_nothing(submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares are taken where the MPI here, a login node's, does not survive failures: that of the job may."""
+    monkeypatch.setattr("rankwise.plan.survives_failures", lambda: False)
+    done = submit("slurm", "--nodes", "2", "--ranks", "4", "--spares", "1", "--out", "run")
+    assert (done.code, done.err) == (0, "")
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_jobs_are_as_they_were(submit: Submit, name: str) -> None:
     """The files for a batch system, letter by letter; `rankwise submit` with these words writes them anew."""

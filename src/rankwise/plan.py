@@ -91,17 +91,20 @@ class RunPlan(TrainConfig):
         return RunPlan(**{**self.model_dump(), **changes})
 
 
-def make_plan(config: TrainConfig, *, resumes: bool = False) -> RunPlan:
+def make_plan(config: TrainConfig, *, resumes: bool = False, mpi_survives: bool | None = None) -> RunPlan:
     """The plan of a run on this machine. Raises UsageError, one line, for what cannot be run.
 
     A run that `resumes` may have fewer ranks than it began with, to which faults were meant to happen.
+    `mpi_survives` says whether MPI goes on when a rank dies, by default that of this machine.
     """
     plan = resolve(config)
     models.check(plan.model)
     data.check(plan.dataset, plan.data_dir)
     trackers.check(plan.track)
     _check_faults(plan, resumes)
-    return _choose_on_failure(plan, config.on_failure)
+    if mpi_survives is None:
+        mpi_survives = survives_failures()
+    return _choose_on_failure(plan, config.on_failure, mpi_survives)
 
 
 def resolve(config: TrainConfig) -> RunPlan:
@@ -307,7 +310,7 @@ def _check_faults(plan: RunPlan, resumes: bool) -> None:
             raise ConfigError(f"--fault {text}: the run has ranks 0 to {plan.processes - 1}")
 
 
-def _choose_on_failure(plan: RunPlan, asked: str | None) -> RunPlan:
+def _choose_on_failure(plan: RunPlan, asked: str | None, mpi_survives: bool) -> RunPlan:
     """Fill in what a lost rank means, by what strategy and MPI can."""
     if plan.min_ranks > plan.ranks:
         raise ConfigError(f"--min-ranks {plan.min_ranks} was given, but there are {plan.ranks} ranks")
@@ -317,12 +320,12 @@ def _choose_on_failure(plan: RunPlan, asked: str | None) -> RunPlan:
             f"--on-failure continue was given, but the ranks of --strategy {plan.strategy} cannot go on "
             "without one of them: use --on-failure restart or stop"
         )
-    if asked == "continue" and not (alone or survives_failures()):
+    if asked == "continue" and not (alone or mpi_survives):
         raise ConfigError(
             "--on-failure continue needs an MPI that survives failures: Open MPI 5, started by rankwise or "
             "by mpiexec --with-ft ulfm; else use --on-failure restart or stop"
         )
-    if asked is None and can and not alone and survives_failures():
+    if asked is None and can and not alone and mpi_survives:
         plan = plan.with_options(on_failure="continue")
     if plan.spares and (plan.on_failure != "continue" or alone):
         raise ConfigError(

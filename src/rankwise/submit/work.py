@@ -56,8 +56,8 @@ def work_of(config: TrainConfig, hosts: int) -> Work:
             f"{config.processes} ranks cannot be on {hosts} hosts: ask for more with --ranks, or fewer hosts"
         )
     # Whether that MPI survives failures, and has the data, is found out there. Faults of hosts need --hosts.
-    somewhere = {"hosts": str(Host("there", config.processes)), "on_failure": None, "data_dir": None}
-    make_plan(config.model_copy(update=somewhere))
+    somewhere = {"hosts": str(Host("there", config.processes)), "data_dir": None}
+    make_plan(config.model_copy(update=somewhere), mpi_survives=True)
     words = to_arguments(config.model_copy(update={"out": None}))
     return Work(tuple(words), config.out, config.processes, hosts)
 
