@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from rankwise.cli import main
 from rankwise.comm import mpi_environment
-from rankwise.config import TrainConfig, preset_names, read_preset, read_toml
+from rankwise.config import GROUPS, TrainConfig, preset_names, read_preset, read_toml
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
@@ -148,6 +150,20 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert call(*words, "--help") == 0
         assert "Usage: rankwise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["train"], ["submit", "slurm"], ["submit", "kubernetes"]], ids=" ".join)
+def test_help_shows_options_in_groups(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each option of a training stands in one group, and `--help` shows it once, under the group's title."""
+    assert sorted(itertools.chain(*GROUPS.values())) == sorted(TrainConfig.model_fields)
+    assert call(*command, "--help") == 0
+    page = capsys.readouterr().out
+    _, *parts = re.split(rf"^╭─ ({'|'.join(GROUPS)}) ─", page, flags=re.MULTILINE)
+    shown = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(shown) == list(GROUPS)
+    for title, names in GROUPS.items():
+        found = re.findall(r"^│ --([a-z-]+)", shown[title], flags=re.MULTILINE)
+        assert [name.replace("-", "_") for name in found] == list(names)
 
 
 def test_layers_of_options(tmp_path: Path) -> None:

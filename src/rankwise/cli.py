@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.help import DefaultFormatter, HelpPanel
 from pydantic import ValidationError
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 
-from rankwise.config import TrainConfig, explain, preset_names, preset_text, read_preset, read_toml
+from rankwise.config import GROUPS, TrainConfig, explain, preset_names, preset_text, read_preset, read_toml
 from rankwise.errors import Interrupted, RankwiseError, UsageError, one_line
 from rankwise.prediction.options import PredictionOptions
 from rankwise.submit import Kubernetes, Slurm, hand_over, work_of
@@ -52,7 +53,20 @@ To = Annotated[Path | None, Parameter(help="File to write; otherwise it is print
 Run = Annotated[bool, Parameter(negative="", help="Submit it, too.")]
 
 
-@app.command
+class InGroups(DefaultFormatter):
+    """Shows the options of a training by what they are about, and before them those of the command itself."""
+
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+        named = {entry.names[0].removeprefix("--").replace("-", "_"): entry for entry in panel.entries}
+        shown = {
+            title: [named.pop(name) for name in names if name in named] for title, names in GROUPS.items()
+        }
+        for title, entries in [(panel.title, list(named.values())), *shown.items()]:
+            if entries:
+                super().__call__(console, options, panel.copy(title=title, entries=entries))
+
+
+@app.command(help_formatter=InGroups())
 def train(
     *,
     config: Options = TrainConfig(),  # noqa: B008
@@ -363,7 +377,7 @@ def doctor(
         _console().print(shown)
 
 
-@submit_app.command
+@submit_app.command(help_formatter=InGroups())
 def slurm(
     *,
     cluster: Annotated[Slurm, Parameter(name="*")] = Slurm(),  # noqa: B008
@@ -383,7 +397,7 @@ def slurm(
     print(hand_over(cluster.script(work, ["submit", *arguments]), to, ["sbatch"] if run else None))
 
 
-@submit_app.command
+@submit_app.command(help_formatter=InGroups())
 def kubernetes(
     *,
     cluster: Annotated[Kubernetes, Parameter(name="*")] = Kubernetes(),  # noqa: B008

@@ -380,6 +380,37 @@ class TrainConfig(CheckedOptions):
         return TrainConfig(**{**merged, **self.given()})
 
 
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Data": (
+        *("dataset", "data_dir", "cache_dir", "classes", "train_limit", "val_limit", "validation_split"),
+        *("flip", "translate", "cutout", "resize"),
+    ),
+    "Model": (
+        *("model", "whitening", "freeze", "averaged_weights", "average_decay"),
+        *("precision", "compile", "memory_format", "onednn"),
+    ),
+    "Optimiser": (
+        *("epochs", "batch_size", "lr", "optimizer", "momentum", "nesterov", "weight_decay", "muon_lr"),
+        *("muon_fixed_norm", "norm_bias_lr_scale", "clip_norm", "label_smoothing"),
+        *("schedule", "warmup", "peak_at", "final_lr_fraction", "lr_scaling", "seed"),
+    ),
+    "Ranks in step": (
+        *("ranks", "hosts", "hostfile", "threads", "strategy", "topology", "sync_every", "sync_across_hosts"),
+        *("shards", "balance", "optimizer_state", "compress", "local_after", "outer_lr", "outer_momentum"),
+        *("elasticity", "max_staleness", "bucket_mb"),
+    ),
+    "Survival": (
+        *("on_failure", "hang_timeout", "spares", "min_ranks", "on_shrink", "max_restarts", "fault"),
+        *("checkpoint_every", "checkpoint_keep"),
+    ),
+    "Evaluation and output": (
+        *("evaluate_every", "tta", "tta_from_epoch", "tta_below", "target_accuracy"),
+        *("out", "track", "cross_check"),
+    ),
+}
+"""The options of a training as `--help` shows them."""
+
+
 def explain(error: ValidationError) -> str:
     """A pydantic error as one line: the option, what was given, what was expected."""
     first = error.errors(include_url=False)[0]
