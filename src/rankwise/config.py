@@ -354,19 +354,9 @@ class TrainConfig(CheckedOptions):
     out: _PathAsText | None = Field(None, description="Run folder; otherwise runs/<time>-<name>.")
 
     @property
-    def has_master(self) -> bool:
-        """Whether rank 0 averages and evaluates instead of training."""
-        return self.topology == "master"
-
-    @property
     def processes(self) -> int:
         """All ranks that are started, those that stand by included."""
         return self.ranks + self.spares
-
-    @property
-    def workers(self) -> int:
-        """Ranks that train."""
-        return self.ranks - 1 if self.has_master else self.ranks
 
     def given(self) -> dict[str, Any]:
         """Only what was set on purpose, not the defaults."""

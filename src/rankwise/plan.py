@@ -55,6 +55,16 @@ class RunPlan(TrainConfig):
         return entry_of(self.strategy)
 
     @property
+    def has_master(self) -> bool:
+        """Whether rank 0 averages and evaluates instead of training."""
+        return self.topology == "master"
+
+    @property
+    def workers(self) -> int:
+        """Ranks that train."""
+        return self.ranks - 1 if self.has_master else self.ranks
+
+    @property
     def host_list(self) -> tuple[Host, ...]:
         """The hosts on which the ranks are started, none if it is this one."""
         return parse_hosts(self.hosts) if self.hosts else ()

@@ -21,8 +21,8 @@ class Selection:
     val_pool: Indices
 
 
-def select(config: TrainConfig, dataset: Dataset) -> Selection:
-    """What the options choose. Raises ConfigError if some worker would go without a sample."""
+def select(config: TrainConfig, dataset: Dataset, *, workers: int = 1) -> Selection:
+    """What the options choose. Raises ConfigError if one of the `workers` would go without a sample."""
     everything = np.arange(len(dataset.train))
     if config.validation_split is None:
         train_pool, validation, val_pool = everything, dataset.test, np.arange(len(dataset.test))
@@ -30,9 +30,9 @@ def select(config: TrainConfig, dataset: Dataset) -> Selection:
         train_pool, val_pool = _hold_out(everything, config.validation_split, config.seed)
         validation = dataset.train
     train_pool = at_most(train_pool, config.train_limit, config.seed)
-    if len(train_pool) < config.workers:
+    if len(train_pool) < workers:
         raise ConfigError(
-            f"{config.workers} workers were asked for, but there are {len(train_pool)} training samples: "
+            f"{workers} workers were asked for, but there are {len(train_pool)} training samples: "
             "every worker needs one, use fewer --ranks"
         )
     return Selection(train_pool, validation, at_most(val_pool, config.val_limit, config.seed))

@@ -39,5 +39,5 @@ def prepare(plan: RunPlan, on_progress: Callable[[str, int, int], None] | None =
             f"--resize {plan.resize} was given, but images of {plan.dataset} have a height of "
             f"{height} pixels: expected fewer"
         )
-    samples = len(select(plan, dataset).train_pool)
+    samples = len(select(plan, dataset, workers=plan.workers).train_pool)
     return PreparedRun(plan, samples * (plan.workers if plan.entry.replicates else 1))

@@ -74,7 +74,7 @@ def tuned(order: Order) -> Order:
     with showing_progress(order.console) as on_progress:
         preflight.prepare(plan, on_progress)
     dataset = data.prepare(plan.dataset, data_dir=plan.data_dir, cache_dir=plan.cache_dir)
-    samples = len(select(plan, dataset).train_pool)
+    samples = len(select(plan, dataset, workers=plan.workers).train_pool)
     place = _place(order.config, samples)
     choice = _remembered(place)
     if choice is None:

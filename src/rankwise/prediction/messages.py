@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
-from rankwise.config import TrainConfig
 from rankwise.ledger.phases import PHASES
 from rankwise.ledger.timeline import RankTimeline
 from rankwise.ledger.waits import Pattern
+from rankwise.plan import RunPlan
 from rankwise.prediction import collectives
 from rankwise.prediction.collectives import Hops
 from rankwise.prediction.network import Link, coefficients
@@ -41,7 +41,7 @@ ASSUMED = MessageCosts(Link(20e-6, 0.2e-9), 0.1e-9, 0.5e-9, 0.25e-9, 0.5, 2.0, F
 
 
 def fit_messages(
-    record: Record, config: TrainConfig, model: ModelSize, lines: list[RankTimeline]
+    record: Record, config: RunPlan, model: ModelSize, lines: list[RankTimeline]
 ) -> MessageCosts:
     """Latency and bandwidth that fit the exchanges of a run best, by relative error.
 
@@ -90,7 +90,7 @@ def _transfers(lines: list[RankTimeline]) -> dict[tuple[int, int], list[float]]:
     return found
 
 
-def _known(config: TrainConfig, model: ModelSize, record: Record) -> dict[tuple[int, int], Hops]:
+def _known(config: RunPlan, model: ModelSize, record: Record) -> dict[tuple[int, int], Hops]:
     """The exchanges whose hops are known, by pattern and bytes."""
     ranks = sum(row.role != "spare" for row in record.ranks)
     if ranks == 1:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rankwise import strategies
-from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
+from rankwise.plan import RunPlan
 from rankwise.prediction import codec
 from rankwise.prediction.network import Cluster, Network
 from rankwise.prediction.simulation import Outcome, gossip, serve_all
@@ -114,15 +113,13 @@ class Place:
         return max(1, self.cores_per_host // max(workers_here, 1))
 
 
-def predict_point(
-    source: Source, config: TrainConfig, place: Place, alone_images_per_s: float | None
-) -> Point:
+def predict_point(source: Source, config: RunPlan, place: Place, alone_images_per_s: float | None) -> Point:
     """The prediction for a resolved configuration. `alone_images_per_s` is what one rank alone trains, to
     which the efficiency compares."""
     cluster = place.cluster(source, config.ranks)
     parts, wait_s, sent, threads = _epoch(source, config, cluster, place)
     low, high = (_scaled(source, config, threads, parts, side) for side in (-1, 1))
-    copies = config.workers if strategies.entry_of(str(config.strategy)).replicates else 1
+    copies = config.workers if config.entry.replicates else 1
     images_per_s = source.samples * copies / parts.total
     steps = _steps(config, source.samples)
     alone = images_per_s if alone_images_per_s is None else alone_images_per_s
@@ -149,13 +146,13 @@ def _bytes(sent: RunTraffic, rounds: int, steps: float) -> int:
     return in_steps + rounds * sent.each_round.bytes_sent + sent.each_epoch.bytes_sent
 
 
-def _steps(config: TrainConfig, samples: int) -> float:
+def _steps(config: RunPlan, samples: int) -> float:
     """Of a worker in an epoch; the last one may have less than a batch."""
-    replicates = strategies.entry_of(str(config.strategy)).replicates
+    replicates = config.entry.replicates
     return samples / (1 if replicates else config.workers) / config.batch_size
 
 
-def _rounds(config: TrainConfig, steps: float) -> int:
+def _rounds(config: RunPlan, steps: float) -> int:
     """Of a worker in an epoch."""
     every = config.sync_every if isinstance(config.sync_every, int) else math.inf
     rounds = max(1, math.ceil(math.ceil(steps) / every)) if every < math.inf else 1
@@ -189,7 +186,7 @@ def _turn_s(source: Source, per_core: float) -> float:
 
 
 def _epoch(
-    source: Source, config: TrainConfig, cluster: Cluster, place: Place, turn_s: float | None = None
+    source: Source, config: RunPlan, cluster: Cluster, place: Place, turn_s: float | None = None
 ) -> tuple[Parts, float, RunTraffic, int]:
     """The parts of an epoch, the seconds that all ranks together wait, what they send, and threads per rank.
     `turn_s` is what each exchange waits for a core, by default `_turn_s`."""
@@ -278,7 +275,7 @@ def _epoch(
 
 
 def _two_halves(
-    source: Source, config: TrainConfig, cluster: Cluster, place: Place, part: float, turn_s: float | None
+    source: Source, config: RunPlan, cluster: Cluster, place: Place, part: float, turn_s: float | None
 ) -> tuple[Parts, float, RunTraffic, int]:
     """The mean of an epoch that is synchronised every step, which `part` of them are, and one that is not."""
     local = config.model_copy(update={"local_after": None})
@@ -289,7 +286,7 @@ def _two_halves(
     return parts, part * first[1] + (1 - part) * second[1], second[2], second[3]
 
 
-def _scaled(source: Source, config: TrainConfig, threads: int, parts: Parts, side: int) -> float:
+def _scaled(source: Source, config: RunPlan, threads: int, parts: Parts, side: int) -> float:
     """The epoch with its computing at one end of what it may be in the mean, and its transfers too."""
     compute, step_s = compute_at(source, threads, config.batch_size)
     spread = max(spread_of_mean(step_s), compute.epochs_spread)

@@ -128,7 +128,7 @@ def read_ranks(text: str, samples: int) -> list[int]:
     return sorted(found)
 
 
-def _remarks(source: Source, points: Sequence[Point], config: TrainConfig) -> tuple[str, ...]:
+def _remarks(source: Source, points: Sequence[Point], config: RunPlan) -> tuple[str, ...]:
     lines = list(source.remarks)
     known = sorted({its.threads for its in source.compute})
     lacking = sorted({point.threads for point in points} - set(known))

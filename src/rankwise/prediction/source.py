@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from rankwise import strategies
-from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError, one_line
 from rankwise.ledger.phases import PHASES
 from rankwise.ledger.timeline import RankTimeline, read_timeline
@@ -195,9 +193,9 @@ def _read(path: Path) -> Source:
     )
 
 
-def meets_in_each_step(config: TrainConfig) -> bool:
+def meets_in_each_step(config: RunPlan) -> bool:
     """Whether ranks exchange something after each step, in a resolved configuration."""
-    recovery = strategies.entry_of(str(config.strategy)).strategy.recovery
+    recovery = config.entry.strategy.recovery
     return config.ranks > 1 and (config.sync_every == 1 or recovery.syncs_every_step)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rankwise import strategies
-from rankwise.config import TrainConfig
+from rankwise.plan import RunPlan
 from rankwise.prediction import collectives
 from rankwise.prediction.collectives import Hop, Hops
 from rankwise.strategies.traffic import Collective, Exchange, Messages, ModelSize, Traffic
@@ -42,14 +41,14 @@ class RunTraffic:
     each_epoch: Transfer
 
 
-def traffic(config: TrainConfig, model: ModelSize, hosts: Sequence[int]) -> RunTraffic:
+def traffic(config: RunPlan, model: ModelSize, hosts: Sequence[int]) -> RunTraffic:
     """The traffic of a resolved configuration, with `hosts` [hosts] ranks on each host.
 
     Raises ConfigError for a strategy that does not say what it sends.
     """
     if sum(hosts) == 1:
         return RunTraffic(Traffic(), NOTHING, NOTHING, NOTHING)
-    strategy = strategies.entry_of(str(config.strategy)).build(config)
+    strategy = config.entry.build(config)
     model = replace(model, moments=_moments(config))
     said = strategy.traffic(model, hosts)
     summary = tuple(Collective("allreduce", size) for size in SUMMARY)
@@ -61,7 +60,7 @@ def traffic(config: TrainConfig, model: ModelSize, hosts: Sequence[int]) -> RunT
     )
 
 
-def _moments(config: TrainConfig) -> int:
+def _moments(config: RunPlan) -> int:
     """How many tensors the optimiser keeps for each parameter, in its shape."""
     return int(config.momentum > 0) if config.optimizer == "sgd" else 2
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankwise.config import TrainConfig
+from rankwise.plan import RunPlan
 
 Options = dict[str, Any]
 
@@ -193,16 +193,16 @@ def trials(experiment: str, scale: Scale) -> list[Trial]:
 _SAMPLE_S = {"paper-cnn": 140e-6, "mlp": 50e-6, "resnet9": 15e-3, "resnet18": 30e-3}
 
 
-def expected_s(config: TrainConfig, samples_per_epoch: int, cores: int) -> float:
+def expected_s(plan: RunPlan, samples_per_epoch: int, cores: int) -> float:
     """Seconds that a run of the paper's network takes, roughly: a weight for the study's progress.
 
     Measured on a server of 2024: 4 s of start-up and 2 s of a core for each rank, then 140 microseconds
     of a core for each sample of paper-cnn and 660 for each step. Where several processes each computed
     on all of 2 cores, a step of each took up to 0.4 s.
     """
-    steps = config.epochs * samples_per_epoch / config.workers / config.batch_size
-    sample_s = _SAMPLE_S.get(config.model, _SAMPLE_S["paper-cnn"])
-    step_s = (sample_s * config.batch_size + 660e-6) * max(1, config.workers / cores)
-    if config.threads == "all" and config.workers > 1:
+    steps = plan.epochs * samples_per_epoch / plan.workers / plan.batch_size
+    sample_s = _SAMPLE_S.get(plan.model, _SAMPLE_S["paper-cnn"])
+    step_s = (sample_s * plan.batch_size + 660e-6) * max(1, plan.workers / cores)
+    if plan.threads == "all" and plan.workers > 1:
         step_s = 0.4
-    return 4 + 2 * config.ranks / cores + steps * step_s
+    return 4 + 2 * plan.ranks / cores + steps * step_s

@@ -18,6 +18,7 @@ from rich.console import Console
 from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted, UsageError
 from rankwise.launch.order import to_arguments
+from rankwise.plan import resolve
 from rankwise.runs.record import Record
 from rankwise.studies.folder import StudyFolder, require_options
 from rankwise.studies.plan import expected_s
@@ -45,7 +46,7 @@ def run_all(runs: Sequence[Run], folder: StudyFolder, console: Console) -> dict[
     stopped goes on with the next call. Raises UsageError if the folder holds other runs of these names.
     """
     cores = machine.usable_cores()
-    weights = [expected_s(run.config, run.samples_per_epoch, cores) for run in runs]
+    weights = [expected_s(resolve(run.config), run.samples_per_epoch, cores) for run in runs]
     failed: dict[str, str] = {}
     with StudyProgress(console, weights) as board:
         for run in runs:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from rankwise.comm import World
-from rankwise.config import TrainConfig
 from rankwise.ledger.phases import USEFUL
+from rankwise.plan import RunPlan
 from rankwise.runs.record import Efficiency, Environment, Host, Rank, Role
 from rankwise.system import machine
 
 
-def standing_by(config: TrainConfig, world: World, threads: int) -> list[Rank]:
+def standing_by(config: RunPlan, world: World, threads: int) -> list[Rank]:
     """The rows of the ranks that will stand by, up to now, since from here on they sleep. All ranks
     together."""
     if not config.spares:

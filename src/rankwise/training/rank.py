@@ -68,7 +68,7 @@ def run(
     spares = standing_by(plan, world, threads)
     torch.backends.mkldnn.set_flags(plan.onednn)  # type: ignore[no-untyped-call]
     machine.keep_freed_memory()
-    chosen = select(plan, dataset)
+    chosen = select(plan, dataset, workers=plan.workers)
     # Also of a spare, which then is there at once when it is needed.
     replica = _make_replica(plan, dataset, chosen)
     compiled = compile.choose_compile(

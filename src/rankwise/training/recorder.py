@@ -6,7 +6,7 @@ import time
 from importlib import metadata
 
 from rankwise.comm import World
-from rankwise.config import TrainConfig
+from rankwise.plan import RunPlan
 from rankwise.runs.checkpoint_writer import CheckpointWriter
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import SCHEMA_VERSION, Clock, Fault, Host, Outcome, Rank, Record, seconds_since
@@ -30,7 +30,7 @@ class Recorder:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunPlan,
         world: World,
         folder: RunFolder,
         history: RunHistory,
