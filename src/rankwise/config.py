@@ -99,7 +99,7 @@ class TrainConfig(CheckedOptions):
     balance: str = Field(
         "none",
         description="Batches, and with them shards, of workers that are not equally fast: measured (in "
-        "proportion to their speed, found out before training), or so many samples each, N,N,...; the sum "
+        "proportion to their speed, found out before training), or N samples each, N,N,...; the sum "
         "stays that of equal ones.",
     )
     epochs: int = Field(25, ge=1, description="Passes over the training set.")
@@ -130,7 +130,7 @@ class TrainConfig(CheckedOptions):
     sync_every: PositiveInt | Literal["epoch"] | None = Field(
         None,
         description="Steps between synchronisations, or epoch. By default the strategy's own. "
-        "Strategies that send gradients add them up over so many steps (gradient accumulation).",
+        "Strategies that send gradients add them up over this many steps (gradient accumulation).",
     )
     compress: str = Field(
         "none",
@@ -170,13 +170,13 @@ class TrainConfig(CheckedOptions):
     bucket_mb: float | None = Field(
         None,
         gt=0,
-        description="allreduce: gradients are sent in pieces of so many megabytes, while the backward pass "
+        description="allreduce: gradients are sent in pieces of this many megabytes, while the backward pass "
         "still runs. By default 25.",
     )
     sync_across_hosts: int | None = Field(
         None,
         ge=1,
-        description="Asks for two-level: so many steps between averagings of weights across hosts, while "
+        description="Asks for two-level: steps between averagings of weights across hosts, while "
         "inside a host every step is synchronised. By default 8.",
     )
     clip_norm: float | None = Field(
@@ -314,7 +314,8 @@ class TrainConfig(CheckedOptions):
     hang_timeout: float = Field(
         60.0,
         ge=0,
-        description="End a rank that computes without an end, or is stopped, after so many seconds; 0 never.",
+        description="End a rank that computes without an end, or is stopped, after this many seconds; "
+        "0 never.",
     )
     on_shrink: Literal["keep-local-batch", "keep-global-batch"] = Field(
         "keep-local-batch",
@@ -327,7 +328,7 @@ class TrainConfig(CheckedOptions):
         description="Ranks over and above --ranks that sleep until one is lost, and take its place.",
     )
     min_ranks: int = Field(
-        1, ge=1, description="Go on with so many ranks at least; with fewer the run is started again."
+        1, ge=1, description="The least ranks to go on with; with fewer the run is started again."
     )
     max_restarts: int = Field(
         3, ge=0, description="How often a run is started again from its newest checkpoint."

@@ -35,8 +35,8 @@ class Augmentation:
 
     `flip`: each is mirrored left to right with equal chances (`random`), or by chance in the first epoch and
     then in every other one (`alternating`: Jordan 2024, arXiv:2404.00498, section 3.6, so that two epochs
-    show both sides of each). `translate`: it is moved by up to so many pixels each way, and what comes into
-    the frame is its reflection. `cutout`: a square of so many pixels anywhere on it becomes grey, a part of
+    show both sides of each). `translate`: it is moved by up to this many pixels each way, and what comes into
+    the frame is its reflection. `cutout`: a square of this many pixels anywhere on it becomes grey, a part of
     it where its middle is near the edge (DeVries and Taylor 2017, arXiv:1708.04552).
     """
 

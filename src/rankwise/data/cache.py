@@ -7,11 +7,11 @@
         train_images.npy                uint8 [n, height, width, channels]
         train_labels.npy                int64 [n]
         test_images.npy, test_labels.npy
-    <cache>/cifar10-1f0c….partial/      being written, by whoever holds the lock
+    <cache>/cifar10-1f0c….partial/      being written, by the process that holds the lock
     <cache>/cifar10-1f0c….lock          decode only with this in hand
     <cache>/downloads/                  archives as they came
 
-A finished dataset is opened without a lock. Whoever finds none takes the lock, looks again, and
+A finished dataset is opened without a lock. A process that finds none takes the lock, looks again, and
 decodes; the others wait on the lock and find it done. A killed process loses its lock to the
 system and leaves a `.partial`, which no one takes for finished and the next one removes.
 """
@@ -254,7 +254,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what killed processes left: our own, and that of others if nobody is at work on it."""
+    """Remove what killed processes left: our own, and that of others if no process is at work on it."""
     from filelock import FileLock, Timeout
 
     for partial in folder.glob("*.partial"):

@@ -65,7 +65,7 @@ def prepare(
     """The dataset, decoded once a host and from then on mapped out of the cache.
 
     Any number of processes may call this at once: one decodes, the others wait. `data_dir` is where
-    CIFAR lies if it is not to be downloaded. `refresh` decodes anew. `on_progress` is told what is
+    CIFAR lies if it is not to be downloaded. `refresh` decodes anew. `on_progress` gets what is
     being done, how much is done and out of how much; it is not called when nothing is to be done.
     Raises DataError when the dataset is unknown, missing, damaged or unfit, or the cache is full.
     """
@@ -87,4 +87,4 @@ def _source(spec: str, data_dir: Path | None) -> Source:
 
 
 def _silent(what: str, done: int, total: int) -> None:
-    """Tells nobody."""
+    """Reports nothing."""

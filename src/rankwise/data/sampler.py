@@ -84,10 +84,10 @@ class Sampler:
     `batch_sizes` [workers] are those of the workers, and `deal(epoch, batch_sizes)` gives one shard a worker,
     as large to each other as these. `first_worker` is the rank of worker 0: 1 with a master, else 0. A round
     of an epoch ends after `sync_every(epoch)` steps of every worker, None for the whole epoch. Every rank
-    sees the same number of rounds, so nobody waits for a round that another never joins. When ranks are lost,
-    `redistribute` deals what they had not brought in to the others, whose batches stay as they are, or with
-    `keeps_global_batch` grow so that those of all together do. With `syncs_every_step` all ranks make the
-    same number of steps in a round, the last ones perhaps with empty batches.
+    sees the same number of rounds, so no rank waits for a round that another never joins. When ranks are
+    lost, `redistribute` deals what they had not brought in to the others, whose batches stay as they are, or
+    with `keeps_global_batch` grow so that those of all together do. With `syncs_every_step` all ranks make
+    the same number of steps in a round, the last ones perhaps with empty batches.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ def _shares(sizes: NDArray[np.int64], extra: int, weights: NDArray[np.float64]) 
     weight, is as small as can be."""
     levels = sizes / weights
     order = np.argsort(levels, kind="stable")
-    for count in range(len(sizes), 0, -1):  # so many come to one level
+    for count in range(len(sizes), 0, -1):  # this many come to one level
         low = np.sort(order[:count])
         level = (sizes[low].sum() + extra) / weights[low].sum()
         if levels[order[count - 1]] <= level:

@@ -84,7 +84,7 @@ def differences(host: Host, answer: Answer) -> list[str]:
 
 
 def answering(hosts: Sequence[Host], folder: Path, say: Callable[[str], None]) -> list[Host]:
-    """The hosts that still answer; the user is told of others."""
+    """The hosts that still answer; others are reported to the user."""
     answers = ask(hosts, folder)
     for host, answer in zip(hosts, answers, strict=True):
         if answer.trouble:

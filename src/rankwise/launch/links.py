@@ -26,8 +26,8 @@ WORTH_TELLING_S = 1.0
 def survey(hosts: Sequence[Host], say: Callable[[str], None]) -> dict[str, Any]:
     """What each host says of itself, and latency, bandwidth and clocks of each pair, as JSON can hold them.
 
-    `say` is told of each pair that was measured. Raises LaunchError, one line, that names all hosts that do
-    not answer, or if no message passes between some.
+    `say` gets a line for each pair that was measured. Raises LaunchError, one line, that names all hosts that
+    do not answer, or if no message passes between some.
     """
     mpiexec = find_mpiexec()
     answers = ask(hosts, Path.cwd())
@@ -80,7 +80,7 @@ def _clocks(links: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """One rank, on one of the hosts; rank 0 prints a line a link."""
+    """One rank, on one of the hosts; rank 0 prints one line per link."""
     from rankwise.comm.link_probe import measure_links
     from rankwise.comm.mpi import mpi_transport
 

@@ -30,8 +30,8 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 
 _KEEPALIVE = {"time": 5, "intvl": 2, "probes": 3}
-"""When Open MPI's daemons ask whether another host is there: after so many silent seconds, then each so many,
-and so often until they believe that it is not."""
+"""When Open MPI's daemons ask whether another host is there: after `time` silent seconds, then every `intvl`
+seconds, and `probes` times until they believe that it is not."""
 
 SURVIVING_BETWEEN_HOSTS = [
     *("--mca", "pml", "ob1", "--mca", "coll", "^han,cuda,hcoll,portals4"),
@@ -51,7 +51,7 @@ class RestartBackoff:
         self._pause_s = 0.0
 
     def after(self, epochs: int) -> float:
-        """Seconds to wait when so many epochs are over."""
+        """Seconds to wait when this many epochs are over."""
         again = epochs <= self._epochs
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if again else FIRST_PAUSE_S
         self._epochs = epochs
@@ -119,7 +119,7 @@ def _note_losses(folder: RunFolder, ending: MpiexecResult, lost_hosts: Sequence[
 
 
 def _first_lost(folder: RunFolder, ending: MpiexecResult, injected: Sequence[Mark]) -> int:
-    """The rank that ended a run, -1 if nobody knows."""
+    """The rank that ended a run, -1 if it is not known."""
     if injected:
         return injected[-1].rank
     if named := re.search(r"process rank (\d+)", ending.last_words):
@@ -184,7 +184,7 @@ def command_line(
     Ranks of this machine are bound to a NUMA domain, where their memory is near, but not to a core:
     bound to cores, two ranks on two cores lost 7% to whatever else ran there. With more ranks than
     cores the scheduler decides, and ranks yield while they wait. A container's share of the CPUs does
-    not say which ones they are, so there nobody is bound. In a batch job of several hosts mpiexec
+    not say which ones they are, so there no rank is bound. In a batch job of several hosts mpiexec
     knows best.
 
     On `hosts` ranks fill one after the other.

@@ -13,7 +13,7 @@ from rankwise.system.files import write_atomically
 
 
 def write_plan(folder: RunFolder, asked: TrainConfig, plan: RunPlan) -> None:
-    """Write down the plan for the ranks, and beside it what was asked for, for whoever goes on later.
+    """Write down the plan for the ranks, and beside it what was asked for, for a run that goes on later.
 
     On hosts it is what they had room for that was asked for: they may have been read from a file. Raises
     StorageError.

@@ -10,10 +10,10 @@ from typing import Any
 Options = dict[str, Any]
 
 TURNS = 3
-"""Measurements of each contender, in turn with the others, so that a drifting machine favours nobody."""
+"""Measurements of each contender, in turn with the others, so that a drifting machine favours none."""
 
 HOPELESS = 1.15
-"""A challenger that takes so many times as long as the champion in the first turn gets no other."""
+"""A challenger that takes longer than the champion by this factor in the first turn gets no other."""
 
 MARGIN = 0.97
 """A challenger must take less than this part of the champion's time, by medians, and less in every turn."""

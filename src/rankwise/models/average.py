@@ -22,7 +22,7 @@ class Average:
     steps a <- d a + (1 - d) w and then w <- a, with d = decay**5 p**3, where p is the part of the run that
     is over. All ranks must then have the same weights.
 
-    A step is a commit: where ranks agree on weights every so many steps, it is such a synchronisation.
+    A step is a commit: where ranks agree on weights every few steps, it is such a synchronisation.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Average:
         torch._foreach_copy_(self._mine, self._theirs)
 
     def follow(self, steps: int, epochs: float) -> None:
-        """The model has made so many steps, with which so many epochs are over."""
+        """The model has made `steps` steps, after which `epochs` epochs are over."""
         if self._kind == "ema":
             torch._foreach_lerp_(self._mine, self._theirs, 1 - min(self._decay, (1 + steps) / (10 + steps)))
         elif steps % EVERY == 0:

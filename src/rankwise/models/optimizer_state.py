@@ -34,8 +34,8 @@ class OptimizerState:
     its places, and begins as it itself begins.
 
     Numbers that are no tensors and move with the steps (those of schedule-free optimisers and of Prodigy in
-    their groups) have a place as well, a float64 each. Whoever has changed places or numbers calls `show`, so
-    that the optimiser sees what is there now.
+    their groups) have a place as well, a float64 each. A caller that has changed places or numbers calls
+    `show`, so that the optimiser sees what is there now.
 
     Raises ModelError for an optimiser that needs more than gradients to step: a closure (L-BFGS), sparse
     gradients (SparseAdam).
@@ -70,8 +70,8 @@ class OptimizerState:
 
     @property
     def begun(self) -> Tensor:
-        """Which parameters have begun, float32 [parameters], 0 for those that have not. Whoever takes over a
-        mean of momenta takes over that of these too, and so has begun where anybody has."""
+        """Which parameters have begun, float32 [parameters], 0 for those that have not. A rank that takes
+        over a mean of momenta takes over that of these too, and so has begun where anybody has."""
         return self._begun
 
     def step(self) -> None:

@@ -160,7 +160,7 @@ class Replica:
         self._integers.unpack(flat)
 
     def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
-        """A copy of all that a step changes, in the memory of one that nobody needs any more."""
+        """A copy of all that a step changes, in the memory of one that is no longer needed."""
         snapshot = reuse or Snapshot([*self._all, *self.optimizer_state().values()], self._state)
         snapshot.take()
         return snapshot

@@ -16,7 +16,7 @@ from rankwise.report.words import count, duration, percent
 from rankwise.runs.record import Rank, Record
 
 WORTH_TELLING = 0.02
-"""The smallest share of the time that is told."""
+"""The smallest share of the time that a diagnosis reports."""
 
 HEALTHY = 0.9
 """With this share of the time in training, and on a core, nothing much holds a run back."""

@@ -2,7 +2,7 @@
 
 The format is Chrome's Trace Event JSON. Hosts are its processes and ranks its threads, so each rank has
 one track, on which slices nest: epoch, step, phase or exchange, and in an exchange its waiting and its
-transfer. Arrows go from the exchange of whoever sent to the transfer of whoever received.
+transfer. Arrows go from the exchange of the sender to the transfer of the receiver.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def percent(share: float) -> str:
 
 
 def loss(value: float | None) -> str:
-    """A loss, or that nobody knows it: 1.2345, unknown."""
+    """A loss, or that it is not known: 1.2345, unknown."""
     return "unknown" if value is None else f"{value:.4f}"
 
 

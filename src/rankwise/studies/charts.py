@@ -58,7 +58,7 @@ def stopwatch_and_ledger(found: Mapping[str, Communication]) -> Chart:
 
 
 def accuracy_by_epoch(runs: Mapping[str, Record]) -> Chart:
-    """Validation accuracy over epochs, a line a run."""
+    """Validation accuracy over epochs, one line per run."""
     values = [
         {"run": name, "epoch": row.epoch, "accuracy": row.val_accuracy}
         for name, record in runs.items()

@@ -30,7 +30,7 @@ BEFORE = "before the last start"
 
 @dataclass(frozen=True)
 class Setting:
-    """So many processes, each of which fails in each epoch with a probability."""
+    """A number of processes, each of which fails in each epoch with a probability."""
 
     processes: int
     kind: str

@@ -93,7 +93,7 @@ class StudyFolder:
             return None
 
     def all_seeds(self, name: str, seeds: int) -> list[Record]:
-        """The records of so many seeds of a run, whatever its options; none unless all are finished."""
+        """The records of a number of seeds of a run, under any options; none unless all are finished."""
         records = [self.record_of(f"{name}-seed{seed}") for seed in range(seeds)]
         return [record for record in records if record] if all(records) else []
 

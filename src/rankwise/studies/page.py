@@ -168,7 +168,7 @@ def _claims(judged: list[Verdict]) -> Iterable[Block]:
     yield Paragraph(
         "Brackets hold 95% intervals: Student's t, over seeds and over turns of the same measurement. Where "
         "something was run but once they say nothing about another run: those of accuracies are what "
-        f"measuring on so many samples leaves open, and those of times are a factor of {TIME_SPREAD}, by "
+        f"measuring on these samples leaves open, and those of times are a factor of {TIME_SPREAD}, by "
         "which single runs spread on a shared machine."
     )
     rules = tuple((verdict.claim, verdict.rule) for verdict in judged)

@@ -94,7 +94,8 @@ class Scale:
         return self._trial(ranks, options)
 
     def with_as_many_updates(self, ranks: int, shards: str) -> Trial:
-        """So many epochs that each worker makes as many steps as one of 3 processes in the paper's 25.
+        """As many epochs as it takes for each worker to make as many steps as one of 3 processes in the
+        paper's 25.
 
         A worker of N processes has 1 / (N - 1) of the samples, so an epoch has 2 / (N - 1) of the steps.
         """

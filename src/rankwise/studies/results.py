@@ -34,7 +34,7 @@ def last_loss(record: Record) -> float:
 
 
 def train_loss(row: Epoch) -> float:
-    """The training loss of an epoch, nan if nobody knows it."""
+    """The training loss of an epoch, nan if it is not known."""
     return math.nan if row.train_loss is None else row.train_loss
 
 

@@ -80,7 +80,7 @@ class Course:
         return f"{self.model}-{entrant.slug}-lr{rate:g}{'' if final else '-tuning'}"
 
     def seeds(self, repeats: int) -> int:
-        """How many seeds its final runs have when so many are asked for."""
+        """How many seeds its final runs have, by the number that is asked for."""
         return min(repeats, self.most_seeds or repeats)
 
     def run_options(self, entrant: Entrant, rate: float, *, final: bool) -> Options:
@@ -203,7 +203,7 @@ def _estimate(values: Sequence[float | None]) -> Estimate | None:
 
 
 def _accuracy_after(record: Record, limit_s: float) -> float | None:
-    """The best accuracy of the epochs that were over after so many seconds, if any was."""
+    """The best accuracy of the epochs that were over after this many seconds, if any was."""
     done = zip(record.epochs, _epochs_s(record), strict=True)
     in_time = [row for row, seconds in done if seconds <= limit_s * (1 + 1e-9)]
     return max((row.val_accuracy for row in in_time if row.val_accuracy is not None), default=None)

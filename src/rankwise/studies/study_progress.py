@@ -28,7 +28,7 @@ class Pace:
         return Pace(self.expected_s + expected_s, self.taken_s + taken_s)
 
     def seconds_for(self, expected_s: float) -> float:
-        """How long work of so many expected seconds will take."""
+        """How many seconds work of `expected_s` expected seconds will take."""
         return expected_s * (self.taken_s / self.expected_s if self.expected_s else 1.0)
 
 

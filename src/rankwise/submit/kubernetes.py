@@ -150,7 +150,7 @@ _Readable.add_representer(str, _text)
 
 
 def _times(amount: str, count: int) -> str:
-    """A quantity of Kubernetes, so many times."""
+    """A multiple of a quantity of Kubernetes."""
     found = re.fullmatch(r"(\d+)([KMGT]i?|)", amount)
     if not found:
         raise ConfigError(f"--memory-per-rank {amount} was given, expected an amount like 1Gi or 500M")

@@ -37,7 +37,7 @@ class Work:
 
 
 def work_of(config: TrainConfig, hosts: int) -> Work:
-    """The work of an unresolved configuration on so many hosts.
+    """The work of a configuration on a number of hosts.
 
     Raises ConfigError, one line, for what `rankwise train` would refuse wherever it ran, and for what is the
     batch system's to say.

@@ -13,7 +13,7 @@ from types import FrameType
 def handling(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """While inside, `handler` gets these signals; then whoever got them before."""
+    """While inside, `handler` gets these signals; then the handlers that got them before."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread of a script may set handlers
         return

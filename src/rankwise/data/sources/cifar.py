@@ -305,7 +305,8 @@ def _read_from_folder(variant: Variant, folder: Path, name: str) -> bytes:
 
 
 def _members(archive: Path, longest: dict[str, int]) -> dict[str, bytes]:
-    """The files of these names in a tar archive, wherever in it they stand; of each at most so many bytes."""
+    """The files of these names in a tar archive, wherever in it they stand; of each at most the bytes it
+    names."""
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(archive, "r:gz") as tar:

@@ -14,7 +14,7 @@ HEIGHT = 240
 
 
 def accuracy(runs: Sequence[Run]) -> Chart:
-    """Validation accuracy over epochs, a line a run."""
+    """Validation accuracy over epochs, one line per run."""
     values: list[dict[str, Any]] = [
         {"run": run.name, "epoch": row.epoch, "accuracy": row.val_accuracy}
         for run in runs
@@ -29,7 +29,7 @@ def accuracy(runs: Sequence[Run]) -> Chart:
 
 
 def accuracy_over_time(runs: Sequence[Run]) -> Chart:
-    """Validation accuracy over the seconds that the epochs took, a line a run."""
+    """Validation accuracy over the seconds that the epochs took, one line per run."""
     values = [
         {"run": run.name, "seconds": seconds, "accuracy": row.val_accuracy}
         for run in runs
@@ -63,7 +63,7 @@ def loss(runs: Sequence[Run]) -> Chart:
 
 
 def throughput(runs: Sequence[Run]) -> Chart:
-    """Samples trained a second in each epoch, a line a run."""
+    """Samples trained a second in each epoch, one line per run."""
     values = [
         {"run": run.name, "epoch": row.epoch, "samples a second": row.samples_per_s}
         for run in runs

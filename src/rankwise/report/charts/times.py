@@ -26,10 +26,10 @@ COLOURS = (GREY, BLUE, ORANGE, VERMILION, PURPLE, GREEN, "#7d6a58")
 """The colour of each group of phases."""
 
 FEW = 12
-"""Up to so many ranks have their seconds written into the map of waiting."""
+"""The most ranks whose seconds are written into the map of waiting."""
 
 MOST_WAITS = 100
-"""So many waits are listed under their map."""
+"""How many waits are listed under their map."""
 
 
 def rank_name(row: Rank | RankTimeline) -> str:
@@ -141,5 +141,5 @@ def _bars(name: str, bars: Mapping[str, Mapping[str, float]], x_title: str, capt
 
 
 def height(lines: int, widest: int) -> int:
-    """Pixels for so many lines: wide ones for a few, so narrow that many still fit a screen."""
+    """Pixels for a number of lines: wide ones for a few, so narrow that many still fit a screen."""
     return lines * max(min(widest, 640 // max(lines, 1)), 5)
