@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 
 def host_name() -> str:
     """Name of this host, as other hosts would call it."""
@@ -109,26 +111,22 @@ def process_start_ns() -> int:
 
 def start_ticks(pid: int) -> int | None:
     """When a process started, in kernel ticks since the boot; None if there is none of that number."""
-    fields = _status_of(pid)
-    return int(fields[19]) if fields else None
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
 
 
 def session(leader: int) -> list[int]:
     """The live processes of the session that a process began, whether it still lives or not."""
-    told = ((pid, _status_of(pid)) for pid in _processes())
-    return [pid for pid, fields in told if fields and fields[0] != "Z" and int(fields[3]) == leader]
+    return [process.pid for process in psutil.process_iter() if _is_in_session(process, leader)]
 
 
-def _processes() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-
-
-def _status_of(pid: int) -> list[str]:
-    """What the kernel tells of a process, from its state on; nothing if there is none of that number."""
+def _is_in_session(process: psutil.Process, leader: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+        return os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.NoSuchProcess):  # it has just ended
+        return False
 
 
 def die_with_parent(how: signal.Signals) -> None:
@@ -146,13 +144,12 @@ def kill_self() -> None:
 
 
 def drop_host() -> None:
-    """End this process, who started it, and all that was started with it, as if the host had lost power."""
-    parent = os.getppid()
-    for pid in _processes():
-        fields = _status_of(pid)
-        if fields and int(fields[1]) == parent and pid != os.getpid():
-            os.kill(pid, signal.SIGKILL)
-    os.kill(parent, signal.SIGKILL)
+    """End this process, its parent, and all that the parent started, as if the host had lost power."""
+    parent = psutil.Process(os.getppid())
+    for child in parent.children():
+        if child.pid != os.getpid():
+            child.kill()
+    parent.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -197,4 +194,4 @@ def max_rss_bytes() -> int:
 
 def memory_bytes() -> int:
     """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return psutil.virtual_memory().total
