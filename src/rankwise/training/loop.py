@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from rankwise.models.precision import autocast
 from rankwise.plan import RunPlan
 from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Epoch, Evaluated, Role
-from rankwise.training.observer import EpochResult, Observer
 from rankwise.training.synchroniser import Synchroniser
 
 EVALUATION_BATCH = 500
@@ -69,7 +69,31 @@ class Job:
         return counts
 
 
-def train(job: Job, first_epoch: int, observer: Observer) -> None:
+@dataclass(frozen=True)
+class EpochResult:
+    """An epoch, alike on all ranks.
+
+    `expected` is the number of samples to train, `duplicated` and `lost` count those that were trained too
+    often and too seldom. `last` says that the run ends with it. It began at the monotonic second `start_s`.
+    """
+
+    epoch: Epoch
+    expected: int
+    duplicated: int
+    lost: int
+    last: bool
+    start_s: float
+
+
+class EpochObserver(Protocol):
+    """Gets a report of each epoch; what else happens to a run goes to an `observer.Observer`."""
+
+    def epoch_over(self, job: Job, result: EpochResult) -> None:
+        """An epoch is over. If a rank is lost meanwhile, the same epoch may be reported again, and counts in
+        place of the first."""
+
+
+def train(job: Job, first_epoch: int, observer: EpochObserver) -> None:
     """Train from `first_epoch` to the last, or to the target accuracy; all ranks call it together.
 
     `observer` gets a report of each epoch. Raises DivergedError, Interrupted, and RankLost where a

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from rankwise.runs.record import Epoch
 from rankwise.training.snapshots import Progress
-
-if TYPE_CHECKING:
-    from rankwise.training.loop import Job
 
 
 @dataclass(frozen=True)
@@ -26,22 +22,6 @@ class Recovered:
     progress: Progress
 
 
-@dataclass(frozen=True)
-class EpochResult:
-    """An epoch, alike on all ranks.
-
-    `expected` is the number of samples to train, `duplicated` and `lost` count those that were trained too
-    often and too seldom. `last` says that the run ends with it. It began at the monotonic second `start_s`.
-    """
-
-    epoch: Epoch
-    expected: int
-    duplicated: int
-    lost: int
-    last: bool
-    start_s: float
-
-
 class Observer(Protocol):
     """Gets reports of what happens to a run, on each of its ranks."""
 
@@ -55,10 +35,6 @@ class Observer(Protocol):
     def committed(self, seconds: float) -> None:
         """After a recovery the next round is committed, `seconds` after the loss was found."""
 
-    def epoch_over(self, job: Job, result: EpochResult) -> None:
-        """An epoch is over. If a rank is lost meanwhile, the same epoch may be reported again, and counts in
-        place of the first."""
-
 
 class NoObserver:
     """Ignores all reports."""
@@ -69,7 +45,4 @@ class NoObserver:
         """Nothing."""
 
     def committed(self, seconds: float) -> None:
-        """Nothing."""
-
-    def epoch_over(self, job: Job, result: EpochResult) -> None:
         """Nothing."""

@@ -16,8 +16,8 @@ from rankwise.survival.watchdog import Watchdog
 from rankwise.system import machine
 from rankwise.training import accounting
 from rankwise.training.history import RunHistory, SampleCounts
-from rankwise.training.loop import Job
-from rankwise.training.observer import EpochResult, Recovered
+from rankwise.training.loop import EpochResult, Job
+from rankwise.training.observer import Recovered
 
 
 class Recorder:
