@@ -17,7 +17,8 @@ from PIL import Image
 
 from rankwise.data import cache
 from rankwise.data.dataset import Dataset, Report
-from rankwise.data.sources.cifar import CIFAR10, CIFAR100, Cifar, File, Npm, Variant, locate
+from rankwise.data.sources.cifar import Cifar, locate
+from rankwise.data.sources.cifar_variants import CIFAR10, CIFAR100, File, Npm, Variant
 from rankwise.errors import DataError
 
 COUNT = 20

@@ -4,7 +4,8 @@ dataset = rankwise.data.prepare("synthetic:10000")
 dataset.train.images    # uint8 [10000, 32, 32, 3], a read-only memory map
 """
 
-from rankwise.data.cache import Prepared, prepared, writable_folder
+from rankwise.data.cache import Prepared, prepared
+from rankwise.data.cache_folder import writable_folder
 from rankwise.data.dataset import Dataset, Split
 from rankwise.data.registry import check, known, prepare
 from rankwise.data.sheet import draw_sheet

@@ -23,8 +23,6 @@ import json
 import os
 import re
 import shutil
-import stat
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,9 +32,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
+from rankwise.data.cache_folder import cache_folders, require_space, writable_folder
 from rankwise.data.dataset import Dataset, Report, Samples, Source, Split
 from rankwise.errors import DataError, one_line
 
@@ -69,7 +67,7 @@ def prepare(source: Source, cache_dir: Path | None, refresh: bool, report: Repor
     began_ns = time.time_ns()
     newer_than = began_ns if refresh else 0
     name = _entry_name(source)
-    for folder in _folders(cache_dir):
+    for folder in cache_folders(cache_dir):
         found = _find(source, folder, name, newer_than)
         if found:
             return found
@@ -90,7 +88,7 @@ def prepare(source: Source, cache_dir: Path | None, refresh: bool, report: Repor
 def prepared(cache_dir: Path | None = None) -> list[Prepared]:
     """What stands finished and whole in the cache, by name."""
     entries = []
-    for folder in _folders(cache_dir):
+    for folder in cache_folders(cache_dir):
         with suppress(OSError):
             for meta in sorted(folder.glob("*/meta.json")):
                 dataset = _open(meta.parent)
@@ -99,71 +97,6 @@ def prepared(cache_dir: Path | None = None) -> list[Prepared]:
                     samples = len(dataset.train), len(dataset.test)
                     entries.append(Prepared(dataset.name, dataset.source, *samples, size, meta.parent))
     return sorted(entries, key=lambda entry: (entry.name, entry.path))
-
-
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise DataError unless `needed` bytes are free in `folder`."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise DataError(f"{what} cannot be put into {folder}: {one_line(error)}") from error
-    if free < needed:
-        raise DataError(
-            f"{what} needs {needed:,} bytes in {folder}, where {free:,} are free: "
-            "make room there, or set XDG_CACHE_HOME to a folder on a larger disk"
-        )
-
-
-# ── where ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _folders(cache_dir: Path | None) -> list[Path]:
-    """Where finished datasets may stand: the folder that was asked for, or the user's and the fallback."""
-    if cache_dir is not None:
-        return [cache_dir.absolute()]
-    home = platformdirs.user_cache_path("rankwise", appauthor=False)  # which obeys XDG_CACHE_HOME
-    fallback = _fallback()
-    return [home, *([fallback] if _is_private(fallback) else [])]
-
-
-def _fallback() -> Path:
-    """The folder in the shared temp folder for users whose home cannot hold a cache."""
-    return Path(tempfile.gettempdir()) / f"rankwise-{os.getuid()}"
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether a folder in the shared temp folder is ours alone, and not laid out for us by another user."""
-    try:
-        status = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
-
-
-def writable_folder(cache_dir: Path | None) -> Path:
-    """The cache folder, made if need be; without `cache_dir`, one in the temp folder if home is read-only."""
-    chosen = _folders(cache_dir)[0]
-    try:
-        if not chosen.is_absolute():  # a user without a home, for whom it would be a folder named ~
-            raise NotADirectoryError("it is no absolute path")
-        chosen.mkdir(parents=True, exist_ok=True)
-        if os.access(chosen, os.W_OK | os.X_OK):
-            return chosen
-        reason = "no permission to write there"
-    except OSError as error:
-        reason = one_line(error)
-    if cache_dir is not None:
-        raise DataError(f"the cache folder {chosen} cannot be used: {reason}; choose another")
-
-    fallback = _fallback()
-    with suppress(OSError):
-        fallback.mkdir(mode=0o700, exist_ok=True)
-    if not (_is_private(fallback) and os.access(fallback, os.W_OK | os.X_OK)):
-        raise DataError(
-            f"neither {chosen} ({reason}) nor {fallback} (not a folder of yours alone) can hold the cache: "
-            "set XDG_CACHE_HOME to a folder that you can write to"
-        )
-    return fallback
 
 
 def _entry_name(source: Source) -> str:

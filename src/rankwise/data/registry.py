@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rankwise.data import cache
 from rankwise.data.dataset import Dataset, Report, Source
-from rankwise.data.sources.cifar import CIFAR10, CIFAR100, Cifar
+from rankwise.data.sources.cifar import Cifar
+from rankwise.data.sources.cifar_variants import CIFAR10, CIFAR100
 from rankwise.data.sources.custom import Custom
 from rankwise.data.sources.digits import Digits
 from rankwise.data.sources.folder import Folder

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from rankwise.data.cache import require_space
+from rankwise.data.cache_folder import require_space
 from rankwise.data.dataset import Report
 from rankwise.errors import DataError, one_line
 
