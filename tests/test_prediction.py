@@ -290,7 +290,7 @@ def test_bytes_are_those_of_real_runs(options: dict[str, Any]) -> None:
     on_hosts = hosts if options["strategy"] == "two-level" else None
     sent = sum(run_in_threads(ranks, train, hosts=on_hosts))
     config = resolve(TrainConfig(ranks=ranks, batch_size=8, momentum=0.9, **options))
-    model = ModelSize(((6, 8), (6,), (6,), (6,), (3, 6), (3,)), buffers=12, integers=1)
+    model = ModelSize(((6, 8), (6,), (6,), (6,), (3, 6), (3,)), buffers=12, integers=1, buffer_tensors=2)
     its = traffic(config, model, [2, 2] if on_hosts else [ranks])
     shard = -(-samples // config.workers)
     steps = -(-shard // 8)

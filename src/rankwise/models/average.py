@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from rankwise.models.expanded import own_elements
+
 EVERY = 5
 """Steps after which lookahead looks."""
 
@@ -39,9 +41,12 @@ class Average:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.weights = [parameter.detach() for parameter in self.model.parameters()]
         self.buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        self._mine = [*self.weights, *self.buffers]
-        self._theirs = [parameter.detach() for parameter in model.parameters()]
-        self._theirs += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        theirs = [own_elements(buffer) for buffer in model.buffers() if buffer.is_floating_point()]
+        mine = [own_elements(buffer) for buffer in self.buffers]
+        self._mine = [*self.weights, *mine]
+        self._theirs = [*(parameter.detach() for parameter in model.parameters()), *theirs]
+        # Masks of -inf and the like have no mean: they are in the average as they are in the model.
+        self._endless = [pair for pair in zip(mine, theirs, strict=True) if not pair[1].isfinite().all()]
 
     def begin(self) -> None:
         """Be what the model is."""
@@ -50,8 +55,14 @@ class Average:
     def follow(self, steps: int, epochs: float) -> None:
         """The model has made `steps` steps, after which `epochs` epochs are over."""
         if self._kind == "ema":
-            torch._foreach_lerp_(self._mine, self._theirs, 1 - min(self._decay, (1 + steps) / (10 + steps)))
+            self._approach(1 - min(self._decay, (1 + steps) / (10 + steps)))
         elif steps % EVERY == 0:
             part = self._decay**EVERY * (epochs / self._epochs) ** 3
-            torch._foreach_lerp_(self._mine, self._theirs, 1 - part)
+            self._approach(1 - part)
             torch._foreach_copy_(self._theirs, self._mine)
+
+    def _approach(self, part: float) -> None:
+        """Come this part of the way nearer to the model."""
+        torch._foreach_lerp_(self._mine, self._theirs, part)
+        for mine, theirs in self._endless:
+            mine.copy_(theirs)

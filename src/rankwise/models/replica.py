@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import ModelError
 from rankwise.models.average import Average
+from rankwise.models.expanded import own_elements
 from rankwise.models.freezing import is_under
 from rankwise.models.optimizer_state import OptimizerState
 
@@ -26,7 +29,8 @@ class Replica:
     float64 if any is.
     The floating-point buffers (BatchNorm's running mean and variance) and the integer and boolean ones
     (int64, BatchNorm's batch count; never turned into floats) are kept apart: training does not read
-    them. Raises ModelError for complex numbers.
+    them. Each floating-point buffer has a mark by which ranks find out whether it is the same on all of them.
+    Raises ModelError for complex numbers, and for buffers that are sparse or quantised.
 
     Parameters that are not trained are kept apart too: ranks that start alike stay alike in them. With an
     `average`, its buffers are shared like the model's own; its weights follow by themselves.
@@ -54,23 +58,20 @@ class Replica:
         self._paused: list[Tensor] = []
         self._attached: dict[type, Any] = {}
         self._state = OptimizerState(optimizer)
-        tensors = [*model.parameters(), *model.buffers()]
-        if any(tensor.is_complex() for tensor in tensors):
-            raise ModelError("the model holds complex numbers, expected floats and integers")
+        _require_dense_numbers(model)
         self._shares_state = share_optimizer_state
         weights = [parameter.detach() for parameter in self.parameters]
         if share_optimizer_state:
             momenta = self.optimizer_tensors()
             weights += [*momenta, self._state.begun] if momenta else []
         frozen = [parameter.detach() for parameter in model.parameters() if not parameter.requires_grad]
-        buffers = [buffer.detach() for buffer in model.buffers()]
-        floats = [buffer for buffer in buffers if buffer.is_floating_point()]
-        averaged = [*average.weights, *average.buffers] if average else []
-        if average:
-            floats += average.buffers
+        buffers = [own_elements(buffer.detach()) for buffer in model.buffers()]
+        averages = [own_elements(buffer) for buffer in average.buffers] if average else []
+        averaged = [*average.weights, *averages] if average else []
+        self._floats = [*(buffer for buffer in buffers if buffer.is_floating_point()), *averages]
         self._weights = _Flat(weights, _wide(weights))
         self._frozen = _Flat(frozen, _wide(frozen))
-        self._buffers = _Flat(floats, _wide(floats))
+        self._buffers = _Flat(self._floats, _wide(self._floats))
         self._integers = _Flat([b for b in buffers if not b.is_floating_point()], torch.int64)
         self._all = [*weights, *frozen, *buffers, *averaged]
 
@@ -147,9 +148,14 @@ class Replica:
         """The floating-point buffers as one flat array, empty for a model without BatchNorm and the like."""
         return self._buffers.pack(0)
 
-    def unpack_buffers(self, flat: NDArray[np.floating]) -> None:
-        """Overwrite the floating-point buffers from a flat array."""
-        self._buffers.unpack(flat)
+    def unpack_buffers(self, flat: NDArray[np.floating], which: Sequence[bool] | None = None) -> None:
+        """Overwrite the floating-point buffers from a flat array, or `which` of them, in their order."""
+        self._buffers.unpack(flat, which)
+
+    def buffer_marks(self) -> NDArray[np.int64]:
+        """A mark of each floating-point buffer, 63 bits of a hash of its bits: equal for equal ones."""
+        hashes = (hashlib.blake2b(_bytes(buffer), digest_size=8).digest() for buffer in self._floats)
+        return np.array([int.from_bytes(digest, "little") >> 1 for digest in hashes], np.int64)
 
     def pack_integers(self) -> NDArray[np.int64]:
         """The integer buffers as one flat int64 array, empty for most models."""
@@ -251,9 +257,28 @@ class _Flat:
             torch._foreach_copy_(self._views, self._tensors)
         return self._staging.numpy()
 
-    def unpack(self, flat: NDArray[Any]) -> None:
-        if self._tensors:
-            torch._foreach_copy_(self._tensors, self.layout.views(torch.from_numpy(flat)))
+    def unpack(self, flat: NDArray[Any], which: Sequence[bool] | None = None) -> None:
+        tensors, views = self._tensors, self.layout.views(torch.from_numpy(flat))
+        if which is not None:
+            tensors, views = ([*itertools.compress(its, which)] for its in (tensors, views))
+        if tensors:
+            torch._foreach_copy_(tensors, views)
+
+
+def _require_dense_numbers(model: nn.Module) -> None:
+    if any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
+        raise ModelError("the model holds complex numbers, expected floats and integers")
+    for name, buffer in model.named_buffers():
+        if buffer.is_quantized or buffer.layout != torch.strided:
+            kind = "quantised" if buffer.is_quantized else "sparse"
+            raise ModelError(
+                f"the buffer {name} of the model is {kind}, which ranks cannot keep the same: keep it dense, "
+                "or make it where it is used"
+            )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _wide(tensors: list[Tensor]) -> torch.dtype:

@@ -218,6 +218,7 @@ def _model(folder: RunFolder) -> ModelSize:
         tuple(shape for name, shape in tensors.items() if name not in saved_buffers),
         _numbers(tensors[name] for name in saved_buffers - integers),
         _numbers(tensors[name] for name in integers),
+        len(saved_buffers - integers),
     )
 
 

@@ -22,6 +22,7 @@ import safetensors.torch
 from numpy.typing import NDArray
 
 from rankwise.errors import ResumeError, one_line
+from rankwise.models.expanded import load
 from rankwise.models.replica import Replica
 
 Memory = Mapping[str, NDArray[np.floating]]
@@ -48,11 +49,11 @@ class Checkpoint:
         the tensors do not fit.
         """
         try:
-            replica.model.load_state_dict(safetensors.torch.load_file(self.path / MODEL))
+            load(replica.model, safetensors.torch.load_file(self.path / MODEL))
             if replica.average is not None:
                 average = self.path / AVERAGE
                 if average.exists():
-                    replica.average.model.load_state_dict(safetensors.torch.load_file(average))
+                    load(replica.average.model, safetensors.torch.load_file(average))
                 else:  # the run had none so far
                     replica.average.begin()
             if worker is not None and self.workers:

@@ -180,21 +180,29 @@ def start_alike(replica: Replica, world: World) -> None:
 
 
 def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: World) -> None:
-    """Make floating-point buffers their weighted mean, and integer ones the largest.
+    """Make floating-point buffers their weighted mean, and integer ones the largest. Those that are the same
+    on all ranks stay as they are, bit for bit: tables and masks, which may hold infinities.
 
-    Training does not read them, so once an epoch, before it is evaluated, is enough.
+    Training does not read the others, so once an epoch, before it is evaluated, is enough.
     """
-    buffers, integers = replica.pack_buffers(), replica.pack_integers()
-    if buffers.size:
-        buffers *= buffers.dtype.type(weights[world.rank])
-        world.allreduce(buffers)
-        replica.unpack_buffers(buffers)
-    if integers.size:
-        world.allreduce(integers, op="max")
-        replica.unpack_integers(integers)
+    if world.size == 1:
+        return
+    integers, marks = replica.pack_integers(), replica.buffer_marks()
+    largest = np.concatenate([integers, marks, -marks])
+    if largest.size:
+        world.allreduce(largest, op="max")
+        replica.unpack_integers(largest[: integers.size])
+    highest, lowest = np.split(largest[integers.size :], 2)
+    differs = highest != -lowest
+    if differs.any():
+        buffers = replica.pack_buffers()
+        with np.errstate(invalid="ignore"):  # of those that are the same
+            buffers *= buffers.dtype.type(weights[world.rank])
+            world.allreduce(buffers)
+        replica.unpack_buffers(buffers, differs.tolist())
 
 
 def buffers_traffic(model: ModelSize) -> tuple[Exchange, ...]:
     """What `agree_on_buffers` exchanges."""
-    sizes = (model.buffers * ITEM_BYTES, model.integers * 8)
+    sizes = ((model.integers + 2 * model.buffer_tensors) * 8, model.buffers * ITEM_BYTES)
     return tuple(Collective("allreduce", size) for size in sizes if size)

@@ -15,12 +15,13 @@ ITEM_BYTES = 4
 @dataclass(frozen=True)
 class ModelSize:
     """What of a model is sent: the `shapes` of its parameters, how many numbers its buffers have,
-    floating-point ones and integers, and how many tensors its optimiser keeps for each parameter, in its
-    shape (`moments`)."""
+    floating-point ones and integers, how many tensors the floating-point ones are (`buffer_tensors`), and how
+    many its optimiser keeps for each parameter, in its shape (`moments`)."""
 
     shapes: tuple[tuple[int, ...], ...]
     buffers: int = 0
     integers: int = 0
+    buffer_tensors: int = 0
     moments: int = 0
 
     @property

@@ -1,0 +1,144 @@
+"""Buffers of a model: what is the same on all ranks stays as it is, and the rest is agreed on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rankwise import synchronise
+from rankwise.comm import World, run_in_threads
+from rankwise.config import TrainConfig
+from rankwise.errors import ModelError
+from rankwise.models.replica import Replica
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Record
+from rankwise.strategies import STRATEGIES
+
+from ..conftest import read_weights, stopped
+
+SAMPLES = 48
+TABLES = {
+    "mask": torch.tensor([0.0, float("-inf")]).repeat(4),
+    "nothing": torch.tensor([float("nan"), 1.0]),
+    "positions": torch.rand(8, generator=torch.Generator().manual_seed(1)),
+    "expanded": torch.rand(3, generator=torch.Generator().manual_seed(2)).expand(5, 3),
+    "indices": torch.arange(6).expand(4, -1),
+    "large": torch.tensor([2**53 + 1, -(2**62)]),
+    "halves": torch.rand(4, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16),
+}
+
+
+class Net(nn.Module):
+    """A network with BatchNorm, and tables of many kinds."""
+
+    def __init__(self, features: int = 8, classes: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(features, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes)
+        )
+        for name, table in TABLES.items():
+            self.register_buffer(name, table, persistent=name != "positions")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The network for a run."""
+    return Net(shape[0] * shape[1] * shape[2], classes)
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    return one.dtype == two.dtype and torch.equal(
+        *(its.contiguous().reshape(-1).view(torch.uint8) for its in (one, two))
+    )
+
+
+def statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: its.clone() for name, its in model.named_buffers() if name not in TABLES}
+
+
+@pytest.mark.parametrize("averaged", ["none", "ema"])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("single", "ddp")])
+def test_tables_stay_bit_for_bit(name: str, averaged: str) -> None:
+    """After two epochs masks of -inf, expanded tables, large integers and the like are what they were, in the
+    average too, and ranks agree on BatchNorm's statistics."""
+    if averaged == "ema" and not STRATEGIES[name].strategy.recovery.synchronous:
+        averaged = "none"
+    first, data = Net(), torch.Generator().manual_seed(0)
+    images = torch.randn(SAMPLES, 8, generator=data)
+    labels = torch.randint(0, 2, (SAMPLES,), generator=data)
+    models = [copy.deepcopy(first) for _ in range(3)]
+
+    def program(world: World) -> dict[str, Tensor]:
+        model = models[world.rank]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        ranks = synchronise(
+            model,
+            optimizer,
+            world,
+            samples=SAMPLES,
+            strategy=name,
+            batch_size=4,
+            epochs=2,
+            averaged_weights=averaged,
+        )
+        for epoch in (1, 2):
+            for batch in ranks.batches(epoch):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images[batch.indices]), labels[batch.indices]).backward()
+                ranks.step()
+        for its in (model, ranks.replica.evaluated):
+            for table, value in TABLES.items():
+                assert same_bits(its.get_buffer(table), value), table
+        return statistics_of(model)
+
+    found = run_in_threads(3, program)
+    assert not torch.equal(found[0]["layers.2.running_mean"], statistics_of(first)["layers.2.running_mean"])
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+def test_going_back_leaves_tables() -> None:
+    """A snapshot that is restored brings statistics back, and an expanded table keeps its bits and shape."""
+    model = Net()
+    replica = Replica(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    snapshot = replica.snapshot()
+    before = statistics_of(model)
+    model(torch.randn(6, 8))
+    snapshot.restore()
+    assert all(torch.equal(value, before[name]) for name, value in statistics_of(model).items())
+    assert all(same_bits(model.get_buffer(name), value) for name, value in TABLES.items())
+
+
+def test_a_run_goes_on_with_its_tables(
+    config: Callable[..., TrainConfig],
+    train_in_threads: Callable[..., tuple[Record, RunFolder, dict[str, Any]]],
+) -> None:
+    """Checkpoints hold tables as they are, and a resumed run ends with the bits of one that did not stop."""
+    options = {"ranks": 2, "model": f"{__name__}:build", "epochs": 3, "checkpoint_keep": 4}
+    _, whole, weights = train_in_threads(config(**options), folder="whole")
+    parts = stopped(whole)
+    train_in_threads(config(**options), folder="parts", resume=True)
+    again = read_weights(parts)
+    assert again.keys() == weights.keys()
+    assert all(same_bits(again[name], value) for name, value in weights.items())
+    assert all(same_bits(weights[name], TABLES[name]) for name in TABLES if name != "positions")
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # which torch will remove, but models have
+@pytest.mark.parametrize("kind", ["sparse", "quantised"])
+def test_what_has_no_mean_is_refused(kind: str) -> None:
+    """Sparse and quantised buffers are refused by name, in one line that says what to do."""
+    model, table = Net(), torch.ones(3)
+    sparse = kind == "sparse"
+    model.register_buffer(
+        "table", table.to_sparse() if sparse else torch.quantize_per_tensor(table, 0.1, 0, torch.qint8)
+    )
+    with pytest.raises(ModelError, match=f"the buffer table of the model is {kind}.*keep it dense"):
+        Replica(model, torch.optim.SGD(model.parameters(), lr=0.1))
