@@ -19,6 +19,7 @@ from rankwise.errors import LaunchError
 from rankwise.launch import tuning
 from rankwise.launch.order import Order
 from rankwise.launch.tournament import Options, TrialFailed, Tried, choose
+from rankwise.plan import resolve
 from rankwise.runs.record import Record
 from rankwise.system import machine
 
@@ -189,7 +190,9 @@ def test_trials_are_on_whole_images_and_all_parameters(tmp_path: Path) -> None:
     given = order(
         tmp_path, resize="4:2", freeze="layers.0:2", target_accuracy=0.9, fault=["kill:rank=1"], flip="random"
     )
-    trial = tuning._Trials(given, given.config, 1000).config_of({"threads": 2}, 500, tmp_path / "run")
+    trial = tuning._Trials(given, resolve(given.config), 1000).config_of(
+        {"threads": 2}, 500, tmp_path / "run"
+    )
     assert (trial.resize, trial.freeze, trial.target_accuracy, trial.fault) == ("none", "none", None, ())
     assert (trial.flip, trial.threads, trial.train_limit) == ("random", 2, 500)
 
