@@ -67,6 +67,11 @@ class TrainingError(RankwiseError):
     """A failure after training began."""
 
 
+class OutOfStepError(TrainingError):
+    """Ranks no longer compute what one process would: their weights differ, or their gradients cannot be
+    added up."""
+
+
 class DivergedError(TrainingError):
     """The loss is no number any more."""
 

@@ -32,8 +32,11 @@ class Replica:
     them. Each floating-point buffer has a mark by which ranks find out whether it is the same on all of them.
     Raises ModelError for complex numbers, and for buffers that are sparse or quantised.
 
-    Parameters that are not trained are kept apart too: ranks that start alike stay alike in them. With an
-    `average`, its buffers are shared like the model's own; its weights follow by themselves.
+    Parameters that are not trained are kept apart too: ranks that start alike stay alike in them. What the
+    optimiser trains besides, such as learned weights of losses, belongs to the weights. With an `average`,
+    its buffers are shared like the model's own; its weights follow by themselves.
+
+    All that is settled when the replica is made: `require_unchanged` finds out what has changed since.
 
     `clip_norm` limits the norm of all gradients together in each `step`, None for no limit. What the
     loop calls is `module`, the model itself unless it is compiled, or a strategy wraps it.
@@ -53,9 +56,10 @@ class Replica:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.average = average
-        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._held = _held(model, optimizer)
+        self._trained = {name: value for name, value in self._held.items() if value.requires_grad}
         self.parameters = list(self._trained.values())
-        self._paused: list[Tensor] = []
+        self._frozen_names = [name for name, value in self._held.items() if not value.requires_grad]
         self._attached: dict[type, Any] = {}
         self._state = OptimizerState(optimizer)
         _require_dense_numbers(model)
@@ -94,7 +98,6 @@ class Replica:
         """Leave trained parameters whose names begin so as they are from here on, and train all others."""
         for name, parameter in self._trained.items():
             parameter.requires_grad_(not is_under(name, prefixes))
-        self._paused = [parameter for parameter in self.parameters if not parameter.requires_grad]
 
     def forget_gradients(self) -> None:
         """As `optimizer.zero_grad()` does, without the record for a profiler that it makes each time, which
@@ -104,11 +107,34 @@ class Replica:
 
     def step(self) -> None:
         """The optimiser's step with the gradients that are there, but for frozen parameters."""
-        for parameter in self._paused:
-            parameter.grad = None  # an exchange leaves zeros, by which momentum would still move it
+        for parameter in self.parameters:
+            if not parameter.requires_grad:
+                parameter.grad = None  # an exchange leaves zeros, by which momentum would still move it
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self._state.step()
+
+    def require_unchanged(self) -> None:
+        """Raises ModelError, one line, if the model or its optimiser holds other parameters than when the
+        replica was made, or trains one that it did not train then: no rank sends that one."""
+        now = _held(self.model, self.optimizer)
+        changed = [name for name in self._held | now if now.get(name) is not self._held.get(name)]
+        thawed = [name for name in self._frozen_names if self._held[name].requires_grad]
+        for names, what in ((changed, "was added, removed or replaced"), (thawed, "was unfrozen")):
+            if names:
+                raise ModelError(
+                    f"the parameter {names[0]} {what} after ranks had been put in step, and they would not "
+                    "agree on it: change the model and its optimiser before, or put the ranks in step anew"
+                )
+
+    def weight_mark(self) -> int:
+        """63 bits of a hash of the trained parameters: equal for equal ones."""
+        return _mark(self.parameters)
+
+    def named_weights(self) -> tuple[list[str], list[NDArray[Any]]]:
+        """The trained parameters, each in memory of its own order: their names, and float64 arrays."""
+        values = [p.detach().to(torch.float64).contiguous().numpy() for p in self.parameters]
+        return list(self._trained), values
 
     def attach(self, part: object) -> None:
         """Keep what a strategy builds on this model, such as hooks; one of each class."""
@@ -154,8 +180,7 @@ class Replica:
 
     def buffer_marks(self) -> NDArray[np.int64]:
         """A mark of each floating-point buffer, 63 bits of a hash of its bits: equal for equal ones."""
-        hashes = (hashlib.blake2b(_bytes(buffer), digest_size=8).digest() for buffer in self._floats)
-        return np.array([int.from_bytes(digest, "little") >> 1 for digest in hashes], np.int64)
+        return np.array([_mark([buffer]) for buffer in self._floats], np.int64)
 
     def pack_integers(self) -> NDArray[np.int64]:
         """The integer buffers as one flat int64 array, empty for most models."""
@@ -275,6 +300,21 @@ def _require_dense_numbers(model: nn.Module) -> None:
                 f"the buffer {name} of the model is {kind}, which ranks cannot keep the same: keep it dense, "
                 "or make it where it is used"
             )
+
+
+def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The model's parameters by name, and those that the optimiser has besides."""
+    held: dict[str, Tensor] = dict(model.named_parameters())
+    known = set(map(id, held.values()))
+    besides = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+    return held | {f"{number} of the optimiser alone": p for number, p in enumerate(besides)}
+
+
+def _mark(tensors: Sequence[Tensor]) -> int:
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        found.update(_bytes(tensor.detach()))
+    return int.from_bytes(found.digest(), "little") >> 1
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, OutOfStepError
 from rankwise.strategies.compression import Flat, Memory
 from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.traffic import ITEM_BYTES, Collective, Exchange, ModelSize, Traffic
@@ -142,6 +142,8 @@ class Strategy(ABC, Generic[S]):
         `weights` [ranks] are the shares of the ranks in the epoch's samples. All ranks together.
         """
         agree_on_buffers(replica, weights, world)
+        if self.recovery.synchronous:
+            require_same_weights(replica, world)
         return state
 
     def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
@@ -153,8 +155,18 @@ class Strategy(ABC, Generic[S]):
         )
 
     def closing_traffic(self, model: ModelSize) -> tuple[Exchange, ...]:
-        """What `close_epoch` exchanges: by default the buffers."""
-        return buffers_traffic(model)
+        """What `close_epoch` exchanges: by default the buffers, and a mark of the weights."""
+        mark = (Collective("allreduce", MARK_BYTES),) if self.recovery.synchronous else ()
+        return (*buffers_traffic(model), *mark)
+
+
+MARK_BYTES = 16
+"""Of the hash of the weights, and of it negated."""
+
+ROUNDING = 1e-4
+"""Part of the largest weight of a tensor by which ranks may differ, as processors of several makes round."""
+
+TINY = 1e-30
 
 
 def require_finite(flat: Flat) -> None:
@@ -200,6 +212,32 @@ def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: Worl
             buffers *= buffers.dtype.type(weights[world.rank])
             world.allreduce(buffers)
         replica.unpack_buffers(buffers, differs.tolist())
+
+
+def require_same_weights(replica: Replica, world: World) -> None:
+    """Raises OutOfStepError, on all ranks, if their weights differ by more than rounding on processors of
+    several makes; all ranks together."""
+    if world.size == 1:
+        return
+    mark = replica.weight_mark()
+    marks = np.array([mark, -mark])
+    world.allreduce(marks, op="max")
+    if marks[0] == -marks[1]:
+        return
+    names, mine = replica.named_weights()
+    first = [weights.copy() for weights in mine]
+    for weights in first:
+        world.broadcast(weights)
+    pairs = zip(mine, first, strict=True)
+    off = np.array([np.abs(own - its).max() / max(np.abs(its).max(), TINY) for own, its in pairs])
+    rows = world.allgather(np.nan_to_num(off, nan=np.inf))
+    for rank, row in enumerate(rows):
+        if row.max() > ROUNDING:
+            raise OutOfStepError(
+                f"at the end of an epoch rank {rank} has other weights than rank 0, first in "
+                f"{names[int((row > ROUNDING).argmax())]}: what changes weights or learning rates must do so "
+                "equally often in each rank (step a schedule by epochs, not in the loop over batches)"
+            )
 
 
 def buffers_traffic(model: ModelSize) -> tuple[Exchange, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rankwise.comm import BackgroundExchange, World
+from rankwise.errors import OutOfStepError
 from rankwise.strategies.compression import Flat
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Buckets:
     than one bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass has filled it,
     in the same order on all ranks. An exchange in the background goes on only when it is polled, which each
     later gradient does.
+
+    Ranks add up what the backward pass has made. Who changes it before `add`, by clipping for example, would
+    train otherwise than one process does, and gets an OutOfStepError.
     """
 
     def __init__(self, parameters: Sequence[Tensor], bucket_bytes: float, world: World) -> None:
@@ -51,6 +55,9 @@ class Buckets:
         self._next = 0
         self._share = 0.0
         self._holds_some = self._sends = False
+        self._made: dict[int, tuple[Tensor, int]] = {}
+        for place in {0, len(self._parameters) - 1} if self._parameters else ():
+            self._parameters[place].register_post_accumulate_grad_hook(self._note(place))  # type: ignore[no-untyped-call]
         if len(self._buckets) > 1:
             for bucket in self._buckets:
                 for parameter in self._parameters[bucket.places]:
@@ -63,12 +70,15 @@ class Buckets:
                 parameter.grad = None
             self._given = False
         self._share = share
+        self._made.clear()
         self._sends = sends and len(self._buckets) > 1
         for bucket in self._buckets:
             bucket.missing = sum(p.requires_grad for p in self._parameters[bucket.places])
 
     def add(self) -> None:
-        """Take in the gradients of the batch that was expected."""
+        """Take in the gradients of the batch that was expected. Raises OutOfStepError if they are not as the
+        backward pass has left them."""
+        self._require_untouched()
         if self._sends:
             self._send(len(self._buckets))  # also of parameters that took no part in the backward pass
         else:
@@ -111,11 +121,36 @@ class Buckets:
             parameter.grad = view.to(parameter.dtype)
         self._given = True
 
+    def _note(self, place: int) -> Callable[[Tensor], None]:
+        def note(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                self._made[place] = (parameter.grad, parameter.grad._version)
+
+        return note
+
+    def _require_untouched(self) -> None:
+        """Of the first and the last parameter, which stand for all: a look at each would cost too much."""
+        for place, (made, version) in self._made.items():
+            found = self._parameters[place].grad
+            if found is made and found._version == version:
+                continue
+            if found is None or found.isfinite().all():  # others are dropped anyway
+                raise OutOfStepError(
+                    "gradients were changed between backward() and step(), where each rank has only its own: "
+                    "clipping is the option clip_norm, scaling belongs to the loss"
+                )
+
     def _hook(self, bucket: _Bucket) -> Callable[[Tensor], None]:
         def came(_: Tensor) -> None:
             if not self._sends:
                 return
             bucket.missing -= 1
+            if bucket.missing < 0:
+                megabytes = self.flat.nbytes / 1e6
+                raise OutOfStepError(
+                    "a second backward pass came before step(), when gradients of the first were on their "
+                    f"way to other ranks: give bucket_mb={megabytes:.0f} or more, and they leave in step()"
+                )
             full = self._next
             while full < len(self._buckets) and not self._buckets[full].missing:
                 full += 1

@@ -135,6 +135,7 @@ class Synchroniser:
         self._counts_from_0 = self._counts_from_0 or epoch == 0
         epoch += self._counts_from_0
         work = self._work
+        self.replica.require_unchanged()
         if work.progress.epoch != epoch or not self._goes_on:
             work.open_epoch(epoch)
             self.faults.begin(epoch, self.sampler.steps(epoch))
@@ -278,6 +279,7 @@ class Synchroniser:
 
     def _close(self, epoch: int) -> None:
         """Close the epoch; all ranks together."""
+        self.replica.require_unchanged()
         work = self._work
         with self._recovery.exchange():
             weights = self.sampler.weights(epoch)
