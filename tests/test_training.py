@@ -19,6 +19,7 @@ from torch import nn
 from rankwise import strategies
 from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
+from rankwise.data.dataset import Split
 from rankwise.errors import ConfigError, DivergedError, Interrupted, ResumeError, StorageError
 from rankwise.launch.order import Order
 from rankwise.launch.rank import _agree_on_options
@@ -129,6 +130,15 @@ def test_evaluation_is_split_without_loss(config: Make, train_in_threads: Train)
     five = train_in_threads(config(ranks=5, topology="allreduce", **options), folder="five")[0].epochs[0]
     assert one.val_accuracy == five.val_accuracy
     assert one.val_loss == pytest.approx(five.val_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 500), (32, 500), (33, 470), (64, 125), (160, 20), (1000, 1)])
+def test_evaluation_takes_as_many_pixels_at_once(side: int, size: int) -> None:
+    """A forward pass of the evaluation has at most 500 images, and of large ones as many fewer as they are
+    larger, so that neither its memory nor its time grows with them."""
+    split = Split(np.zeros((3, side, side, 1), np.uint8), np.zeros(3, np.int64))
+    assert loop.evaluation_batch(split) == size
+    assert size == 1 or size * side**2 <= 500 * 32**2
 
 
 KEPT = {"epochs": 3, "checkpoint_keep": 4}

@@ -24,8 +24,8 @@ from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Epoch, Evaluated, Role
 from rankwise.training.synchroniser import Synchroniser
 
-EVALUATION_BATCH = 500
-"""Samples per forward pass of the evaluation; a matter of speed alone."""
+EVALUATION_BATCH, SMALL = 500, 32
+"""Images of SMALL x SMALL pixels in a forward pass of the evaluation; fewer of larger ones."""
 
 
 @dataclass(frozen=True)
@@ -195,12 +195,19 @@ def evaluate(job: Job, epoch: int) -> tuple[float, int]:
         autocast(job.config.precision),
     ):
         model.eval()
-        for images, labels in feed(job.validation, mine, EVALUATION_BATCH):
+        for images, labels in feed(job.validation, mine, evaluation_batch(job.validation)):
             world.ledger.enter("evaluation")  # a sign of life
             scores = score(model, images, tta, job.config.tta_below)
             loss_sum += F.cross_entropy(scores, labels, reduction="sum").item()
             correct += int((scores.argmax(1) == labels).sum())
     return loss_sum, correct
+
+
+def evaluation_batch(split: Split) -> int:
+    """Images in a forward pass of the evaluation: as many as have the pixels of EVALUATION_BATCH small ones,
+    so that memory, and the time between two signs of life, do not grow with the images."""
+    height, width = split.images.shape[1:3]
+    return max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * SMALL**2 // (height * width)))
 
 
 def summarise(
