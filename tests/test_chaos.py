@@ -283,12 +283,16 @@ def test_a_kill_that_nobody_asked_for(command: Command, tmp_path: Path) -> None:
 def test_a_rank_that_raises(command: Command, tmp_path: Path) -> None:
     """An exception on one rank is told in one line, and the others go on."""
     words = [*SMALL, "--ranks", "3", "--epochs", "2", "--fault", "crash:rank=1,epoch=1,step=3"]
-    done = command.rankwise("train", *words, "--out", "run")
-    assert done.code == 0, done
+    done = command.rankwise("train", *words, "--fail-on-lost-rank", "--out", "run")
+    assert done.code == 1, done  # though the run is complete
+    assert done.out.splitlines()[-1] == "lost rank 1 (crash) in epoch 1, and went on"
+    assert done.told == [
+        "rankwise: lost rank 1 (crash) in epoch 1, and went on: --fail-on-lost-rank was given"
+    ]
     run = RunFolder(tmp_path / "run").read()
     survives(run, {1})
     assert run.faults[0].kind == "crash"
-    told = [line for line in done.err.splitlines() if "lost rank 1" in line]
+    told = [line for line in done.err.splitlines() if line.startswith("lost rank 1")]
     assert len(told) == 1
     assert "InjectedCrash" in told[0]
     assert "Traceback" not in done.err

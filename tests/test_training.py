@@ -21,13 +21,12 @@ from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Split
 from rankwise.errors import ConfigError, DivergedError, Interrupted, ResumeError, StorageError
-from rankwise.launch.order import Order
-from rankwise.launch.rank import _agree_on_options
 from rankwise.ledger.phases import PHASES
 from rankwise.runs import checkpoint
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 from rankwise.training import loop
+from rankwise.training.agreement import require_same_options
 from rankwise.training.loop import count_samples
 from rankwise.training.rank import run
 
@@ -335,7 +334,7 @@ def test_ranks_with_different_options_are_refused() -> None:
     """Ranks that a user started with different options are told which one, before anything is made."""
 
     def program(world: World) -> None:
-        _agree_on_options(Order(TrainConfig(ranks=3, lr=0.1 + (world.rank == 2))), world)
+        require_same_options(world, TrainConfig(ranks=3, lr=0.1 + (world.rank == 2)).model_dump())
 
     with pytest.raises(ConfigError, match=r"--lr is .* on rank"):
         run_in_threads(3, program)

@@ -333,6 +333,11 @@ class TrainConfig(CheckedOptions):
     max_restarts: int = Field(
         3, ge=0, description="How often a run is started again from its newest checkpoint."
     )
+    fail_on_lost_rank: bool = Field(
+        False,
+        description="End with exit code 1 if a rank was lost, even though the run was completed without it "
+        "or started again.",
+    )
     fault: tuple[str, ...] = Field(
         (),
         description="Put a fault into the run, KIND:KEY=VALUE,...: kill, crash, hang, sleep (seconds), slow "
@@ -391,7 +396,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("elasticity", "max_staleness", "bucket_mb"),
     ),
     "Survival": (
-        *("on_failure", "hang_timeout", "spares", "min_ranks", "on_shrink", "max_restarts", "fault"),
+        *(
+            "on_failure",
+            "hang_timeout",
+            "spares",
+            "min_ranks",
+            "on_shrink",
+            "max_restarts",
+            "fail_on_lost_rank",
+            "fault",
+        ),
         *("checkpoint_every", "checkpoint_keep"),
     ),
     "Evaluation and output": (

@@ -4,6 +4,7 @@ line."""
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from rankwise import synchronise
 from rankwise.comm import World, run_in_threads
-from rankwise.errors import ModelError, OutOfStepError, RankwiseError
+from rankwise.errors import ConfigError, ModelError, OutOfStepError, RankwiseError
 
 SAMPLES, EPOCHS, BATCH = 60, 3, 5
 RNG = torch.Generator().manual_seed(5)
@@ -303,3 +304,75 @@ def test_what_processors_round_otherwise_is_let_be() -> None:
         return its.progress.closed
 
     assert run_in_threads(2, program) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("samples", (60, 61)),
+        ("strategy", ("allreduce", "local-sgd")),
+        ("batch_size", (5, 6)),
+        ("seed", (0, 1)),
+    ],
+)
+def test_ranks_with_different_options_are_refused(name: str, values: tuple[Any, Any]) -> None:
+    """An option that differs between ranks, which would hang them or deal samples twice, is named on all of
+    them before anything is exchanged."""
+    told: list[str] = []
+
+    def program(world: World) -> None:
+        model, optimizer = Loop().make()
+        options = {"samples": SAMPLES, "strategy": "allreduce", name: values[world.rank == 2]}
+        try:
+            synchronise(model, optimizer, world, **options)
+        except ConfigError as error:
+            told.append(str(error))
+
+    run_in_threads(3, program)
+    assert len(told) == 3
+    assert all(f"--{name.replace('_', '-')} is " in line and "on rank 2" in line for line in told)
+
+
+def other_order() -> nn.Module:
+    return nn.ModuleDict({"b": nn.Linear(2, 2), "a": nn.Linear(2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda made: (other_order(), None), "parameter b.weight .2, 2. of float32"),
+        (lambda made: (made.double(), None), "parameter a.weight .2, 2. of float64"),
+        (lambda made: (made.append_buffer(), None), "buffer extra .3. of float32"),
+        (lambda made: (made, {"lr": 0.2}), "lr = 0.2 in the optimiser's group 0"),
+        (lambda made: (made.freeze(), None), "parameter a.weight .2, 2. of float32, frozen"),
+    ],
+    ids=["order", "dtype", "buffer", "rate", "frozen"],
+)
+def test_ranks_with_different_models_are_refused(change: Any, told: str) -> None:
+    """A model or an optimiser that is another on one rank is refused on all, with the first part that
+    differs."""
+
+    class Parts(nn.ModuleDict):
+        def append_buffer(self) -> nn.Module:
+            self.register_buffer("extra", torch.zeros(3))
+            return self
+
+        def freeze(self) -> nn.Module:
+            return self.requires_grad_(False)
+
+    found: list[str] = []
+
+    def program(world: World) -> None:
+        model: nn.Module = Parts({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+        settings = None
+        if world.rank == 1:
+            model, settings = change(model)
+        optimizer = torch.optim.SGD(model.parameters(), **(settings or {"lr": 0.1}))
+        try:
+            synchronise(model, optimizer, world, samples=SAMPLES, strategy="allreduce")
+        except ModelError as error:
+            found.append(str(error))
+
+    run_in_threads(3, program)
+    assert len(found) == 3
+    assert all(re.search(told, line) and "\n" not in line for line in found)

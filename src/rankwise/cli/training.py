@@ -26,6 +26,7 @@ from rankwise.cli.options import (
     submit_app,
 )
 from rankwise.config import TrainConfig, preset_names, preset_text
+from rankwise.errors import TrainingError
 from rankwise.submit import Kubernetes, Slurm, hand_over, work_of
 
 
@@ -55,6 +56,7 @@ def train(
     The command line wins over --config, and that over --preset.
     """
     from rankwise.launch import Order, launch
+    from rankwise.report import words
     from rankwise.report.summary import summary
     from rankwise.system import machine
 
@@ -71,6 +73,8 @@ def train(
         print(result.record.model_dump_json(indent=1))
     else:
         stdout().print(summary(result.record, str(result.folder)))
+    if result.record.losses and result.record.config.get("fail_on_lost_rank"):
+        raise TrainingError(f"{words.losses(result.record.losses)}: --fail-on-lost-rank was given")
 
 
 @app.command

@@ -36,6 +36,7 @@ from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 from rankwise.system import machine
 from rankwise.system.signals import handling
+from rankwise.training.agreement import require_same_options
 from rankwise.training.rank import Say, run
 
 FIRST_WORD_S = 2.0
@@ -110,7 +111,7 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
     machine.die_with_parent(signal.SIGKILL)
     world = mpi_world(_ledger())
     with _ending_all_ranks(world, None, lambda told: order.say(f"rankwise: {told}")):
-        _agree_on_options(order, world)
+        require_same_options(world, order.config.model_dump(mode="json", exclude={"out"}))
         mine = _opened(order, world.size) if world.rank == 0 else None
         opened: OpenFolder = world.allgather_object(mine)[0]
     folder = opened.folder
@@ -118,17 +119,6 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
         record = _as_given(order, read_plan(folder), world, folder)
     world.close()
     return record, folder, world.rank
-
-
-def _agree_on_options(order: Order, world: World) -> None:
-    mine = order.config.model_dump(mode="json", exclude={"out"})
-    for rank, theirs in enumerate(world.allgather_object(mine)):
-        for name in mine:
-            if theirs[name] != mine[name]:
-                raise ConfigError(
-                    f"ranks were given different options: --{name.replace('_', '-')} is {mine[name]} on rank "
-                    f"{world.rank} and {theirs[name]} on rank {rank}; start all ranks with the same command"
-                )
 
 
 def _opened(order: Order, processes: int) -> OpenFolder:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rankwise.runs.record import Target
+from collections.abc import Sequence
+
+from rankwise.runs.record import Fault, Target
 
 
 def count(number: int, noun: str) -> str:
@@ -37,3 +39,15 @@ def target(found: Target) -> str:
 def duration(seconds: float) -> str:
     """Seconds with three digits, below one as milliseconds: 7.22 s, 34.2 ms."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def losses(found: Sequence[Fault]) -> str:
+    """Which ranks a run lost: lost rank 1 (kill) in epoch 2, and went on; rank 0 (hang) in epoch 3, and began
+    again."""
+    ways = {"continue": "and went on", "restart": "and began again"}
+    told = [
+        f"{f'rank {fault.rank}' if fault.rank >= 0 else 'a rank'} ({fault.kind}) in epoch {fault.epoch}, "
+        f"{ways[fault.action]}"
+        for fault in found
+    ]
+    return f"lost {'; '.join(told)}"

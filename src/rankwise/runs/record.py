@@ -250,6 +250,11 @@ class Record(_Row):
         return median(row.wall_s for row in self.epochs)
 
     @property
+    def losses(self) -> list[Fault]:
+        """Ranks that were lost, without which the run went on or was started again."""
+        return [fault for fault in self.faults if fault.action in ("continue", "restart")]
+
+    @property
     def median_samples_per_s(self) -> float:
         """Median over the epochs of the samples per second that all ranks together trained."""
         return median(row.samples_per_s for row in self.epochs)

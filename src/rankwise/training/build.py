@@ -17,6 +17,7 @@ from rankwise.plan import RunPlan, resolve
 from rankwise.survival.fault_injection import NoFaults
 from rankwise.training import schedule
 from rankwise.training.admission import JoinState
+from rankwise.training.agreement import require_same_model, require_same_options
 from rankwise.training.observer import Observer
 from rankwise.training.options import LoopOptions
 from rankwise.training.synchroniser import Synchroniser
@@ -125,8 +126,11 @@ def synchronise(
     seed, on_failure and those of single strategies) and how the learning rate goes (epochs, schedule,
     lr_scaling, warmup, peak_at, final_lr_fraction, clip_norm), and averaged_weights; `LoopOptions` has them
     all. The rate itself is the optimiser's, and what an average holds is `replica.evaluated`.
-    Raises ConfigError, one line, for an option that does not exist or does not fit.
+    Ranks compare what they were given: options, and names, shapes and order of parameters and buffers.
+    Raises ConfigError, one line, for an option that does not exist, does not fit, or differs between ranks,
+    and ModelError for a model that cannot be kept in step, or differs.
     """
+    require_same_options(world, {"samples": samples, **options})
     plan = resolve(TrainConfig(ranks=world.size, **options))
     if plan.balance == "measured":
         raise ConfigError("--balance measured is for rankwise train: give your loop the batches, N,N,...")
@@ -134,5 +138,6 @@ def synchronise(
         raise ConfigError("--shards dirichlet needs labels, which a loop of your own deals with itself")
     if samples < plan.workers:
         raise ConfigError(f"{samples} samples cannot be dealt to {plan.workers} workers: use fewer ranks")
+    require_same_model(world, model, optimizer)
     replica = make_replica(plan, model, optimizer)
     return build(plan, replica, np.arange(samples), np.zeros(samples, np.int64), world)

@@ -1,0 +1,61 @@
+"""What all ranks must have been told alike, and hold alike, before they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rankwise.comm import World
+from rankwise.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SIMPLE = (bool, int, float, str, tuple, type(None))
+"""What of an optimiser's groups is compared: rates, momenta and the like."""
+
+
+NOTHING = "nothing more"
+UNSAID = "not given"
+
+
+def require_same_options(world: World, mine: Mapping[str, Any]) -> None:
+    """Compare options by name; all ranks together. Raises ConfigError if a rank was given others."""
+    for rank, theirs in enumerate(world.allgather_object(dict(mine))):
+        for name in mine | theirs:
+            value, its = mine.get(name, UNSAID), theirs.get(name, UNSAID)
+            if value != its:
+                raise ConfigError(
+                    f"ranks were given different options: --{name.replace('_', '-')} is {value} on rank "
+                    f"{world.rank} and {its} on rank {rank}; start all ranks with the same command"
+                )
+
+
+def require_same_model(world: World, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Compare names, shapes, types and order of parameters and buffers, and the optimiser's settings; all
+    ranks together. Raises ModelError if a rank has others."""
+    mine = _parts(model, optimizer)
+    for rank, theirs in enumerate(world.allgather_object(mine)):
+        for part, its in zip([*mine, NOTHING], [*theirs, NOTHING], strict=False):
+            if part != its:
+                raise ModelError(
+                    f"ranks hold different models: rank {world.rank} has {part} where rank {rank} has {its}; "
+                    "make model and optimiser in the same order and with the same values on each rank"
+                )
+
+
+def _parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Model and optimiser in words, one for each part."""
+    tensors = [("parameter", *its) for its in model.named_parameters()]
+    tensors += [("buffer", *its) for its in model.named_buffers()]
+    parts = [
+        f"the {kind} {name} {list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+        f"{'' if tensor.requires_grad or kind == 'buffer' else ', frozen'}"
+        for kind, name, tensor in tensors
+    ]
+    for number, group in enumerate(optimizer.param_groups):
+        settings = {name: value for name, value in sorted(group.items()) if isinstance(value, SIMPLE)}
+        parts += [f"{name} = {value} in the optimiser's group {number}" for name, value in settings.items()]
+        parts.append(f"{len(group['params'])} parameters in the optimiser's group {number}")
+    return [*parts, f"the optimiser {type(optimizer).__name__}"]
