@@ -47,7 +47,7 @@ def require_same_model(world: World, model: nn.Module, optimizer: torch.optim.Op
 
 def _parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Model and optimiser in words, one for each part."""
-    tensors = [("parameter", *its) for its in model.named_parameters()]
+    tensors: list[tuple[str, str, torch.Tensor]] = [("parameter", *its) for its in model.named_parameters()]
     tensors += [("buffer", *its) for its in model.named_buffers()]
     parts = [
         f"the {kind} {name} {list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"

@@ -206,8 +206,8 @@ def evaluate(job: Job, epoch: int) -> tuple[float, int]:
 def evaluation_batch(split: Split) -> int:
     """Images in a forward pass of the evaluation: as many as have the pixels of EVALUATION_BATCH small ones,
     so that memory, and the time between two signs of life, do not grow with the images."""
-    height, width = split.images.shape[1:3]
-    return max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * SMALL**2 // (height * width)))
+    _, height, width, _ = split.images.shape
+    return max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * SMALL**2 // int(height * width)))
 
 
 def summarise(
