@@ -124,6 +124,15 @@ def replaced(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: 
     step()
 
 
+def one_layer_clipped(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor
+) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    nn.utils.clip_grad_value_(model[0].bias, 1e-4)
+    step()
+
+
 def rate_falls(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
@@ -178,7 +187,7 @@ def test_what_the_optimiser_has_besides_is_in_step(strategy: str, ranks: int) ->
             assert np.abs(value - its).max() < 1e-10
 
 
-@pytest.mark.parametrize("body", [clipped, replaced])
+@pytest.mark.parametrize("body", [clipped, replaced, one_layer_clipped])
 @pytest.mark.parametrize(
     "options",
     [

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+WATCHED_BATCHES = 8
+"""In which each parameter's gradient is compared with what the backward pass has left there."""
+
+
 @dataclass
 class _Bucket:
     """A piece of the flat array, `span`, with the gradients of the parameters in `places`, of which `missing`
@@ -32,8 +36,8 @@ class Buckets:
     in the same order on all ranks. An exchange in the background goes on only when it is polled, which each
     later gradient does.
 
-    Ranks add up what the backward pass has made. Who changes it before `add`, by clipping for example, would
-    train otherwise than one process does, and gets an OutOfStepError.
+    Ranks add up what the backward pass has made. Changing it before `add`, by clipping for example, would be
+    another computation than one process makes, and raises OutOfStepError.
     """
 
     def __init__(self, parameters: Sequence[Tensor], bucket_bytes: float, world: World) -> None:
@@ -56,8 +60,11 @@ class Buckets:
         self._share = 0.0
         self._holds_some = self._sends = False
         self._made: dict[int, tuple[Tensor, int]] = {}
-        for place in {0, len(self._parameters) - 1} if self._parameters else ():
-            self._parameters[place].register_post_accumulate_grad_hook(self._note(place))  # type: ignore[no-untyped-call]
+        self._watched = [
+            parameter.register_post_accumulate_grad_hook(self._note(place))  # type: ignore[no-untyped-call]
+            for place, parameter in enumerate(self._parameters)
+        ]
+        self._batches = 0
         if len(self._buckets) > 1:
             for bucket in self._buckets:
                 for parameter in self._parameters[bucket.places]:
@@ -129,7 +136,12 @@ class Buckets:
         return note
 
     def _require_untouched(self) -> None:
-        """Of the first and the last parameter, which stand for all: a look at each would cost too much."""
+        """Of all parameters in the first batches, and then of the first and the last one, which stand for
+        all: a look at each in every step would cost too much."""
+        self._batches += 1
+        if self._batches == WATCHED_BATCHES:
+            for handle in self._watched[1:-1]:
+                handle.remove()
         for place, (made, version) in self._made.items():
             found = self._parameters[place].grad
             if found is made and found._version == version:
