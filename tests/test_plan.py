@@ -159,6 +159,13 @@ def test_small_languages_are_values() -> None:
     assert plan.planned_faults == (PlannedFault("kill", rank=1, epoch=1),)
 
 
+def test_a_run_of_one_rank_asks_for_no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MPI there is, which starts programs to find out, is not asked where nothing depends on it."""
+    monkeypatch.setattr(planning, "survives_failures", lambda: pytest.fail("MPI was asked for"))
+    assert make_plan(TrainConfig(dataset="digits")).on_failure == "stop"
+    assert make_plan(TrainConfig(dataset="digits", ranks=2, on_failure="stop")).on_failure == "stop"
+
+
 @pytest.mark.parametrize(
     ("options", "mpi_survives", "expected"),
     [

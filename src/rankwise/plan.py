@@ -7,7 +7,7 @@ stands in ``plan.json``, from which each rank takes it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from rankwise import data, models
@@ -101,20 +101,21 @@ class RunPlan(TrainConfig):
         return RunPlan(**{**self.model_dump(), **changes})
 
 
-def make_plan(config: TrainConfig, *, resumes: bool = False, mpi_survives: bool | None = None) -> RunPlan:
+def make_plan(
+    config: TrainConfig, *, resumes: bool = False, mpi_survives: Callable[[], bool] | None = None
+) -> RunPlan:
     """The plan of a run on this machine. Raises UsageError, one line, for what cannot be run.
 
     A run that `resumes` may have fewer ranks than it began with, to which faults were meant to happen.
-    `mpi_survives` says whether MPI goes on when a rank dies, by default that of this machine.
+    `mpi_survives` says whether MPI goes on when a rank dies, by default that of this machine. Only runs that
+    depend on it ask, as finding it out starts programs.
     """
     plan = resolve(config)
     models.check(plan.model)
     data.check(plan.dataset, plan.data_dir)
     trackers.check(plan.track)
     _check_faults(plan, resumes)
-    if mpi_survives is None:
-        mpi_survives = survives_failures()
-    return _choose_on_failure(plan, config.on_failure, mpi_survives)
+    return _choose_on_failure(plan, config.on_failure, mpi_survives or survives_failures)
 
 
 def resolve(config: TrainConfig) -> RunPlan:
@@ -320,7 +321,7 @@ def _check_faults(plan: RunPlan, resumes: bool) -> None:
             raise ConfigError(f"--fault {text}: the run has ranks 0 to {plan.processes - 1}")
 
 
-def _choose_on_failure(plan: RunPlan, asked: str | None, mpi_survives: bool) -> RunPlan:
+def _choose_on_failure(plan: RunPlan, asked: str | None, mpi_survives: Callable[[], bool]) -> RunPlan:
     """Fill in what a lost rank means, by what strategy and MPI can."""
     if plan.min_ranks > plan.ranks:
         raise ConfigError(f"--min-ranks {plan.min_ranks} was given, but there are {plan.ranks} ranks")
@@ -330,12 +331,12 @@ def _choose_on_failure(plan: RunPlan, asked: str | None, mpi_survives: bool) -> 
             f"--on-failure continue was given, but the ranks of --strategy {plan.strategy} cannot go on "
             "without one of them: use --on-failure restart or stop"
         )
-    if asked == "continue" and not (alone or mpi_survives):
+    if asked == "continue" and not (alone or mpi_survives()):
         raise ConfigError(
             "--on-failure continue needs an MPI that survives failures: Open MPI 5, started by rankwise or "
             "by mpiexec --with-ft ulfm; else use --on-failure restart or stop"
         )
-    if asked is None and can and not alone and mpi_survives:
+    if asked is None and can and not alone and mpi_survives():
         plan = plan.with_options(on_failure="continue")
     if plan.spares and (plan.on_failure != "continue" or alone):
         raise ConfigError(

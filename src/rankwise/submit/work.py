@@ -57,7 +57,7 @@ def work_of(config: TrainConfig, hosts: int) -> Work:
         )
     # Whether that MPI survives failures, and has the data, is found out there. Faults of hosts need --hosts.
     somewhere = {"hosts": str(Host("there", config.processes)), "data_dir": None}
-    make_plan(config.model_copy(update=somewhere), mpi_survives=True)
+    make_plan(config.model_copy(update=somewhere), mpi_survives=lambda: True)
     words = to_arguments(config.model_copy(update={"out": None}))
     return Work(tuple(words), config.out, config.processes, hosts)
 
