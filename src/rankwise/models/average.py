@@ -40,13 +40,16 @@ class Average:
         self._epochs = epochs
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.weights = [parameter.detach() for parameter in self.model.parameters()]
-        self.buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        theirs = [own_elements(buffer) for buffer in model.buffers() if buffer.is_floating_point()]
-        mine = [own_elements(buffer) for buffer in self.buffers]
-        self._mine = [*self.weights, *mine]
+        self.buffers, theirs = (
+            [own_elements(buffer) for buffer in its.buffers() if buffer.is_floating_point()]
+            for its in (self.model, model)
+        )
+        self._mine = [*self.weights, *self.buffers]
         self._theirs = [*(parameter.detach() for parameter in model.parameters()), *theirs]
         # Masks of -inf and the like have no mean: they are in the average as they are in the model.
-        self._endless = [pair for pair in zip(mine, theirs, strict=True) if not pair[1].isfinite().all()]
+        self._endless = [
+            pair for pair in zip(self.buffers, theirs, strict=True) if not pair[1].isfinite().all()
+        ]
 
     def begin(self) -> None:
         """Be what the model is."""

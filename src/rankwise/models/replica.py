@@ -59,7 +59,6 @@ class Replica:
         self._held = _held(model, optimizer)
         self._trained = {name: value for name, value in self._held.items() if value.requires_grad}
         self.parameters = list(self._trained.values())
-        self._frozen_names = [name for name, value in self._held.items() if not value.requires_grad]
         self._attached: dict[type, Any] = {}
         self._state = OptimizerState(optimizer)
         _require_dense_numbers(model)
@@ -70,9 +69,10 @@ class Replica:
             weights += [*momenta, self._state.begun] if momenta else []
         frozen = [parameter.detach() for parameter in model.parameters() if not parameter.requires_grad]
         buffers = [own_elements(buffer.detach()) for buffer in model.buffers()]
-        averages = [own_elements(buffer) for buffer in average.buffers] if average else []
-        averaged = [*average.weights, *averages] if average else []
-        self._floats = [*(buffer for buffer in buffers if buffer.is_floating_point()), *averages]
+        averaged = [*average.weights, *average.buffers] if average else []
+        self._floats = [buffer for buffer in buffers if buffer.is_floating_point()]
+        if average:
+            self._floats += average.buffers
         self._weights = _Flat(weights, _wide(weights))
         self._frozen = _Flat(frozen, _wide(frozen))
         self._buffers = _Flat(self._floats, _wide(self._floats))
@@ -119,7 +119,7 @@ class Replica:
         replica was made, or trains one that it did not train then: no rank sends that one."""
         now = _held(self.model, self.optimizer)
         changed = [name for name in self._held | now if now.get(name) is not self._held.get(name)]
-        thawed = [name for name in self._frozen_names if self._held[name].requires_grad]
+        thawed = [name for name, its in self._held.items() if its.requires_grad and name not in self._trained]
         for names, what in ((changed, "was added, removed or replaced"), (thawed, "was unfrozen")):
             if names:
                 raise ModelError(
@@ -132,7 +132,7 @@ class Replica:
         return _mark(self.parameters)
 
     def named_weights(self) -> tuple[list[str], list[NDArray[Any]]]:
-        """The trained parameters, each in memory of its own order: their names, and float64 arrays."""
+        """The trained parameters: their names, and contiguous float64 arrays of their shapes."""
         values = [p.detach().to(torch.float64).contiguous().numpy() for p in self.parameters]
         return list(self._trained), values
 

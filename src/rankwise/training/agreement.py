@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 SIMPLE = (bool, int, float, str, tuple, type(None))
 """What of an optimiser's groups is compared: rates, momenta and the like."""
 
-
-NOTHING = "nothing more"
-UNSAID = "not given"
+NOTHING, UNSAID = "nothing more", "not given"
 
 
 def require_same_options(world: World, mine: Mapping[str, Any]) -> None:
