@@ -8,13 +8,18 @@ import os
 import re
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rankwise.cli import main
 from rankwise.comm import mpi_environment
 from rankwise.config import GROUPS, TrainConfig, preset_names, read_preset, read_toml
+from rankwise.launch.order import Order, open_folder
+from rankwise.plan import make_plan
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
@@ -209,6 +214,55 @@ def test_a_run_folder_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> 
     assert call("train", *QUICK, "--out", "run") == 2
     assert "--resume" in capsys.readouterr().err
     assert Path("run/record.json").read_bytes() == before
+
+
+def test_a_folder_in_which_another_start_is_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """While one start is in a folder, a second one and a --resume are refused in one line that says which
+    process it is, and nothing in it changes; when the first is over, they are let in."""
+    folder = RunFolder(Path("run"))
+    folder.create()
+    claim = folder.claim()
+    assert claim is not None
+    assert call("train", *QUICK, "--out", "run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"in use by process {os.getpid()} on " in error
+    assert not folder.plan.exists()
+    os.close(claim)
+    assert call("train", *QUICK, "--out", "run") == 0
+    before = folder.record.read_bytes(), folder.plan.read_bytes()
+    claim = folder.claim()
+    assert claim is not None
+    assert call("train", "--resume", "run", "--epochs", "3") == 2
+    assert "in use" in capsys.readouterr().err
+    assert (folder.record.read_bytes(), folder.plan.read_bytes()) == before
+    os.close(claim)
+    assert call("train", "--resume", "run", "--epochs", "3") == 0
+
+
+def test_starts_in_the_same_second_get_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --out each start makes a folder of its own, also when many begin at once."""
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    monkeypatch.setattr("rankwise.runs.folder.datetime", SimpleNamespace(now=lambda: now))
+    config = TrainConfig(dataset=tiny.DATASET, model=tiny.MODEL)
+    plan = make_plan(config)
+    with ThreadPoolExecutor(8) as starts:
+        opened = list(starts.map(lambda _: open_folder(Order(config), plan), range(8)))
+    assert len({its.folder.path for its in opened}) == 8
+    for its in opened:
+        its.release()
+
+
+@pytest.mark.full
+def test_of_two_starts_at_once_one_trains(command: Command, tmp_path: Path) -> None:
+    """Two processes that start into one folder at the same instant: one trains, and ends with 0; the other is
+    refused with 2, and the folder holds the whole run of the one."""
+    words = [command.python, "-m", "rankwise", "train", *TINY, "--out", "run", "--epochs", "40"]
+    starts = [command.start(*words) for _ in range(2)]
+    told = [start.communicate(timeout=120)[1] for start in starts]
+    assert sorted(start.returncode for start in starts) == [0, 2], told
+    record = RunFolder(tmp_path / "run").read()
+    assert (record.outcome, len(record.epochs)) == ("completed", 40)
 
 
 def test_resume_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from rankwise.errors import ConfigError, RankwiseError, ResumeError, StorageErro
 from rankwise.launch.plan_file import read_asked, write_plan
 from rankwise.plan import RunPlan
 from rankwise.report.live import Display
-from rankwise.runs.folder import RunFolder, new_run_path
+from rankwise.runs.folder import RunFolder, new_run_paths
 from rankwise.runs.record import Record, utc_before
 from rankwise.system.files import write_atomically
 from rankwise.training.settled import SETTLED
@@ -66,11 +67,17 @@ class Order:
 @dataclass(frozen=True)
 class OpenFolder:
     """A run's folder in which it is about to begin or to go on: the folders that are `new` (the innermost
-    first), and the plan that stood there before."""
+    first), the plan that stood there before, and the `claim` by which this process keeps other starts out."""
 
     folder: RunFolder
     new: list[Path]
     plan_before: bytes | None
+    claim: int | None
+
+    def release(self) -> None:
+        """Let other starts into the folder."""
+        if self.claim is not None:
+            os.close(self.claim)
 
     def discard(self) -> None:
         """No run came about: remove what is new, and leave a run that was to go on as it was."""
@@ -91,15 +98,37 @@ class OpenFolder:
 
 
 def open_folder(order: Order, plan: RunPlan) -> OpenFolder:
-    """The run's folder, made now or resumed, with the plan in it. Raises UsageError if it cannot be made."""
-    folder = RunFolder(order.resume or plan.out or new_run_path(plan.model))
-    new = [] if order.resume else folder.create()
+    """The run's folder, made now or resumed, with the plan in it. Raises UsageError if it cannot be made, holds
+    a run already, or another start is in it."""
+    folder, new = _made(order, plan)
+    claim = folder.claim()
     before = folder.plan.read_bytes() if folder.plan.exists() else None
-    folder.forget_failures()
-    write_plan(folder, order.config, plan.with_options(out=folder.path))
-    asked_s = (time.monotonic_ns() - order.asked_ns) / 1e9
-    folder.begin(utc_before(asked_s, "milliseconds"))
-    return OpenFolder(folder, new, before)
+    opened = OpenFolder(folder, new, before, claim)
+    try:
+        if order.resume is None:
+            folder.require_no_run()  # which another start may have made since it was looked at last
+        folder.forget_failures()
+        write_plan(folder, order.config, plan.with_options(out=folder.path))
+        asked_s = (time.monotonic_ns() - order.asked_ns) / 1e9
+        folder.begin(utc_before(asked_s, "milliseconds"))
+    except BaseException:
+        opened.release()
+        raise
+    return opened
+
+
+def _made(order: Order, plan: RunPlan) -> tuple[RunFolder, list[Path]]:
+    """The run's folder, and which folders are new; of starts in the same second each makes one of its own."""
+    if order.resume:
+        return RunFolder(order.resume), []
+    if plan.out:
+        folder = RunFolder(plan.out)
+        return folder, folder.create()
+    paths = new_run_paths(plan.model)
+    while True:
+        folder = RunFolder(next(paths))
+        with contextlib.suppress(FileExistsError):
+            return folder, folder.create(anew=True)
 
 
 @contextlib.contextmanager
@@ -112,6 +141,8 @@ def run_folder(order: Order, plan: RunPlan) -> Iterator[RunFolder]:
         if isinstance(error, UsageError) or not opened.folder.record.exists():
             opened.discard()
         raise
+    finally:
+        opened.release()
 
 
 def resumed(order: Order, folder: RunFolder, stored: Record) -> Order:

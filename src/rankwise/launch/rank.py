@@ -118,6 +118,8 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
     with _ending_all_ranks(world, folder, lambda told: _tell(order, opened, told)):
         record = _as_given(order, read_plan(folder), world, folder)
     world.close()
+    if mine is not None:
+        mine.release()
     return record, folder, world.rank
 
 

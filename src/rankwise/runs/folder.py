@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 
 from rankwise.errors import ResumeError, StorageError, SupersededError, UsageError, one_line
 from rankwise.runs.record import SCHEMA_VERSION, Epoch, Outcome, Record
-from rankwise.system.files import write_atomically
+from rankwise.system.files import Claimed, claim, write_atomically
 
 
 class RunFolder:
@@ -98,20 +100,42 @@ class RunFolder:
     def _words_of(self, rank: int) -> Path:
         return self.last_words / f"rank-{rank:04d}.json"
 
-    def create(self) -> list[Path]:
-        """Make the folder; returns the folders that were not there before, the innermost first.
+    def claim(self) -> int | None:
+        """Keep other starts out of the folder until the descriptor that is returned is closed, or this process
+        ends; None where the file system knows no locks. Raises UsageError if another start is in it."""
+        try:
+            return claim(self.path / ".claim", f"process {os.getpid()} on {socket.gethostname()}")
+        except Claimed as error:
+            raise UsageError(
+                f"{self.path} is in use by {error}: wait for its end, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"cannot write the run folder {self.path}: {error.strerror}") from None
 
-        Raises UsageError if it cannot be written, or already holds a run.
-        """
+    def require_no_run(self) -> None:
+        """Raises UsageError if the folder holds a run."""
         if self.record.exists():
             raise UsageError(f"{self.path} already holds a run: choose another --out, or go on with --resume")
+
+    def create(self, *, anew: bool = False) -> list[Path]:
+        """Make the folder; returns the folders that were not there before, the innermost first.
+
+        Raises UsageError if it cannot be written, or already holds a run; with `anew` FileExistsError if it is
+        there at all.
+        """
+        if not anew:
+            self.require_no_run()
         new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
-            for folder in (self.path, self.timeline, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=not anew)
+            for folder in (self.timeline, self.checkpoints):
+                folder.mkdir(exist_ok=True)
             write_atomically(self.path / ".writable", b"")
             (self.path / ".writable").unlink()
         except (OSError, StorageError) as error:
+            if anew and isinstance(error, FileExistsError):
+                raise
             reason = getattr(error, "strerror", None) or one_line(error)
             raise UsageError(
                 f"cannot write the run folder {self.path}: {reason}; choose another --out"
@@ -167,11 +191,10 @@ def _create(path: Path, content: dict[str, Any]) -> None:
         json.dump(content, file, indent=1)
 
 
-def new_run_path(name: str) -> Path:
-    """runs/<time>-<name>, a folder that does not exist yet."""
+def new_run_paths(name: str) -> Iterator[Path]:
+    """runs/<time>-<name>, then with numbers from 2 behind it: the first that does not exist yet is to be a
+    run's folder."""
     base = Path("runs") / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{name}"
-    path, n = base, 1
-    while path.exists():
-        n += 1
-        path = base.with_name(f"{base.name}-{n}")
-    return path
+    yield base
+    for number in itertools.count(2):
+        yield base.with_name(f"{base.name}-{number}")

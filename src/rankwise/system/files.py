@@ -1,7 +1,10 @@
-"""Files that are whole or not there: written beside their place, synced, and renamed into it."""
+"""Files that are whole or not there: written beside their place, synced, and renamed into it; and claims on
+what only one process may write."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -28,3 +31,31 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class Claimed(Exception):
+    """Another process holds the claim; it says which, as that process wrote."""
+
+
+def claim(path: Path, who: str) -> int | None:
+    """Claim what the file at `path` stands for, until the descriptor that is returned is closed, or this
+    process ends in whatever way. `who` says who holds it.
+
+    Returns None where the file system knows no locks. Raises Claimed if it is held, and OSError if the file
+    cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+        os.close(descriptor)
+        raise Claimed(holder or "another process") from None
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            return None
+        raise
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, who.encode(), 0)
+    return descriptor
