@@ -98,8 +98,8 @@ class OpenFolder:
 
 
 def open_folder(order: Order, plan: RunPlan) -> OpenFolder:
-    """The run's folder, made now or resumed, with the plan in it. Raises UsageError if it cannot be made, holds
-    a run already, or another start is in it."""
+    """The run's folder, made now or resumed, with the plan in it. Raises UsageError if it cannot be made,
+    holds a run already, or another start is in it."""
     folder, new = _made(order, plan)
     claim = folder.claim()
     before = folder.plan.read_bytes() if folder.plan.exists() else None

@@ -101,8 +101,9 @@ class RunFolder:
         return self.last_words / f"rank-{rank:04d}.json"
 
     def claim(self) -> int | None:
-        """Keep other starts out of the folder until the descriptor that is returned is closed, or this process
-        ends; None where the file system knows no locks. Raises UsageError if another start is in it."""
+        """Keep other starts out of the folder until the descriptor that is returned is closed, or this
+        process ends; None where the file system knows no locks. Raises UsageError if another start holds it.
+        """
         try:
             return claim(self.path / ".claim", f"process {os.getpid()} on {socket.gethostname()}")
         except Claimed as error:
@@ -120,8 +121,8 @@ class RunFolder:
     def create(self, *, anew: bool = False) -> list[Path]:
         """Make the folder; returns the folders that were not there before, the innermost first.
 
-        Raises UsageError if it cannot be written, or already holds a run; with `anew` FileExistsError if it is
-        there at all.
+        Raises UsageError if it cannot be written, or already holds a run; with `anew` FileExistsError if it
+        is there at all.
         """
         if not anew:
             self.require_no_run()
