@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ class Order:
             samples_per_epoch=samples_per_epoch,
             live=live,
             epochs_done=done,
+            slow_after_s=self.config.hang_timeout or math.inf,
         )
 
 
