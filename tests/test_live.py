@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from rankwise.ledger.phases import PHASES
 from rankwise.report.live import Display
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import ProgressFile, read_progress
+from rankwise.survival.beats import Beat, Beats, clock_number, slow_ranks
+from rankwise.system import machine
+from rankwise.system.activity import RUNNING
 
 
 def row(epoch: int) -> str:
@@ -84,3 +91,65 @@ def test_progress_adds_up_over_ranks(tmp_path: Path) -> None:
     standing = read_progress(path)
     assert standing is not None
     assert (standing.epoch, standing.samples, standing.loss) == (2, 0, None)
+
+
+def beat(
+    phase: str, seconds: float, *, told_ago_s: float = 0.0, elsewhere: bool = False, ago: int = 0
+) -> Beat:
+    """That of a rank in this process, or in the one that had its number before: it was in a phase for so long
+    when it told of it, on this host or on another."""
+    told_ns = time.monotonic_ns() - round(told_ago_s * 1e9)
+    started = machine.start_ticks(os.getpid()) or 0
+    clock = clock_number() + elsewhere
+    return Beat(os.getpid(), started - ago, clock, 0, told_ns, told_ns - round(seconds * 1e9), phase, RUNNING)
+
+
+def test_slow_ranks_are_shown(folder: RunFolder) -> None:
+    """A rank that takes long over something is shown in a line as soon as it does, again when it has taken
+    twice as long, and for the next thing; one that has ended is not."""
+    shown, screen = display(folder)
+    assert slow_ranks(folder.beats, 60) == []
+    beats = Beats(folder.beats, 3)
+    for seconds in (75.1, 75.2, 149, 151.1, 70):  # the last one of another batch
+        beats.tell(2, beat("evaluation", seconds))
+        shown._poll(slow_ranks(folder.beats, 60))
+    beats.tell(2, beat("forward", 80.1))
+    shown._poll(slow_ranks(folder.beats, 60))
+    assert screen.getvalue().splitlines() == [
+        "rank 2 slow: 75 s in evaluation",
+        "rank 2 slow: 151 s in evaluation",
+        "rank 2 slow: 80 s in forward",
+    ]
+    beats.forget(2)
+    assert slow_ranks(folder.beats, 60) == []
+
+
+def test_slow_ranks_are_shown_above_the_bar(folder: RunFolder) -> None:
+    """On a terminal, too, each slow rank is a line."""
+    screen = io.StringIO()
+    console = Console(file=screen, width=120, force_terminal=True)
+    Beats(folder.beats, 1).tell(0, beat("evaluation", 75.1))
+    with Display(folder, console, epochs=9, samples_per_epoch=100, live=True) as shown:
+        shown._poll(slow_ranks(folder.beats, 60))
+    assert "rank 0 slow: 75 s in evaluation" in screen.getvalue()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_who_waits_for_others_is_not_slow(folder: RunFolder, phase: str) -> None:
+    """Slow is who takes longer than is allowed for, and does not wait for others."""
+    Beats(folder.beats, 3).tell(1, beat(phase, 61))
+    assert bool(slow_ranks(folder.beats, 60)) is (phase not in ("transfer", "wait", "recovery"))
+    assert slow_ranks(folder.beats, 62) == slow_ranks(folder.beats, math.inf) == []
+
+
+def test_a_rank_that_no_longer_tells(folder: RunFolder) -> None:
+    """Time goes on for a rank of this host that has not told of itself for long, as long as it lives. Those
+    of other hosts, whose clocks are their own, count by what they told last."""
+    beats = Beats(folder.beats, 3)
+    beats.tell(0, beat("forward", 10, told_ago_s=60))
+    beats.tell(1, beat("forward", 70, told_ago_s=60, ago=1))
+    beats.tell(2, beat("forward", 65, told_ago_s=60, elsewhere=True))
+    assert list(map(str, slow_ranks(folder.beats, 60))) == [
+        "rank 0 slow: 70 s in forward",
+        "rank 2 slow: 65 s in forward",
+    ]

@@ -314,8 +314,14 @@ class TrainConfig(CheckedOptions):
     hang_timeout: float = Field(
         60.0,
         ge=0,
-        description="End a rank that computes without an end, or is stopped, after this many seconds; "
-        "0 never.",
+        description="End a rank that is stopped, or asleep in a lock while others wait for it, after this "
+        "many seconds; one that takes as long in another way is shown as slow and left alone. 0 never.",
+    )
+    step_timeout: float = Field(
+        0.0,
+        ge=0,
+        description="End a rank that is still in the same forward pass, backward pass, optimiser's step or "
+        "batch of an evaluation after this many seconds, whatever it does; 0 never.",
     )
     on_shrink: Literal["keep-local-batch", "keep-global-batch"] = Field(
         "keep-local-batch",
@@ -399,6 +405,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *(
             "on_failure",
             "hang_timeout",
+            "step_timeout",
             "spares",
             "min_ranks",
             "on_shrink",

@@ -69,12 +69,15 @@ def train(
     result = launch(order)
     if not result.speaks:
         return
+    losses = words.losses(result.record.losses)
     if format == "json":
         print(result.record.model_dump_json(indent=1))
     else:
         stdout().print(summary(result.record, str(result.folder)))
-    if result.record.losses and result.record.config.get("fail_on_lost_rank"):
-        raise TrainingError(f"{words.losses(result.record.losses)}: --fail-on-lost-rank was given")
+        if losses:
+            stdout().print(losses, soft_wrap=True)  # one line, however many were lost
+    if losses and result.record.config.get("fail_on_lost_rank"):
+        raise TrainingError(f"{losses}: --fail-on-lost-rank was given")
 
 
 @app.command

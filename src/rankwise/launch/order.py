@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -61,6 +62,7 @@ class Order:
             samples_per_epoch=samples_per_epoch,
             live=live,
             epochs_done=done,
+            slow_after_s=self.config.hang_timeout or math.inf,
         )
 
 

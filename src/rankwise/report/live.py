@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +15,7 @@ from rankwise.report import words
 from rankwise.report.progress_bar import make_bar
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import read_progress
+from rankwise.survival.beats import Slow, slow_ranks
 
 REFRESH_S = 0.25
 
@@ -21,7 +24,7 @@ class Display:
     """A live bar on a terminal, one line per epoch elsewhere; used as a context manager.
 
     It runs beside the ranks, in the launcher or in a thread of the only rank, and polls the folder:
-    ranks never print.
+    ranks never print. A rank that has been in one phase for `slow_after_s` seconds is shown as slow.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Display:
         samples_per_epoch: int,
         live: bool,
         epochs_done: int = 0,
+        slow_after_s: float = math.inf,
     ) -> None:
         self._folder = folder
         self._console = console
@@ -42,6 +46,8 @@ class Display:
         self._task = TaskID(0)
         self._shown = epochs_done
         self._accuracy = ""
+        self._slow_after_s = slow_after_s
+        self._said_s: dict[tuple[int, str], float] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="display", daemon=True)
 
@@ -69,14 +75,19 @@ class Display:
 
     def _watch(self) -> None:
         while not self._over.wait(REFRESH_S):
-            self._poll()
+            self._poll(slow_ranks(self._folder.beats, self._slow_after_s))
 
-    def _poll(self) -> None:
+    def _poll(self, slow: Sequence[Slow] = ()) -> None:
         for row in self._new_epochs():
             if row["val_accuracy"] is not None:
                 self._accuracy = f"accuracy {row['val_accuracy']:.1%}"
             if not self._bar:
                 self.say(epoch_line(row, self._epochs))
+        for each in slow:
+            # Again only where it has become twice as slow: each batch of an evaluation may be.
+            if each.seconds >= 2 * self._said_s.get((each.rank, each.phase), 0.0):
+                self._said_s[each.rank, each.phase] = each.seconds
+                self.say(str(each))
         if self._bar:
             self._move(self._bar)
 

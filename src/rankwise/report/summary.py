@@ -37,8 +37,6 @@ def summary(record: Record, folder: str) -> RenderableType:
     parts.append(_ranks(record))
     parts.append(Text(_headline(record)))
     parts.append(Text(f"run folder: {folder}"))
-    if record.losses:
-        parts.append(Text(words.losses(record.losses)))
     return Group(*parts)
 
 

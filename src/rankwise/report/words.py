@@ -43,11 +43,11 @@ def duration(seconds: float) -> str:
 
 def losses(found: Sequence[Fault]) -> str:
     """Which ranks a run lost: lost rank 1 (kill) in epoch 2, and went on; rank 0 (hang) in epoch 3, and began
-    again."""
+    again. Nothing if it lost none."""
     ways = {"continue": "and went on", "restart": "and began again"}
     told = [
         f"{f'rank {fault.rank}' if fault.rank >= 0 else 'a rank'} ({fault.kind}) in epoch {fault.epoch}, "
         f"{ways[fault.action]}"
         for fault in found
     ]
-    return f"lost {'; '.join(told)}"
+    return f"lost {'; '.join(told)}" if told else ""

@@ -75,7 +75,8 @@ class RunFolder:
 
     def begin(self, launched_at: str = "") -> None:
         """The run is about to be started, by a command that was given at `launched_at` (UTC): ranks of an
-        earlier start, wherever they are, may not write any more."""
+        earlier start, wherever they are, may not write any more, and what they were at is over."""
+        self.beats.unlink(missing_ok=True)
         write_atomically(self._start, f"{os.urandom(8).hex()} {launched_at}".encode())
 
     def take_part(self) -> None:

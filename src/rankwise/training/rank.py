@@ -24,6 +24,7 @@ from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Host, Rank, Record
 from rankwise.survival.fault_injection import Faults, NoFaults
+from rankwise.survival.hangs import Limits
 from rankwise.survival.harm import ProcessHarm, ThreadHarm
 from rankwise.survival.watchdog import Watchdog
 from rankwise.system import machine
@@ -252,14 +253,10 @@ def _make_job(
 
 
 def _watchdog(plan: RunPlan, folder: RunFolder, world: World) -> Watchdog:
-    return Watchdog(
-        folder,
-        rank=world.number,
-        ranks=plan.processes,
-        ledger=world.ledger,
-        # Ranks that are threads are one process: none of them can be ended alone.
-        timeout_s=math.inf if world.in_threads else plan.hang_timeout or math.inf,
-    )
+    limits = Limits(plan.hang_timeout or math.inf, plan.step_timeout or math.inf)
+    if world.in_threads:
+        limits = Limits()  # ranks that are threads are one process: none of them can be ended alone
+    return Watchdog(folder, rank=world.number, ranks=plan.processes, ledger=world.ledger, limits=limits)
 
 
 def _faults(plan: RunPlan, folder: RunFolder, world: World, replica: Replica) -> NoFaults:

@@ -1,0 +1,104 @@
+"""What a process is doing, as Linux tells: whether it runs, was stopped, or sleeps, and in what."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import psutil
+
+Doing = Literal["running", "stopped", "locked", "waiting"]
+
+LOCKS = ("futex",)
+
+IDLE = (*LOCKS, "epoll", "ep_poll", "pipe", "do_wait", "pause")
+"""Parts of the names of the kernel's functions in which threads sleep that have nothing to do: they wait for
+another thread or process, by a lock, an event, a pipe."""
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a process was doing at a moment, and the CPU time in ns that it had used by then.
+
+    `stopped`: by a signal or a debugger. `locked`: its main thread sleeps in a lock, and no other thread, its
+    own or of its children, sleeps for a time or waits for a disk or a network. Whether one of them computes
+    the CPU time tells, which then holds that of the children. `waiting`: its main thread sleeps in anything
+    else, or one of these others does.
+    """
+
+    doing: Doing
+    cpu_ns: int
+
+
+RUNNING = Activity("running", 0)
+
+
+def look(pid: int, *, apart_from: int = 0) -> Activity | None:
+    """What a process is doing, apart from its thread of the number `apart_from`; None if it has ended.
+
+    Where Linux does not tell in what threads sleep (/proc/PID/wchan), none is `locked`.
+    """
+    try:
+        main = _thread(Path(f"/proc/{pid}/task/{pid}"))
+        cpu_ns = _thread(Path(f"/proc/{pid}")).cpu_ns
+    except OSError:
+        return None
+    if apart_from:
+        with suppress(OSError):
+            cpu_ns -= _thread(Path(f"/proc/{pid}/task/{apart_from}")).cpu_ns
+    if main.state in "ZX":
+        return None
+    if main.state in "Tt":
+        return Activity("stopped", cpu_ns)
+    if main.state == "R":
+        return Activity("running", cpu_ns)
+    if not main.sleeps_in(LOCKS):
+        return Activity("waiting", cpu_ns)
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return None
+    others = [thread for each in (pid, *(child.pid for child in children)) for thread in _threads(each)]
+    idle = all(thread.state not in "DS" or thread.sleeps_in(IDLE) for thread in others)
+    for child in children:
+        with suppress(OSError):
+            cpu_ns += _thread(Path(f"/proc/{child.pid}")).cpu_ns
+    return Activity("locked" if idle else "waiting", cpu_ns)
+
+
+class _Thread(NamedTuple):
+    """A thread or a whole process: its folder in /proc, its state in a letter, and its CPU time."""
+
+    path: Path
+    state: str
+    cpu_ns: int
+
+    def sleeps_in(self, functions: tuple[str, ...]) -> bool:
+        """Whether it sleeps in one of the kernel's functions that have these in their names."""
+        if self.state != "S":
+            return False
+        try:
+            name = (self.path / "wchan").read_text()
+        except OSError:
+            return False
+        return any(part in name for part in functions)
+
+
+def _thread(path: Path) -> _Thread:
+    """Raises OSError if there is none."""
+    fields = (path / "stat").read_text().rpartition(")")[2].split()
+    # utime, stime, and of children that have ended cutime and cstime, in the kernel's ticks
+    ticks = sum(map(int, fields[11:15]))
+    return _Thread(path, fields[0], ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK"))
+
+
+def _threads(pid: int) -> Iterator[_Thread]:
+    """The threads of a process, none if it has ended."""
+    with suppress(OSError):
+        for path in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                yield _thread(path)
