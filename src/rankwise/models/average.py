@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import ModelError, one_line
+from rankwise.models.buffers import HeldBuffers
 from rankwise.models.expanded import own_elements
 from rankwise.models.rest import ExtraState
 
@@ -54,6 +55,7 @@ class Average:
         )
         self._mine = [*self.weights, *self.buffers]
         self._theirs = [*(parameter.detach() for parameter in model.parameters()), *theirs]
+        self._held = HeldBuffers(model)
         self._extra, self._their_extra = ExtraState(self.model), ExtraState(model)
         # Masks of -inf and the like have no mean: they are in the average as they are in the model.
         self._endless = [
@@ -67,6 +69,7 @@ class Average:
 
     def follow(self, steps: int, epochs: float) -> None:
         """The model has made `steps` steps, after which `epochs` epochs are over."""
+        self._held.gather()
         if self._kind == "ema":
             self._approach(1 - min(self._decay, (1 + steps) / (10 + steps)))
         elif steps % EVERY == 0:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import ModelError
 from rankwise.models.average import Average
+from rankwise.models.buffers import HeldBuffers
 from rankwise.models.expanded import own_elements
 from rankwise.models.freezing import is_under
 from rankwise.models.optimizer_state import OptimizerState
@@ -66,6 +67,7 @@ class Replica:
         self._attached: dict[type, Any] = {}
         self._state = OptimizerState(optimizer)
         self.extra = ExtraState(model)
+        self.buffers = HeldBuffers(model)
         _require_dense_numbers(model)
         self._shares_state = share_optimizer_state
         weights = [parameter.detach() for parameter in self.parameters]
@@ -197,7 +199,8 @@ class Replica:
 
     def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
         """A copy of all that a step changes, in the memory of one that is no longer needed."""
-        snapshot = reuse or Snapshot([*self._all, *self.optimizer_state().values()], self._state, self.extra)
+        tensors = [*self._all, *self.optimizer_state().values()]
+        snapshot = reuse or Snapshot(tensors, self._state, self.buffers, self.extra)
         snapshot.take()
         return snapshot
 
@@ -225,9 +228,12 @@ Content = tuple[list[Tensor], dict[str, Any]]
 class Snapshot:
     """What a replica was; `restore` makes it so again."""
 
-    def __init__(self, tensors: list[Tensor], state: OptimizerState, extra: ExtraState) -> None:
+    def __init__(
+        self, tensors: list[Tensor], state: OptimizerState, buffers: HeldBuffers, extra: ExtraState
+    ) -> None:
         self._tensors = tensors
         self._state = state
+        self._buffers = buffers
         self._extra = extra
         self._copies = [torch.empty_like(tensor) for tensor in tensors]
         self._extra_copy: dict[str, Any] = {}
@@ -235,11 +241,13 @@ class Snapshot:
     def take(self) -> None:
         """Copy the replica as it is now."""
         self._state.note()
+        self._buffers.gather()
         torch._foreach_copy_(self._copies, self._tensors)
         self._extra_copy = self._extra.copy()
 
     def restore(self) -> None:
         """Overwrite the replica."""
+        self._buffers.gather()
         torch._foreach_copy_(self._tensors, self._copies)
         self._state.show()
         self._extra.load(self._extra_copy)

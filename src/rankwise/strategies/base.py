@@ -202,6 +202,7 @@ def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: Worl
     if world.size == 1:
         return
     _share_extra_state(replica, world)
+    replica.buffers.gather()
     integers, marks = replica.pack_integers(), replica.buffer_marks()
     largest = np.concatenate([integers, marks, -marks])
     if largest.size:
