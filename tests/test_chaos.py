@@ -309,6 +309,39 @@ def test_all_ranks_raise(command: Command, tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "run").read().outcome == "failed"
 
 
+def test_an_error_of_a_sample_hunts_no_rank(command: Command, tmp_path: Path) -> None:
+    """An error that a sample makes ends the rank that has it, and the one to which it is dealt then: the
+    second one ends the run, as the program's error, in one line with code 1, and no further rank is lost."""
+    (tmp_path / "brittle.py").write_text(
+        "from torch import nn\n"
+        "from tests import tiny\n"
+        "class Brittle(nn.Module):\n"
+        "    def __init__(self, shape, classes):\n"
+        "        super().__init__()\n"
+        "        self.net = tiny.net(shape, classes)\n"
+        "    def forward(self, x):\n"
+        "        if self.training and (x > 0.999).all(dim=(1, 2, 3)).any():\n"
+        "            raise ValueError(f'a white image in {len(x)}')\n"
+        "        return self.net(x)\n"
+        "def images():\n"
+        "    train, labels, *validation = tiny.images()\n"
+        "    train[17] = 255\n"
+        "    return train, labels, *validation\n"
+    )
+    words = ["--dataset", "brittle:images", "--model", "brittle:Brittle", "--batch-size", "16"]
+    done = command.rankwise(
+        "train", *words, "--ranks", "4", "--strategy", "allreduce", "--epochs", "2", "--out", "run"
+    )
+    assert done.code == 1, done
+    (told,) = done.told
+    assert "ValueError in brittle.py, line 9: a white image in" in told
+    assert "one rank after the other" in told
+    assert "starting again" not in done.err
+    assert len(list((tmp_path / "run" / "last-words").iterdir())) == 2
+    assert RunFolder(tmp_path / "run").read().outcome == "failed"
+    assert ranks_of(tmp_path / "run") == []
+
+
 @pytest.mark.cold
 def test_a_rank_that_hangs(command: Command, tmp_path: Path) -> None:
     """A stopped process is found, named and killed after --hang-timeout, and the others go on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.comm.mpi_environment import Mpiexec, allocated_hosts
+from rankwise.launch import supervision
 from rankwise.launch.mpiexec import SURVIVING_BETWEEN_HOSTS, RestartBackoff, command_line
 from rankwise.launch.supervision import supervise
 from rankwise.system import machine
@@ -85,6 +87,13 @@ def test_banners_are_held_back_and_the_ranks_words_shown() -> None:
     ending = supervise([sys.executable, "-c", script], shown.append)
     assert shown == ["one", "two"]
     assert (ending.code, ending.interrupted, ending.last_words) == (3, False, "MPI_ABORT was invoked")
+
+
+def test_an_mpiexec_that_does_not_end_its_ranks_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a rank has left word that the run fails, and mpiexec goes on all the same, it is ended."""
+    monkeypatch.setattr(supervision, "ABORT_S", 0.1)
+    ending = supervise([sys.executable, "-c", "import time; time.sleep(60)"], print, lambda: True)
+    assert (ending.code, ending.interrupted) == (-signal.SIGTERM, False)
 
 
 def test_a_rank_without_a_plan_says_so_in_its_folder(tmp_path: Path) -> None:

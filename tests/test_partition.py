@@ -103,6 +103,7 @@ def test_unknown_shards_are_refused(mode: str) -> None:
     st.booleans(),
     st.one_of(st.none(), st.integers(1, 9)),
     st.booleans(),
+    st.booleans(),
     modes,
 )
 def test_rounds_agree_over_ranks(
@@ -111,10 +112,12 @@ def test_rounds_agree_over_ranks(
     alike: bool,
     sync_every: int | None,
     master: bool,
+    pairs: bool,
     mode: str,
 ) -> None:
     """All ranks have the same number of rounds with the same weights, whatever their batches; batches cover
-    the shard in order; a master, or a worker with nothing left, joins with an empty batch."""
+    the shard in order; a master, or a worker with nothing left, joins with an empty batch. Where a model
+    needs pairs a last batch of one sample joins the one before it, and all others are as they were."""
     labels, workers = case
     batch_sizes = [sizes[0]] * workers if alike else sizes[:workers]
 
@@ -128,6 +131,7 @@ def test_rounds_agree_over_ranks(
             first_worker=int(master),
             batch_sizes=batch_sizes,
             sync_every=lambda epoch: sync_every,
+            needs_pairs=pairs,
         )
         for rank in range(workers + master)
     ]
@@ -149,16 +153,26 @@ def test_rounds_agree_over_ranks(
         assert batches[-1].ends_round
         mine = np.concatenate([batch.indices for batch in batches])
         assert np.array_equal(mine, samplers[rank].shard(1))
-        assert all(len(batch) <= batch_sizes[max(rank - master, 0)] for batch in batches)
+        size = batch_sizes[max(rank - master, 0)]
+        full, rest = divmod(len(mine), size)
+        expected = [size] * full + [rest] * (rest > 0)
+        if pairs and rest == 1 and full:
+            expected[-2:] = [size + 1]
+        assert [len(batch) for batch in batches if len(batch)] == expected
         assert all(len(batch) for batch in batches if not batch.ends_round)
         if sync_every:
             runs = np.diff([-1, *np.flatnonzero([batch.ends_round for batch in batches])])
             assert max(runs) <= sync_every
     if master:
         assert not any(len(batch) for batch in epochs[0])
-    shards = [len(sampler.shard(1)) for sampler in samplers[int(master) :]]
-    turns = [-(-shard // size) for shard, size in zip(shards, batch_sizes, strict=True)]
+    turns = [sum(len(batch) > 0 for batch in batches) for batches in epochs[int(master) :]]
     assert samplers[0].steps(1) == max(turns)
+    assert samplers[0].least_batch(1) == min(
+        min(len(batch), size)
+        for batches, size in zip(epochs[int(master) :], batch_sizes, strict=True)
+        for batch in batches
+        if len(batch)
+    )
     if not mode.startswith("dirichlet") and len(labels) > workers * max(batch_sizes):
         assert max(turns) - min(turns) <= 1
 
@@ -208,10 +222,16 @@ def test_small_shares_take_from_large_ones() -> None:
     st.lists(st.integers(1, 9), min_size=9, max_size=9),
     st.one_of(st.none(), st.integers(1, 9)),
     st.booleans(),
+    st.booleans(),
     modes,
 )
 def test_steps_are_numbered_by_who_makes_the_most(
-    case: tuple[np.ndarray, int], sizes: list[int], sync_every: int | None, lockstep: bool, mode: str
+    case: tuple[np.ndarray, int],
+    sizes: list[int],
+    sync_every: int | None,
+    lockstep: bool,
+    pairs: bool,
+    mode: str,
 ) -> None:
     """A rank counts its steps from 1 on, one by one; at the end of a round all are at the number of whoever
     has made the most."""
@@ -224,6 +244,7 @@ def test_steps_are_numbered_by_who_makes_the_most(
             batch_sizes=sizes[:workers],
             sync_every=lambda epoch: sync_every,
             syncs_every_step=lockstep,
+            needs_pairs=pairs,
         )
         for rank in range(workers)
     ]
@@ -241,3 +262,58 @@ def test_steps_are_numbered_by_who_makes_the_most(
             assert mine[-1:] == [before + most] * bool(mine)
         before += most
     assert before == ranks[0].steps(3)
+
+
+@given(
+    st.lists(st.integers(2, 40), min_size=2, max_size=5),
+    st.lists(st.integers(2, 9), min_size=5, max_size=5),
+    st.one_of(st.none(), st.integers(1, 4)),
+    st.booleans(),
+    st.data(),
+)
+def test_what_a_lost_rank_had_makes_no_single_samples(
+    shard_sizes: list[int], sizes: list[int], sync_every: int | None, keeps_work: bool, data: st.DataObject
+) -> None:
+    """Where a model needs pairs, what a lost rank had is dealt so that no batch of one sample comes of it,
+    and all of it is trained."""
+    ranks = len(shard_sizes)
+    starts = np.cumsum([0, *shard_sizes])
+    shards = [np.arange(start, start + size) for start, size in zip(starts, shard_sizes, strict=False)]
+    samplers = [
+        Sampler(
+            lambda epoch, shares: shards,
+            rank=rank,
+            first_worker=0,
+            batch_sizes=sizes[:ranks],
+            sync_every=lambda epoch: sync_every,
+            needs_pairs=True,
+        )
+        for rank in range(ranks)
+    ]
+    lost = data.draw(st.integers(0, ranks - 1), "lost")
+    number = data.draw(st.integers(0, len(samplers[0].rounds(1)) - 1), "rounds")
+    here = [rank for rank in range(ranks) if rank != lost]
+    done = []
+    for rank in here:
+        made = [
+            len(batch)
+            for batch in samplers[rank].batches(1)
+            if batch.rounds_left == left_after(number, samplers)
+        ]
+        done.append(sum(made[: data.draw(st.integers(0, len(made)), "batches")]) if keeps_work else 0)
+    kept = [
+        samplers[rank].rounds(1)[number].parts[rank][:over] for rank, over in zip(here, done, strict=True)
+    ]
+    committed = [its.parts for its in samplers[0].rounds(1)[:number]]
+    trained = [*(part for parts in committed for part in parts), *kept]
+    for rank in here:
+        samplers[rank].redistribute(1, number, here, done)
+        batches = list(samplers[rank].batches(1, number))
+        assert all(len(batch) != 1 for batch in batches)
+        trained += [batch.indices for batch in batches]
+    assert sorted(np.concatenate(trained)) == list(range(sum(shard_sizes)))
+
+
+def left_after(number: int, samplers: list[Sampler]) -> int:
+    """The rounds of an epoch after this one."""
+    return len(samplers[0].rounds(1)) - 1 - number

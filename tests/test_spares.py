@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rankwise.comm import World
 from rankwise.comm.threads import Killed, run_in_threads
 from rankwise.config import TrainConfig
-from rankwise.data.sampler import _shares
+from rankwise.data.partition import even_shares
 from rankwise.errors import RankLost
 from rankwise.runs.record import Record
 from rankwise.training import synchroniser
@@ -35,7 +35,7 @@ def _logs_are_compared_often(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 100), st.integers(1, 40))
 def test_shares_are_even(sizes: list[int], extra: int, batch_size: int) -> None:
     """What is dealt out is all dealt out, and nobody gets any who then has two more than somebody else."""
-    shares = _shares(np.array(sizes), extra, np.full(len(sizes), float(batch_size)))
+    shares = even_shares(np.array(sizes), extra, np.full(len(sizes), float(batch_size)))
     assert shares.sum() == extra
     assert (shares >= 0).all()
     sums = np.array(sizes) + shares

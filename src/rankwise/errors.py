@@ -12,6 +12,7 @@
     │   └── LaunchError           ranks that cannot be started
     ├── TrainingError             exit code 1: a failure after training began
     │   ├── DivergedError         a loss that is no number
+    │   ├── ProgramError          an error that ends one rank after the other
     │   ├── StorageError          a record or checkpoint that cannot be written
     │   │   └── SupersededError   a run that was started again without this rank
     │   └── RankLost              another rank has ended while this one waited for it
@@ -74,6 +75,10 @@ class OutOfStepError(TrainingError):
 
 class DivergedError(TrainingError):
     """The loss is no number any more."""
+
+
+class ProgramError(TrainingError):
+    """An error of the program's own has ended two ranks in one epoch, and would end one after the other."""
 
 
 class StorageError(TrainingError):

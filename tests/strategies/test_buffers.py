@@ -104,6 +104,64 @@ def test_tables_stay_bit_for_bit(name: str, averaged: str) -> None:
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
 
+class Assigning(nn.Module):
+    """Keeps a running mean, in place or by putting a new tensor in the place of the old one, and a table of
+    the size of the batch."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.layer = nn.Linear(8, 2)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("table", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.table = torch.arange(float(len(x)))
+            mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            if self.in_place:
+                self.mean.copy_(mean)
+            else:
+                self.mean = mean
+        return self.layer(x - self.mean)
+
+
+@pytest.mark.parametrize("averaged", ["none", "ema"])
+@pytest.mark.parametrize("strategy", ["allreduce", "local-sgd"])
+def test_buffers_that_are_assigned_are_followed(strategy: str, averaged: str) -> None:
+    """A buffer in whose place a module puts another tensor is agreed on, averaged and undone like one that it
+    changes in place, to the bit."""
+    images = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(0))
+
+    def trained(*, in_place: bool) -> list[list[Tensor]]:
+        torch.manual_seed(0)
+        first = Assigning(in_place=in_place)
+
+        def program(world: World) -> list[Tensor]:
+            model = copy.deepcopy(first)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            options = {"samples": SAMPLES, "strategy": strategy, "batch_size": 5}
+            ranks = synchronise(model, optimizer, world, averaged_weights=averaged, **options)
+            for epoch in (1, 2):
+                for batch in ranks.batches(epoch):
+                    optimizer.zero_grad()
+                    snapshot = ranks.replica.snapshot()
+                    model(images[batch.indices]).square().sum().backward()
+                    snapshot.restore()
+                    optimizer.zero_grad()
+                    model(images[batch.indices]).square().sum().backward()
+                    ranks.step()
+            evaluated = ranks.replica.evaluated
+            return [its.clone() for its in (model.mean, model.layer.weight.detach(), evaluated.mean)]
+
+        return run_in_threads(2, program)
+
+    found, expected = trained(in_place=False), trained(in_place=True)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(mine, theirs, strict=True))
+    assert torch.equal(found[0][0], found[1][0])
+
+
 def test_going_back_leaves_tables() -> None:
     """A snapshot that is restored brings statistics back, and an expanded table keeps its bits and shape."""
     model = Net()

@@ -256,7 +256,7 @@ def test_what_ranks_do_not_exchange_is_refused(change: Any, told: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "parameter-averaging"])
+@pytest.mark.parametrize("strategy", ["allreduce", "parameter-averaging", "local-sgd", "diloco", "two-level"])
 def test_ranks_that_drift_apart_are_found(strategy: str) -> None:
     """Weights that one rank alone has changed are found at the end of the epoch, by the rank's and the
     tensor's name, on all ranks."""
@@ -385,3 +385,54 @@ def test_ranks_with_different_models_are_refused(change: Any, told: str) -> None
     run_in_threads(3, program)
     assert len(found) == 3
     assert all(re.search(told, line) and "\n" not in line for line in found)
+
+
+def in_autocast(where: str) -> Callable[..., None]:
+    """A body with an autocast region around the loss alone, or around all of it, with torch's cache of
+    weights or without."""
+
+    def body(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
+        region = torch.autocast("cpu", torch.bfloat16, cache_enabled=where != "uncached")
+        optimizer.zero_grad()
+        with region:
+            loss = F.cross_entropy(model.float()(x.float()), y)
+            if where != "loss":
+                loss.backward()
+                step()
+        if where == "loss":
+            loss.backward()
+            step()
+
+    return body
+
+
+def test_a_step_inside_autocast_is_refused() -> None:
+    """Inside an autocast region torch computes with the first step's weights whatever becomes of them: a step
+    there is refused in one line; around the loss, or without the cache, it is one process."""
+    with pytest.raises(
+        OutOfStepError, match=r"inside torch.autocast.*end the region after the loss"
+    ) as refused:
+        Loop(body=in_autocast("all")).on_ranks(2)
+    assert "\n" not in str(refused.value)
+    for where in ("loss", "uncached"):
+        found = Loop(body=in_autocast(where)).on_ranks(2)
+        first = FIRST[0].weight.detach().numpy()
+        assert all(np.array_equal(one, two) for one, two in zip(found[0][0], found[1][0], strict=True))
+        assert np.abs(found[0][0][0] - first).max() > 0.1
+
+
+class Renormalising(nn.Sequential):
+    """Scales its first layer's weights to length one in each forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self[0].weight.copy_(F.normalize(self[0].weight, dim=1))
+        return super().forward(x)
+
+
+def test_a_module_that_renormalises_itself_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that changes its own weights in the forward pass, alike on all ranks, is trained as in one
+    process."""
+    monkeypatch.setitem(globals(), "FIRST", Renormalising(*copy.deepcopy(FIRST)))
+    assert_equal_to_one_process(Loop(), 2)
+    assert_equal_to_one_process(Loop(), 3)

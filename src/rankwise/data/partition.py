@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from rankwise.errors import ConfigError, unknown_name
 
 Indices = NDArray[np.int64]
+
+NOTHING: Indices = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,60 @@ def apportion(
         parts[np.argmax(np.where(parts > least, parts - exact, -np.inf))] -= 1
     parts[np.argsort(parts - exact, kind="stable")[:rest]] += 1
     return parts
+
+
+def deal_more(
+    spare: Sequence[Indices],
+    parts: Sequence[Indices],
+    workers: range,
+    batch_sizes: Sequence[int],
+    *,
+    done: Sequence[int] | None,
+) -> tuple[Indices, ...]:
+    """The parts [ranks], with what is to spare behind those of the workers, so that all have as equal numbers
+    of batches as can be. With `done` [ranks], the samples of each part that are over, no worker is left with
+    a single one that another can take."""
+    extra = join(spare)
+    sizes = np.array([len(parts[rank]) for rank in workers])
+    shares = even_shares(sizes, len(extra), np.array(batch_sizes, np.float64))
+    if done is not None:
+        shares = _without_singles(shares, sizes - np.array([done[rank] for rank in workers]))
+    dealt = dict(zip(workers, np.split(extra, np.cumsum(shares)[:-1]), strict=True))
+    return tuple(join([part, dealt.get(rank, NOTHING)]) for rank, part in enumerate(parts))
+
+
+def _without_singles(shares: NDArray[np.int64], left: NDArray[np.int64]) -> NDArray[np.int64]:
+    """These shares, but that a worker which has nothing `left` and is dealt one sample gives it to the one
+    that has the least besides."""
+    shares = shares.copy()
+    for worker in np.flatnonzero((shares == 1) & (left == 0)):
+        all_left = left + shares
+        all_left[worker] = 0
+        if shares[worker] == 1 and all_left.any():
+            shares[worker] = 0
+            shares[np.where(all_left > 0, all_left, all_left.max() + 1).argmin()] += 1
+    return shares
+
+
+def even_shares(sizes: NDArray[np.int64], extra: int, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How much of `extra` everybody gets who has `sizes` already, so that the largest sum, in units of its
+    weight, is as small as can be."""
+    levels = sizes / weights
+    order = np.argsort(levels, kind="stable")
+    for count in range(len(sizes), 0, -1):  # this many come to one level
+        low = np.sort(order[:count])
+        level = (sizes[low].sum() + extra) / weights[low].sum()
+        if levels[order[count - 1]] <= level:
+            break
+    shares = np.zeros_like(sizes)
+    if extra:
+        shares[low] = apportion(extra, np.clip(level * weights[low] - sizes[low], 0, None))
+    return shares
+
+
+def join(parts: Iterable[Indices]) -> Indices:
+    """All of these one behind the other."""
+    return np.concatenate([NOTHING, *parts])
 
 
 def _deal_by(shares: Sequence[int], samples: int, rng: np.random.Generator) -> list[Indices]:

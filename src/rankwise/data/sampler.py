@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.data.partition import Indices, apportion
+from rankwise.data.partition import NOTHING, Indices, deal_more, join
 
-NOTHING: Indices = np.empty(0, np.int64)
+N = TypeVar("N", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Sampler:
     sees the same number of rounds, so no rank waits for a round that another never joins. When ranks are
     lost, `redistribute` deals what they had not brought in to the others, whose batches stay as they are, or
     with `keeps_global_batch` grow so that those of all together do. With `syncs_every_step` all ranks make
-    the same number of steps in a round, the last ones perhaps with empty batches.
+    the same number of steps in a round, the last ones perhaps with empty batches. With `needs_pairs` a last
+    batch of one sample joins the one before it, and no rank is dealt a single sample that another can take.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Sampler:
         sync_every: Callable[[int], int | None],
         keeps_global_batch: bool = False,
         syncs_every_step: bool = False,
+        needs_pairs: bool = False,
     ) -> None:
         self._deal = deal
         self._rank = rank
@@ -107,6 +110,7 @@ class Sampler:
         self._batch_sizes = tuple(batch_sizes)
         self._sync_every = sync_every
         self._syncs_every_step = syncs_every_step
+        self._needs_pairs = needs_pairs
         self._usual_batch = round(sum(batch_sizes) / len(batch_sizes))
         self._global_batch = sum(batch_sizes) if keeps_global_batch else None
         self._planned: tuple[int, list[Round]] = (-1, [])
@@ -134,7 +138,14 @@ class Sampler:
 
     def steps(self, epoch: int) -> int:
         """Steps in an epoch of the worker that has the most."""
-        return int(max(np.ceil(self._in_batches(self._totals(epoch)))))
+        return int(self._turns(self._totals(epoch).astype(np.int64), self._all_batch_sizes).max())
+
+    def least_batch(self, epoch: int) -> int:
+        """Samples in the smallest batch of an epoch, of all ranks."""
+        sizes = self._all_batch_sizes
+        parts = np.array([round.sizes for round in self.rounds(epoch)], np.int64)
+        last = parts - (self._turns(parts, sizes) - 1) * sizes
+        return int(np.minimum(last, sizes)[parts > 0].min())
 
     def samples(self, epoch: int) -> int:
         """Samples that all ranks train in an epoch, those that were lost included."""
@@ -156,18 +167,21 @@ class Sampler:
         empty."""
         rounds = self.rounds(epoch)
         batch_size = self._batch_size(self._rank)
-        longest = self._in_batches(np.array([round.sizes for round in rounds])).max(axis=1)
-        over = np.concatenate([[0], np.cumsum(longest)])
-        steps = np.concatenate([[0], np.cumsum(np.ceil(longest))])
+        parts = np.array([round.sizes for round in rounds], np.int64)
+        over = np.concatenate([[0], np.cumsum((parts / self._all_batch_sizes).max(axis=1))])
+        steps = np.concatenate([[0], np.cumsum(self._turns(parts, self._all_batch_sizes).max(axis=1))])
         for number, round in enumerate(rounds[first_round:], start=first_round):
             sizes = round.sizes
             weights = sizes / sizes.sum()
             mine, done = round.left(self._rank), round.done[self._rank]
-            together = range(self._size) if self._syncs_every_step else (self._rank,)
-            turns = max(1, *(self._turns(round, rank) for rank in together))
+            own = self._turns(len(mine), batch_size)
+            together = range(self._size) if self._syncs_every_step else ()
+            left = (self._turns(len(round.left(rank)), self._batch_size(rank)) for rank in together)
+            turns = max(1, own, *left)
+            cuts = [*(turn * batch_size for turn in range(own)), *[len(mine)] * (turns + 1 - own)]
             for turn in range(turns):
                 ends = turn == turns - 1
-                indices = mine[turn * batch_size : (turn + 1) * batch_size]
+                indices = mine[cuts[turn] : cuts[turn + 1]]
                 start = over[number] + done / batch_size + turn
                 until = over[number + 1] if ends else start + 1
                 yield Batch(
@@ -204,10 +218,10 @@ class Sampler:
         rounds = self.rounds(epoch)
 
         def had(rank: int | None, first: int, until: int | None = None) -> Indices:
-            return _join(its.part(rank) for its in rounds[first:until])
+            return join(its.part(rank) for its in rounds[first:until])
 
         lost = [rank for rank in range(self._size) if rank not in before]
-        credited = _join([self.credited(epoch), *(had(rank, 0, number) for rank in lost)])
+        credited = join([self.credited(epoch), *(had(rank, 0, number) for rank in lost)])
         workers = range(min(self._first_worker, len(before) - 1), len(before))
         sizes = self._batches_of([before[rank] for rank in workers])
         reached = [number + rounds_more for rounds_more in ahead or [0] * len(before)]
@@ -218,15 +232,17 @@ class Sampler:
             for rank, (old, at) in enumerate(zip(before, reached, strict=True)):
                 over, under_way = had(old, number, at), had(old, at, at + 1)
                 cut = len(under_way) if rank in workers else done[rank]
-                kept.append(_join([over, under_way[:cut]]))
+                kept.append(join([over, under_way[:cut]]))
                 spare.append(under_way[cut:])
                 all_done.append(len(over) + done[rank])
-            plan.append(Round(_dealt(spare, kept, workers, sizes), tuple(all_done)))
+            parts = deal_more(spare, kept, workers, sizes, done=all_done if self._needs_pairs else None)
+            plan.append(Round(parts, tuple(all_done)))
+        none_done = [0] * len(before) if self._needs_pairs else None
         tails = [had(old, at + 1) for old, at in zip(before, reached, strict=True)]
         spare = [had(rank, number + 1) for rank in lost]
         spare += [tail for rank, tail in enumerate(tails) if rank not in workers]
         tails = [tail if rank in workers else NOTHING for rank, tail in enumerate(tails)]
-        tails = list(_dealt(spare, tails, workers, sizes))
+        tails = list(deal_more(spare, tails, workers, sizes, done=none_done))
         if self._rank in before:
             self._rank = before.index(self._rank)
         self._first_worker, self._batch_sizes = workers.start, sizes
@@ -256,63 +272,34 @@ class Sampler:
             sizes = [max(1, round(self._global_batch * size / sum(sizes))) for size in sizes]
         return tuple(sizes)
 
-    def _turns(self, round: Round, rank: int) -> int:
-        """Steps that a rank has still to make in a round."""
-        return -(-len(round.left(rank)) // self._batch_size(rank))
+    @property
+    def _all_batch_sizes(self) -> NDArray[np.int64]:
+        return np.array([self._batch_size(rank) for rank in range(self._size)])
 
-    def _in_batches(self, samples: Sequence[int] | NDArray[np.float64]) -> NDArray[np.float64]:
-        """How many batches of its rank each of these numbers of samples [..., ranks] is."""
-        sizes = [self._batch_size(rank) for rank in range(self._size)]
-        return np.asarray(samples, np.float64) / np.array(sizes, np.float64)
+    def _turns(self, samples: N, batch_size: N) -> N:
+        """Steps in which a rank trains this number of samples."""
+        joins = self._needs_pairs & (samples > 1) & (batch_size > 1) & (samples % batch_size == 1)
+        turns: N = -(-samples // batch_size) - joins
+        return turns
 
     def _cut(self, shards: Sequence[Indices], epoch: int) -> list[Round]:
         every = self._sync_every(epoch)
-        steps = max(1, int(np.ceil(self._in_batches(list(map(len, shards))).max())))
-        a_round = steps if every is None else every
-        spans = [a_round * self._batch_size(rank) for rank in range(self._size)]
+        turns = [self._turns(len(shard), self._batch_size(rank)) for rank, shard in enumerate(shards)]
+        a_round = max(1, *turns) if every is None else every
+        rounds = max(1, -(-max(turns) // a_round))
+        cuts = []  # of each shard: where rounds begin, and its end
+        for rank, shard in enumerate(shards):
+            span = a_round * self._batch_size(rank)
+            begun = -(-turns[rank] // a_round)
+            cuts.append([*(number * span for number in range(begun)), *[len(shard)] * (rounds + 1 - begun)])
         nothing_done = (0,) * len(shards)
         return [
             Round(
-                tuple(
-                    shard[number * span : (number + 1) * span]
-                    for shard, span in zip(shards, spans, strict=True)
-                ),
+                tuple(shard[cut[number] : cut[number + 1]] for shard, cut in zip(shards, cuts, strict=True)),
                 nothing_done,
             )
-            for number in range(-(-steps // a_round))
+            for number in range(rounds)
         ]
 
     def _totals(self, epoch: int) -> NDArray[np.float64]:
         return np.asarray(np.sum([round.sizes for round in self.rounds(epoch)], axis=0))
-
-
-def _dealt(
-    spare: Sequence[Indices], parts: Sequence[Indices], workers: range, batch_sizes: Sequence[int]
-) -> tuple[Indices, ...]:
-    """The parts [ranks], with what is to spare behind those of the workers, so that all have as equal numbers
-    of batches as can be."""
-    extra = _join(spare)
-    sizes = np.array([len(parts[rank]) for rank in workers])
-    cuts = np.cumsum(_shares(sizes, len(extra), np.array(batch_sizes, np.float64)))[:-1]
-    shares = dict(zip(workers, np.split(extra, cuts), strict=True))
-    return tuple(_join([part, shares.get(rank, NOTHING)]) for rank, part in enumerate(parts))
-
-
-def _shares(sizes: NDArray[np.int64], extra: int, weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How much of `extra` everybody gets who has `sizes` already, so that the largest sum, in units of its
-    weight, is as small as can be."""
-    levels = sizes / weights
-    order = np.argsort(levels, kind="stable")
-    for count in range(len(sizes), 0, -1):  # this many come to one level
-        low = np.sort(order[:count])
-        level = (sizes[low].sum() + extra) / weights[low].sum()
-        if levels[order[count - 1]] <= level:
-            break
-    shares = np.zeros_like(sizes)
-    if extra:
-        shares[low] = apportion(extra, np.clip(level * weights[low] - sizes[low], 0, None))
-    return shares
-
-
-def _join(parts: Iterable[Indices]) -> Indices:
-    return np.concatenate([NOTHING, *parts])

@@ -75,7 +75,7 @@ def train_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> 
     with order.display(folder, plan.epochs, prepared.samples_per_epoch, live=live) as display:
         for restarts in range(plan.max_restarts + 1):
             command = command_line(mpiexec, plan.processes, program, survives=survives, hosts=plan.host_list)
-            ending = supervise(command, display.say)
+            ending = supervise(command, display.say, folder.failure.exists)
             try:
                 return _judge(ending, folder)
             except RestartableError as error:

@@ -34,6 +34,7 @@ from rankwise.report.live import Display
 from rankwise.runs import checkpoint
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
+from rankwise.survival import causes
 from rankwise.system import machine
 from rankwise.system.signals import handling
 from rankwise.training.agreement import require_same_options
@@ -206,12 +207,12 @@ def _ending_all_ranks(
     except SupersededError as error:
         world.abort(error.exit_code)  # without a word in a folder that is others' now
         raise
-    except BaseException as error:
-        if folder and world.survives and not isinstance(error, RankwiseError | KeyboardInterrupt):
-            _die_alone(world, folder, error)
-        told = _translated(error, world)
+    except BaseException as caught:
+        alone = world.survives and not isinstance(caught, RankwiseError | KeyboardInterrupt)
+        cause = _die_alone(world, folder, caught) if folder and alone else caught
+        told = _translated(cause, world)
         # Without a folder it is wrong use, of which rank 0 knows.
-        if _write_failure(folder, world.rank, told, error) if folder else world.rank == 0:
+        if _write_failure(folder, world.rank, told, cause) if folder else world.rank == 0:
             tell(told)
         else:
             time.sleep(FIRST_WORD_S)
@@ -239,15 +240,13 @@ def _translated(error: BaseException, world: World) -> RankwiseError:
     return RankwiseError(f"{where}{kind}{one_line(error)}")
 
 
-def _die_alone(world: World, folder: RunFolder, error: BaseException) -> None:
-    """Leave word of why, and end: the other ranks go on, and tell the user."""
-    folder.leave_words(
-        world.number,
-        "crash",
-        f"{type(error).__name__}: {one_line(error)}",
-        traceback="".join(traceback.format_exception(error)),
-    )
-    machine.kill_self()
+def _die_alone(world: World, folder: RunFolder, error: BaseException) -> BaseException:
+    """Leave word of why, and end: the other ranks go on, and tell the user. Returns what ends all of them
+    instead, if the same has ended another one before."""
+    of_all = causes.leave_crash(folder, world.number, error)
+    if of_all is None:
+        machine.kill_self()
+    return of_all or error
 
 
 def _write_failure(folder: RunFolder, rank: int, told: RankwiseError, error: BaseException) -> bool:

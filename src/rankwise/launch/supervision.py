@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -25,6 +26,10 @@ LEAVE_S = 3.0
 GRACE_S = 30.0
 """How long interrupted ranks may take to agree, to save and to leave."""
 
+ABORT_S = 5.0
+"""How long mpiexec may take to end all ranks after one has failed and told it to: now and then Open MPI's
+does not do it when a rank was lost before."""
+
 
 @dataclass(frozen=True)
 class MpiexecResult:
@@ -35,12 +40,15 @@ class MpiexecResult:
     last_words: str
 
 
-def supervise(command: list[str], show: Callable[[str], None]) -> MpiexecResult:
+def supervise(
+    command: list[str], show: Callable[[str], None], failed: Callable[[], bool] = lambda: False
+) -> MpiexecResult:
     """Run mpiexec to its end, in a session of its own so that a terminal's Ctrl-C does not reach it.
 
     SIGINT, SIGTERM and SIGUSR1 here become SIGUSR1 to mpiexec, which passes it on to the ranks untouched
     (SIGTERM it would follow with SIGKILL a quarter of a second later). A second one ends the ranks
-    at once. `show` gets what ranks print, line by line; mpiexec's own banners are held back.
+    at once. `show` gets what ranks print, line by line; mpiexec's own banners are held back. `failed` says
+    whether a rank has left word that the run fails.
     """
     try:
         process = subprocess.Popen(
@@ -63,11 +71,16 @@ def supervise(command: list[str], show: Callable[[str], None]) -> MpiexecResult:
     ]
     for reader in readers:
         reader.start()
+    failed_at = math.inf
     with _stop_signals(process) as asked_at:
         while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)
-            if asked_at and (len(asked_at) > 1 or time.monotonic() > asked_at[0] + GRACE_S):
+            now = time.monotonic()
+            if failed():
+                failed_at = min(failed_at, now)
+            late = now > failed_at + ABORT_S or (asked_at and now > asked_at[0] + GRACE_S)
+            if late or len(asked_at) > 1:
                 _kill(process)
     _end_session(process.pid)
     for reader in readers:

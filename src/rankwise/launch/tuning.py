@@ -134,7 +134,9 @@ def _may_split(given: TrainConfig, dataset: data.Dataset) -> bool:
 
     if given.model_fields_set & {"ranks", "strategy", "topology", "spares"} or given.lr_scaling != "none":
         return False
-    model = models.build(given.model, dataset.image_shape, len(dataset.classes))
+    model = models.trial_of(
+        given.model, dataset.image_shape, len(dataset.classes), memory_format=given.memory_format
+    ).model
     return not any(isinstance(module, _BatchNorm) for module in model.modules())
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.errors import ModelError, one_line, unknown_name
 from rankwise.system.user_code import import_from
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from rankwise.models.trial import Trial
 
 Shape = tuple[int, int, int]
 """Channels, height and width of an image."""
@@ -36,14 +38,44 @@ def check(spec: str) -> None:
         raise ModelError(unknown_name("model", spec, [*MODELS, "module:callable"]))
 
 
-def build(spec: str, image_shape: Shape, classes: int, *, takes: Sequence[Shape] = ()) -> nn.Module:
+def build(spec: str, image_shape: Shape, classes: int) -> nn.Module:
     """A network for images of `image_shape` (channels, height, width) and `classes` classes.
 
-    It is tried once on a blank pair of images, and of each other shape that it shall take (`takes`), so that
-    a network that does not fit is refused here, by name, and not in the middle of training. A user's
-    ``module:callable`` is called with (image_shape, classes), or without arguments if it takes none. Raises
-    ModelError.
+    A user's ``module:callable`` is called with (image_shape, classes), or without arguments if it takes none.
+    It is tried on a blank pair of images. Raises ModelError.
     """
+    return trial_of(spec, image_shape, classes).model
+
+
+def trial_of(
+    spec: str,
+    image_shape: Shape,
+    classes: int,
+    *,
+    takes: Sequence[Shape] = (),
+    memory_format: Literal["channels-last", "contiguous"] = "channels-last",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Trial:
+    """The trial of a network as `build` gives it, evaluated once on a blank pair of images, and of each other
+    shape that it shall take (`takes`), so that a network that does not fit is refused here, by name, and
+    not in the middle of training. With the `memory_format` contiguous it gets such images. Raises ModelError.
+    """
+    from rankwise.models.trial import Trial
+
+    def make() -> nn.Module:
+        model = _made(spec, image_shape, classes)
+        if memory_format == "contiguous":
+            model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        return model
+
+    trial = Trial(spec, make, classes, precision)
+    for shape in (image_shape, *takes):
+        trial.evaluate(shape)
+    trial.model.train()
+    return trial
+
+
+def _made(spec: str, image_shape: Shape, classes: int) -> nn.Module:
     import torch
 
     check(spec)
@@ -56,27 +88,7 @@ def build(spec: str, image_shape: Shape, classes: int, *, takes: Sequence[Shape]
         ) from error
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"model {spec} gave a {type(model).__name__}, expected a torch.nn.Module")
-    model.eval()
-    for shape in (image_shape, *takes):
-        _try(model, spec, shape, classes)
-    return model.train()
-
-
-def _try(model: nn.Module, spec: str, image_shape: Shape, classes: int) -> None:
-    import torch
-
-    try:
-        with torch.inference_mode():
-            scores = model(torch.zeros(2, *image_shape))
-    except Exception as error:
-        raise ModelError(
-            f"model {spec} cannot take images of shape {image_shape}: {one_line(error)}"
-        ) from error
-    if tuple(getattr(scores, "shape", ())) != (2, classes):
-        given = tuple(getattr(scores, "shape", ())) or type(scores).__name__
-        raise ModelError(
-            f"model {spec} answers two images with {given}, expected scores of shape (2, {classes})"
-        )
+    return model
 
 
 def _takes_arguments(maker: Any) -> bool:

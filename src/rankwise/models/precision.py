@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from rankwise.errors import OutOfStepError
+
 
 def autocast(precision: Literal["fp32", "bf16"]) -> AbstractContextManager[object]:
     """Inside, a forward pass computes in this precision, and the backward pass of it as well.
@@ -16,3 +18,13 @@ def autocast(precision: Literal["fp32", "bf16"]) -> AbstractContextManager[objec
     gradients are float32. It can be entered again and again, not inside itself.
     """
     return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def require_no_autocast() -> None:
+    """Raises OutOfStepError inside an autocast region: until its end torch computes with the copies of the
+    weights that it has made for the first step, whatever becomes of the weights themselves."""
+    if torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled():
+        raise OutOfStepError(
+            "step() was called inside torch.autocast, where torch goes on computing with the weights of the "
+            "first step: end the region after the loss, before backward() and step()"
+        )

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from rankwise.errors import ModelError
 from rankwise.models.average import Average
+from rankwise.models.buffers import HeldBuffers
 from rankwise.models.expanded import own_elements
 from rankwise.models.freezing import is_under
 from rankwise.models.optimizer_state import OptimizerState
+from rankwise.models.rest import ExtraState
 
 P = TypeVar("P")
 
@@ -38,8 +40,9 @@ class Replica:
 
     All that is settled when the replica is made: `require_unchanged` finds out what has changed since.
 
-    `clip_norm` limits the norm of all gradients together in each `step`, None for no limit. What the
-    loop calls is `module`, the model itself unless it is compiled, or a strategy wraps it.
+    `clip_norm` limits the norm of all gradients together in each `step`, None for no limit. `needs_pairs`
+    says that the model cannot train on a batch of one sample, as BatchNorm cannot. What the loop calls is
+    `module`, the model itself unless it is compiled, or a strategy wraps it.
     """
 
     def __init__(
@@ -50,17 +53,21 @@ class Replica:
         share_optimizer_state: bool = False,
         clip_norm: float | None = None,
         average: Average | None = None,
+        needs_pairs: bool = False,
     ) -> None:
         self.model = model
         self.module = model
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.average = average
+        self.needs_pairs = needs_pairs
         self._held = _held(model, optimizer)
         self._trained = {name: value for name, value in self._held.items() if value.requires_grad}
         self.parameters = list(self._trained.values())
         self._attached: dict[type, Any] = {}
         self._state = OptimizerState(optimizer)
+        self.extra = ExtraState(model)
+        self.buffers = HeldBuffers(model)
         _require_dense_numbers(model)
         self._shares_state = share_optimizer_state
         weights = [parameter.detach() for parameter in self.parameters]
@@ -192,7 +199,8 @@ class Replica:
 
     def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
         """A copy of all that a step changes, in the memory of one that is no longer needed."""
-        snapshot = reuse or Snapshot([*self._all, *self.optimizer_state().values()], self._state)
+        tensors = [*self._all, *self.optimizer_state().values()]
+        snapshot = reuse or Snapshot(tensors, self._state, self.buffers, self.extra)
         snapshot.take()
         return snapshot
 
@@ -213,31 +221,45 @@ class Replica:
         self._state.reset()
 
 
+Content = tuple[list[Tensor], dict[str, Any]]
+"""What a snapshot keeps: tensors, and the extra state of modules."""
+
+
 class Snapshot:
     """What a replica was; `restore` makes it so again."""
 
-    def __init__(self, tensors: list[Tensor], state: OptimizerState) -> None:
+    def __init__(
+        self, tensors: list[Tensor], state: OptimizerState, buffers: HeldBuffers, extra: ExtraState
+    ) -> None:
         self._tensors = tensors
         self._state = state
+        self._buffers = buffers
+        self._extra = extra
         self._copies = [torch.empty_like(tensor) for tensor in tensors]
+        self._extra_copy: dict[str, Any] = {}
 
     def take(self) -> None:
         """Copy the replica as it is now."""
         self._state.note()
+        self._buffers.gather()
         torch._foreach_copy_(self._copies, self._tensors)
+        self._extra_copy = self._extra.copy()
 
     def restore(self) -> None:
         """Overwrite the replica."""
+        self._buffers.gather()
         torch._foreach_copy_(self._tensors, self._copies)
         self._state.show()
+        self._extra.load(self._extra_copy)
 
-    def content(self) -> list[Tensor]:
+    def content(self) -> Content:
         """What is kept, to be sent to a replica of the same model."""
-        return self._copies
+        return self._copies, self._extra_copy
 
-    def fill(self, content: list[Tensor]) -> None:
+    def fill(self, content: Content) -> None:
         """Keep what another replica was."""
-        torch._foreach_copy_(self._copies, content)
+        tensors, self._extra_copy = content
+        torch._foreach_copy_(self._copies, tensors)
 
 
 class Layout:

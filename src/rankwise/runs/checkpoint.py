@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from rankwise.errors import ResumeError, one_line
 from rankwise.models.expanded import load
 from rankwise.models.replica import Replica
+from rankwise.models.rest import unpacked
 
 Memory = Mapping[str, NDArray[np.floating]]
 """Arrays of one rank's strategy, by name."""
@@ -31,6 +33,8 @@ Memory = Mapping[str, NDArray[np.floating]]
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 AVERAGE = "average.safetensors"
+REST, AVERAGE_REST = "model-rest.pt", "average-rest.pt"
+"""What these two lack, if anything: extra state that is no tensor, and buffers that are not persistent."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,30 @@ class Checkpoint:
         the tensors do not fit.
         """
         try:
-            load(replica.model, safetensors.torch.load_file(self.path / MODEL))
+            load(replica.model, self._values(MODEL, REST))
             if replica.average is not None:
-                average = self.path / AVERAGE
-                if average.exists():
-                    load(replica.average.model, safetensors.torch.load_file(average))
+                if (self.path / AVERAGE).exists():
+                    load(replica.average.model, self._values(AVERAGE, AVERAGE_REST))
                 else:  # the run had none so far
                     replica.average.begin()
             if worker is not None and self.workers:
                 saved = safetensors.torch.load_file(self.path / worker_file(worker % self.workers))
                 replica.load_optimizer_state(saved)
-        except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            safetensors.SafetensorError,
+            pickle.UnpicklingError,
+        ) as error:
             raise ResumeError(
                 f"checkpoint {self.path} does not fit this run: {one_line(error)[:300]}"
             ) from None
+
+    def _values(self, tensors: str, rest: str) -> dict[str, Any]:
+        values: dict[str, Any] = dict(safetensors.torch.load_file(self.path / tensors))
+        path = self.path / rest
+        return values | (unpacked(path.read_bytes()) if path.exists() else {})
 
     def memory_of(self, rank: int) -> Memory:
         """What the strategy of a rank had to remember; nothing for a rank that was not there. Raises

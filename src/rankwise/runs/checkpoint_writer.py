@@ -17,11 +17,23 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from rankwise.comm import World
-from rankwise.errors import StorageError
+from rankwise.errors import ModelError, StorageError
 from rankwise.models.replica import Replica
-from rankwise.runs.checkpoint import AVERAGE, MANIFEST, MODEL, Memory, finished, memory_file, worker_file
+from rankwise.models.rest import packed, rest_of
+from rankwise.runs.checkpoint import (
+    AVERAGE,
+    AVERAGE_REST,
+    MANIFEST,
+    MODEL,
+    REST,
+    Memory,
+    finished,
+    memory_file,
+    worker_file,
+)
 from rankwise.system.files import write_atomically
 
 LOOK_S = 0.02
@@ -64,11 +76,11 @@ class CheckpointWriter:
         draft = self._new_draft(epoch) if world.rank == 0 else None
         draft = Path(world.allgather_object(draft)[0])
         self._complete()  # of the one before all parts are there now
-        files = {}
+        files: dict[str, bytes] = {}
         if world.rank == 0:
-            files[MODEL] = _packed(replica.model.state_dict())
+            files |= _files_of(replica.model, MODEL, REST)
             if replica.average is not None:
-                files[AVERAGE] = _packed(replica.average.model.state_dict())
+                files |= _files_of(replica.average.model, AVERAGE, AVERAGE_REST)
         if worker is not None and worker < writers:
             files[worker_file(worker)] = _packed(replica.optimizer_state())
         if memory:
@@ -187,6 +199,17 @@ class _Part:
 
 def _note(draft: Path, rank: int) -> Path:
     return draft / f"sums-{rank:04d}.json"
+
+
+def _files_of(model: nn.Module, tensors: str, rest: str) -> dict[str, bytes]:
+    """A model as files' contents, by their names. Raises StorageError."""
+    files = {tensors: _packed({k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)})}
+    if its := rest_of(model):
+        try:
+            files[rest] = packed(its)
+        except ModelError as error:
+            raise StorageError(f"cannot write a checkpoint: {error}") from None
+    return files
 
 
 def _packed(tensors: dict[str, torch.Tensor]) -> bytes:

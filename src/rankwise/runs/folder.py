@@ -68,6 +68,11 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
+    def read_all_words(self) -> dict[int, dict[str, Any]]:
+        """The last words about each rank about which there are any."""
+        ranks = [int(path.stem.removeprefix("rank-")) for path in self.last_words.glob("rank-*.json")]
+        return {rank: self.read_words(rank) for rank in sorted(ranks)}
+
     def forget_failures(self) -> None:
         """The run goes on: what ended it, or one of its ranks, was before."""
         self.failure.unlink(missing_ok=True)

@@ -187,6 +187,7 @@ def start_alike(replica: Replica, world: World) -> None:
     replica.unpack_frozen(frozen)
     replica.unpack_buffers(buffers)
     replica.unpack_integers(integers)
+    _share_extra_state(replica, world)
     if replica.average is not None:
         replica.average.begin()
 
@@ -195,10 +196,13 @@ def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: Worl
     """Make floating-point buffers their weighted mean, and integer ones the largest. Those that are the same
     on all ranks stay as they are, bit for bit: tables and masks, which may hold infinities.
 
-    Training does not read the others, so once an epoch, before it is evaluated, is enough.
+    Training does not read the others, so once an epoch, before it is evaluated, is enough. Extra state of
+    modules, of which there is no mean, becomes rank 0's.
     """
     if world.size == 1:
         return
+    _share_extra_state(replica, world)
+    replica.buffers.gather()
     integers, marks = replica.pack_integers(), replica.buffer_marks()
     largest = np.concatenate([integers, marks, -marks])
     if largest.size:
@@ -212,6 +216,11 @@ def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: Worl
             buffers *= buffers.dtype.type(weights[world.rank])
             world.allreduce(buffers)
         replica.unpack_buffers(buffers, differs.tolist())
+
+
+def _share_extra_state(replica: Replica, world: World) -> None:
+    if replica.extra:
+        replica.extra.load(world.broadcast_object(replica.extra.copy() if world.rank == 0 else None, 0))
 
 
 def require_same_weights(replica: Replica, world: World) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+from rankwise.errors import ProgramError, one_line
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Fault, utc_before
-from rankwise.survival.fault_injection import DEADLY, Mark, read_marks
+from rankwise.survival.fault_injection import DEADLY, InjectedCrash, Mark, read_marks
 
 
 def new_injected_faults(folder: RunFolder, known: Iterable[Fault]) -> list[Mark]:
@@ -30,6 +34,31 @@ def harmless_faults(folder: RunFolder) -> list[Fault]:
         for mark in read_marks(folder.faults)
         if mark.kind not in DEADLY
     ]
+
+
+def leave_crash(folder: RunFolder, rank: int, error: BaseException) -> ProgramError | None:
+    """Write down the error that ends a rank; returns one that should end the run, if the same has ended
+    another rank in the same epoch.
+
+    The same is one of the same type, from the same line of code. What ends a rank because of a sample ends
+    in the same epoch the rank to which that sample is dealt next, and so on. An injected crash does not.
+    """
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{type(error).__name__} in {Path(raised.filename).name}, line {raised.lineno}"
+    mine: dict[str, Any] = {"error": where, "epoch": len(folder.read_metrics()) + 1}
+    message = f"{type(error).__name__}: {one_line(error)}"
+    told = "".join(traceback.format_exception(error))
+    # First write, then read: of two ranks that fail at once one finds the other's words.
+    folder.leave_words(rank, "crash", message, traceback=told, **mine)
+    for other, words in folder.read_all_words().items():
+        if other != rank and mine.items() <= words.items() and not isinstance(error, InjectedCrash):
+            of_all = ProgramError(
+                f"{where}: {one_line(error)} (it ended rank {other} in the same epoch, and would end one "
+                "rank after the other: mend the program)"
+            )
+            of_all.__cause__ = error
+            return of_all
+    return None
 
 
 def explain(

@@ -15,7 +15,7 @@ from rankwise.strategies.compression import Memory
 from rankwise.training.snapshots import Progress
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from rankwise.models.replica import Content
 
 Standing = list[tuple[Progress, int]]
 """Where a rank can go back to, and at the end where it was when another was lost; each with the samples that
@@ -31,7 +31,7 @@ class JoinState:
     plan: Plan
     rounds: int
     memory: Memory
-    replica: list[Tensor]
+    replica: Content
     ideal_time: IdealTime
     history: Any
 

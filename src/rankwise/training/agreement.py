@@ -18,6 +18,9 @@ SIMPLE = (bool, int, float, str, tuple, type(None))
 NOTHING, UNSAID = "nothing more", "not given"
 
 
+SHAPELESS = "that has no shape yet"
+
+
 def require_same_options(world: World, mine: Mapping[str, Any]) -> None:
     """Compare options by name; all ranks together. Raises ConfigError if a rank was given others."""
     for rank, theirs in enumerate(world.allgather_object(dict(mine))):
@@ -32,7 +35,7 @@ def require_same_options(world: World, mine: Mapping[str, Any]) -> None:
 
 def require_same_model(world: World, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Compare names, shapes, types and order of parameters and buffers, and the optimiser's settings; all
-    ranks together. Raises ModelError if a rank has others."""
+    ranks together. Raises ModelError if a rank has others, and on all for what has no shape yet."""
     mine = _parts(model, optimizer)
     for rank, theirs in enumerate(world.allgather_object(mine)):
         for part, its in zip([*mine, NOTHING], [*theirs, NOTHING], strict=False):
@@ -41,17 +44,22 @@ def require_same_model(world: World, model: nn.Module, optimizer: torch.optim.Op
                     f"ranks hold different models: rank {world.rank} has {part} where rank {rank} has {its}; "
                     "make model and optimiser in the same order and with the same values on each rank"
                 )
+    for part in mine:
+        if SHAPELESS in part:
+            raise ModelError(f"{part}: call model(inputs) once, as lazy layers want, before synchronise")
 
 
 def _parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Model and optimiser in words, one for each part."""
+    from torch.nn.parameter import is_lazy
+
     tensors: list[tuple[str, str, torch.Tensor]] = [("parameter", *its) for its in model.named_parameters()]
     tensors += [("buffer", *its) for its in model.named_buffers()]
-    parts = [
-        f"the {kind} {name} {list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
-        f"{'' if tensor.requires_grad or kind == 'buffer' else ', frozen'}"
-        for kind, name, tensor in tensors
-    ]
+    parts = []
+    for kind, name, tensor in tensors:
+        shape = SHAPELESS if is_lazy(tensor) else list(tensor.shape)
+        frozen = "" if tensor.requires_grad or kind == "buffer" else ", frozen"
+        parts.append(f"the {kind} {name} {shape} of {str(tensor.dtype).removeprefix('torch.')}{frozen}")
     for number, group in enumerate(optimizer.param_groups):
         settings = {name: value for name, value in sorted(group.items()) if isinstance(value, SIMPLE)}
         parts += [f"{name} = {value} in the optimiser's group {number}" for name, value in settings.items()]

@@ -46,8 +46,11 @@ def dealing_of(
     return deal
 
 
-def make_sampler(plan: RunPlan, pool: Indices, labels: Indices, rank: int) -> Sampler:
-    """The sampler of `rank` over the samples `pool`, whose classes are `labels`."""
+def make_sampler(
+    plan: RunPlan, pool: Indices, labels: Indices, rank: int, *, needs_pairs: bool = False
+) -> Sampler:
+    """The sampler of `rank` over the samples `pool`, whose classes are `labels`; with `needs_pairs` it gives
+    no batch of one sample that it can do without."""
     return Sampler(
         dealing_of(plan, pool, labels),
         rank=rank,
@@ -56,6 +59,7 @@ def make_sampler(plan: RunPlan, pool: Indices, labels: Indices, rank: int) -> Sa
         sync_every=lambda epoch: _steps_per_round(plan, epoch),
         keeps_global_batch=plan.on_shrink == "keep-global-batch",
         syncs_every_step=plan.entry.strategy.recovery.syncs_every_step,
+        needs_pairs=needs_pairs,
     )
 
 
@@ -66,8 +70,10 @@ def _steps_per_round(plan: RunPlan, epoch: int) -> int | None:
     return plan.sync_every if isinstance(plan.sync_every, int) else None
 
 
-def make_replica(plan: RunPlan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Replica:
-    """The replica of a rank."""
+def make_replica(
+    plan: RunPlan, model: nn.Module, optimizer: torch.optim.Optimizer, *, needs_pairs: bool = False
+) -> Replica:
+    """The replica of a rank, whose model perhaps cannot train on a single sample (`needs_pairs`)."""
     from rankwise.models.average import Average
     from rankwise.models.replica import Replica
 
@@ -80,6 +86,7 @@ def make_replica(plan: RunPlan, model: nn.Module, optimizer: torch.optim.Optimiz
         share_optimizer_state=plan.optimizer_state == "average",
         clip_norm=plan.clip_norm,
         average=average,
+        needs_pairs=needs_pairs,
     )
 
 
@@ -99,7 +106,7 @@ def build(
     return Synchroniser(
         replica,
         plan.entry.build(plan),
-        make_sampler(plan, pool, labels, world.rank),
+        make_sampler(plan, pool, labels, world.rank, needs_pairs=replica.needs_pairs),
         world,
         rate_factor=schedule.scheduler(plan),
         survives=plan.on_failure == "continue" and world.size > 1,
@@ -139,5 +146,8 @@ def synchronise(
     if samples < plan.workers:
         raise ConfigError(f"{samples} samples cannot be dealt to {plan.workers} workers: use fewer ranks")
     require_same_model(world, model, optimizer)
-    replica = make_replica(plan, model, optimizer)
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    needs_pairs = any(isinstance(module, _BatchNorm) for module in model.modules())
+    replica = make_replica(plan, model, optimizer, needs_pairs=needs_pairs)
     return build(plan, replica, np.arange(samples), np.zeros(samples, np.int64), world)

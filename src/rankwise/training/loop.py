@@ -191,7 +191,7 @@ def evaluate(job: Job, epoch: int) -> tuple[float, int]:
     with (
         world.ledger.phase("evaluation"),
         job.synchroniser.faults.during("evaluation"),
-        torch.inference_mode(),
+        torch.no_grad(),  # tables that a model makes in inference mode could not be trained with
         autocast(job.config.precision),
     ):
         model.eval()

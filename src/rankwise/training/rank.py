@@ -17,6 +17,7 @@ from rankwise.data.selection import Selection, at_most, select
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
+from rankwise.models.rest import packed, rest_of
 from rankwise.models.whitening import whiten
 from rankwise.plan import RunPlan
 from rankwise.runs.checkpoint import Checkpoint
@@ -207,19 +208,31 @@ def _share_threads(plan: RunPlan, world: World, say: Say) -> tuple[int, list[Hos
 
 
 def _make_replica(plan: RunPlan, dataset: Dataset, chosen: Selection) -> Replica:
+    shape, classes = dataset.image_shape, len(dataset.classes)
+    smaller = [resizing.shape_at(height, shape) for height, _ in plan.resizing.stages]
     with _SEEDING:
         torch.manual_seed(plan.seed)
-        smaller = [resizing.shape_at(height, dataset.image_shape) for height, _ in plan.resizing.stages]
-        model = models.build(plan.model, dataset.image_shape, len(dataset.classes), takes=smaller)
+        trial = models.trial_of(
+            plan.model,
+            shape,
+            classes,
+            takes=smaller,
+            memory_format=plan.memory_format,
+            precision=plan.precision,
+        )
+        model = trial.model
     if plan.whitening:
         seen = at_most(chosen.train_pool, plan.whitening, plan.seed)
         whiten(model, (images for images, _ in feed(dataset.train, seen, WHITENING_BATCH)))
-    if plan.memory_format == "contiguous":
-        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    else:
+    if plan.memory_format == "channels-last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
     plan.freezing.check(plan.model, [name for name, p in model.named_parameters() if p.requires_grad])
-    return make_replica(plan, model, make_optimizer(plan, model))
+    with _SEEDING:
+        for tried in (shape, *smaller):
+            trial.train(tried)
+        needs_pairs = not all(trial.trains_on_one(tried) for tried in (shape, *smaller))
+    packed(rest_of(model))  # or the first checkpoint would fail
+    return make_replica(plan, model, make_optimizer(plan, model), needs_pairs=needs_pairs)
 
 
 def _make_job(
@@ -232,18 +245,25 @@ def _make_job(
     observer: Observer | None = None,
     join_state: JoinState | None = None,
 ) -> Job:
+    synchroniser = build(
+        plan,
+        replica,
+        chosen.train_pool,
+        dataset.train.labels[chosen.train_pool],
+        world,
+        faults=_faults(plan, folder, world, replica),
+        observer=observer,
+        join_state=join_state,
+    )
+    if replica.needs_pairs and join_state is None and synchroniser.sampler.least_batch(1) == 1:
+        raise ConfigError(
+            f"--batch-size {plan.batch_size} makes a batch of one of the {len(chosen.train_pool)} training "
+            f"samples, on which model {plan.model} cannot be trained, as BatchNorm cannot: use a larger "
+            "--batch-size, or another --train-limit"
+        )
     return Job(
         config=plan,
-        synchroniser=build(
-            plan,
-            replica,
-            chosen.train_pool,
-            dataset.train.labels[chosen.train_pool],
-            world,
-            faults=_faults(plan, folder, world, replica),
-            observer=observer,
-            join_state=join_state,
-        ),
+        synchroniser=synchroniser,
         train=dataset.train,
         validation=chosen.validation,
         val_pool=chosen.val_pool,

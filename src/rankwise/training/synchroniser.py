@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from rankwise.comm import World
-from rankwise.data.partition import Indices
-from rankwise.data.sampler import NOTHING, Batch, Sampler
+from rankwise.data.partition import NOTHING, Indices
+from rankwise.data.sampler import Batch, Sampler
 from rankwise.errors import ConfigError, RankLost
+from rankwise.models.precision import require_no_autocast
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
 from rankwise.survival.fault_injection import NoFaults
@@ -152,10 +153,11 @@ class Synchroniser:
     def step(self) -> None:
         """Use the gradients of the current batch, and synchronise if the strategy has it due now.
 
-        Raises what `batches` does, and RuntimeError without a batch.
+        Raises what `batches` does, RuntimeError without a batch, and OutOfStepError inside torch.autocast.
         """
         if self._batch is None:
             raise RuntimeError("step() stands alone: call it once in each turn of a loop over batches()")
+        require_no_autocast()
         batch, self._batch = self._batch, None
         self.faults.at("compute")
         try:

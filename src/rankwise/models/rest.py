@@ -1,0 +1,76 @@
+"""What a model holds besides the tensors of its `state_dict()`: extra state of its modules, such as counters
+and tables of words, and buffers that are not persistent."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import ModelError, one_line
+
+
+class ExtraState:
+    """The extra state of a model's modules, by their names. Raises ModelError for a module that cannot take
+    back what it gives."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._holders = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        }
+        for name, module in self._holders.items():
+            if type(module).set_extra_state is nn.Module.set_extra_state:
+                raise ModelError(
+                    f"module {name or 'model'} has get_extra_state, and no set_extra_state that takes it: "
+                    "write both"
+                )
+
+    def __bool__(self) -> bool:
+        return bool(self._holders)
+
+    def copy(self) -> dict[str, Any]:
+        """As it is now."""
+        return {name: copy.deepcopy(module.get_extra_state()) for name, module in self._holders.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Make it what `copy` gave, of this model or another of the same kind."""
+        for name, module in self._holders.items():
+            module.set_extra_state(copy.deepcopy(state[name]))
+
+
+def rest_of(model: nn.Module) -> dict[str, Any]:
+    """By name, what a file of the tensors of `state_dict()` lacks."""
+    held = model.state_dict()
+    rest = {name: value for name, value in held.items() if not isinstance(value, Tensor)}
+    return rest | {name: buffer for name, buffer in model.named_buffers() if name not in held}
+
+
+def packed(rest: Mapping[str, Any]) -> bytes:
+    """`rest_of` a model as a file's content. Raises ModelError, by name, for what cannot be read without
+    running code that is in the file."""
+    for name, value in rest.items():
+        try:
+            unpacked(_saved(value))
+        except Exception as error:
+            raise ModelError(
+                f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: give tensors, numbers, "
+                f"text, and lists, tuples and dicts of them ({one_line(error)[:80]})"
+            ) from None
+    return _saved(dict(rest))
+
+
+def unpacked(content: bytes) -> Any:
+    """What was packed."""
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def _saved(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
