@@ -124,6 +124,14 @@ def test_slow_ranks_are_shown(folder: RunFolder) -> None:
     assert slow_ranks(folder.beats, 60) == []
 
 
+def test_what_ranks_of_an_earlier_start_were_at_is_over(folder: RunFolder) -> None:
+    """A run that is started again shows none of the ranks that it had before."""
+    Beats(folder.beats, 3).tell(1, beat("forward", 75.1))
+    assert len(slow_ranks(folder.beats, 60)) == 1
+    folder.begin()
+    assert slow_ranks(folder.beats, 60) == []
+
+
 def test_slow_ranks_are_shown_above_the_bar(folder: RunFolder) -> None:
     """On a terminal, too, each slow rank is a line."""
     screen = io.StringIO()
