@@ -235,17 +235,24 @@ def replace_layer(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
         model[2] = nn.Linear(8, 3).double()
 
 
+def make_buffer(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    model.register_buffer("table", torch.zeros(2), persistent=False)
+    if epoch == 2:
+        model.register_buffer("mean", torch.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (make_buffer, "the buffer mean was made"),
         (unfreeze, "the parameter 0.weight was unfrozen"),
         (add_group, "0 of the optimiser alone was added"),
         (replace_layer, "the parameter 2.weight was added, removed or replaced"),
     ],
 )
 def test_what_ranks_do_not_exchange_is_refused(change: Any, told: str) -> None:
-    """Parameters that are unfrozen, added or replaced after ranks were put in step would drift apart: the
-    next epoch is refused, in one line, before it is trained."""
+    """Parameters that are unfrozen, added or replaced, and buffers that are made, after ranks were put in
+    step would drift apart: the next epoch is refused, in one line, before it is trained."""
 
     def frozen_first(model: nn.Module) -> torch.optim.Optimizer:
         model[0].requires_grad_(change is not unfreeze)
