@@ -221,9 +221,11 @@ class Keeping(Plain):
         super().__init__()
         self.kept: dict[str, Any] = {"steps": 0, "words": ["a", None], "table": torch.zeros(2)}
         self.register_buffer("mean", torch.zeros(PIXELS), persistent=False)
+        self.register_buffer("sized", torch.zeros(0), persistent=False)
         self.made.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.sized = torch.ones(len(x))
         if self.training:
             self.kept["steps"] += 1
             self.kept["table"] = self.kept["table"] + 1
@@ -239,7 +241,11 @@ class Keeping(Plain):
         self.kept = state
 
 
-@pytest.mark.parametrize("options", [{"ranks": 1}, {"ranks": 2, "strategy": "allreduce"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"ranks": 1}, {"ranks": 2, "strategy": "allreduce"}, {"ranks": 3, "strategy": "parameter-averaging"}],
+    ids=str,
+)
 @pytest.mark.parametrize("average", ["none", "ema"])
 def test_all_that_a_module_keeps_is_in_a_checkpoint(
     config: Make, train_in_threads: Train, options: dict[str, Any], average: str

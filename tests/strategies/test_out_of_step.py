@@ -235,17 +235,24 @@ def replace_layer(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
         model[2] = nn.Linear(8, 3).double()
 
 
+def make_buffer(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    model.register_buffer("table", torch.zeros(2), persistent=False)
+    if epoch == 2:
+        model.register_buffer("mean", torch.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (make_buffer, "the buffer mean was made"),
         (unfreeze, "the parameter 0.weight was unfrozen"),
         (add_group, "0 of the optimiser alone was added"),
         (replace_layer, "the parameter 2.weight was added, removed or replaced"),
     ],
 )
 def test_what_ranks_do_not_exchange_is_refused(change: Any, told: str) -> None:
-    """Parameters that are unfrozen, added or replaced after ranks were put in step would drift apart: the
-    next epoch is refused, in one line, before it is trained."""
+    """Parameters that are unfrozen, added or replaced, and buffers that are made, after ranks were put in
+    step would drift apart: the next epoch is refused, in one line, before it is trained."""
 
     def frozen_first(model: nn.Module) -> torch.optim.Optimizer:
         model[0].requires_grad_(change is not unfreeze)
@@ -388,37 +395,49 @@ def test_ranks_with_different_models_are_refused(change: Any, told: str) -> None
 
 
 def in_autocast(where: str) -> Callable[..., None]:
-    """A body with an autocast region around the loss alone, or around all of it, with torch's cache of
-    weights or without."""
+    """A body inside an autocast region, with torch's cache of weights or without, or with the region's end
+    before the backward pass."""
 
     def body(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
-        region = torch.autocast("cpu", torch.bfloat16, cache_enabled=where != "uncached")
         optimizer.zero_grad()
-        with region:
-            loss = F.cross_entropy(model.float()(x.float()), y)
-            if where != "loss":
-                loss.backward()
-                step()
-        if where == "loss":
+        region = torch.autocast("cpu", torch.bfloat16, cache_enabled=where != "uncached")
+        if where == "ended":
+            with region:
+                loss = F.cross_entropy(model.float()(x.float()), y)
             loss.backward()
             step()
+            return
+        with region:
+            F.cross_entropy(model.float()(x.float()), y).backward()
+            with torch.autocast("cpu", enabled=where != "disabled", cache_enabled=where != "uncached"):
+                step()
 
     return body
 
 
 def test_a_step_inside_autocast_is_refused() -> None:
     """Inside an autocast region torch computes with the first step's weights whatever becomes of them: a step
-    there is refused in one line; around the loss, or without the cache, it is one process."""
+    there is refused in one line. After its end it computes what it does without the cache, and so it does in
+    a region around one that is disabled, all turns in which are one region."""
     with pytest.raises(
         OutOfStepError, match=r"inside torch.autocast.*end the region after the loss"
     ) as refused:
-        Loop(body=in_autocast("all")).on_ranks(2)
+        Loop(body=in_autocast("within")).on_ranks(2)
     assert "\n" not in str(refused.value)
-    for where in ("loss", "uncached"):
-        found = Loop(body=in_autocast(where)).on_ranks(2)
-        first = FIRST[0].weight.detach().numpy()
-        assert all(np.array_equal(one, two) for one, two in zip(found[0][0], found[1][0], strict=True))
-        assert np.abs(found[0][0][0] - first).max() > 0.1
+
+    def program(world: World, where: str) -> np.ndarray:
+        model, optimizer = Loop().make()
+        its = synchronise(model.float(), optimizer, world, samples=SAMPLES, strategy="allreduce")
+        around = torch.autocast("cpu", torch.bfloat16, enabled=where == "disabled")
+        with around:
+            for batch in its.batches(1):
+                Loop(body=in_autocast(where)).turn(model, optimizer, its.step, batch.indices)
+        return model[0].weight.detach().numpy().copy()
+
+    expected = run_in_threads(2, lambda world: program(world, "uncached"))[0]
+    for where in ("ended", "disabled"):
+        found = run_in_threads(2, lambda world, where=where: program(world, where))
+        assert all(np.array_equal(its, expected) for its in found)
 
 
 class Renormalising(nn.Sequential):

@@ -13,6 +13,8 @@ class HeldBuffers:
     one (``self.mean = 0.9 * self.mean + ...``) are followed."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._saved = _saved_names(model)
         self._places = [
             (module._buffers, name, buffer)
             for module in model.modules()
@@ -29,6 +31,17 @@ class HeldBuffers:
                 with torch.no_grad():
                     buffer.copy_(now)
                 place[name] = buffer
+
+    def late(self) -> list[str]:
+        """Names of persistent buffers that the model has made since. Others are taken for tables, which each
+        rank makes for itself."""
+        return [name for name in _saved_names(self._model) if name not in self._saved]
+
+
+def _saved_names(model: nn.Module) -> list[str]:
+    """The names of persistent buffers."""
+    names = dict(model.named_buffers())
+    return [name for name in model.state_dict() if name in names]
 
 
 def _fits(now: Tensor, buffer: Tensor) -> bool:

@@ -18,21 +18,22 @@ def own_elements(tensor: Tensor) -> Tensor:
 
 def load(model: nn.Module, saved: Mapping[str, Any]) -> None:
     """`model.load_state_dict(saved)`, for a model with expanded buffers too, and with those that are not
-    persistent, if they are there. Raises RuntimeError if names or shapes differ."""
+    persistent, if they are there and of one shape, as tables that follow a batch's size are not. Raises
+    RuntimeError if names or shapes of others differ."""
     held = model.state_dict()
     expanded = {
         name: own
         for name, tensor in held.items()
         if isinstance(tensor, Tensor) and (own := own_elements(tensor)).shape != tensor.shape
     }
-    besides = {name: own_elements(b) for name, b in model.named_buffers() if name not in held}
-    apart = {name: own for name, own in (expanded | besides).items() if name in saved}
-    if any(saved[name].shape != model.get_buffer(name).shape for name in apart):
+    if any(saved[name].shape != model.get_buffer(name).shape for name in expanded if name in saved):
         raise RuntimeError("a buffer has another shape")
-    plain = {name: value for name, value in saved.items() if name not in apart}
+    besides = {name: buffer for name, buffer in model.named_buffers() if name not in held}
+    plain = {name: value for name, value in saved.items() if name not in expanded | besides}
     found = model.load_state_dict(plain, strict=False)
-    missing = [name for name in found.missing_keys if name not in apart]
+    missing = [name for name in found.missing_keys if name not in expanded or name not in saved]
     if missing or found.unexpected_keys:
         raise RuntimeError(f"it lacks {missing} and holds {found.unexpected_keys} besides")
-    for name, own in apart.items():
+    fitting = {name: b for name, b in besides.items() if name in saved and saved[name].shape == b.shape}
+    for name, own in (expanded | {name: own_elements(b) for name, b in fitting.items()}).items():
         own.copy_(saved[name][tuple(map(slice, own.shape))])

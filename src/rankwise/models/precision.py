@@ -20,11 +20,12 @@ def autocast(precision: Literal["fp32", "bf16"]) -> AbstractContextManager[objec
     return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def require_no_autocast() -> None:
-    """Raises OutOfStepError inside an autocast region: until its end torch computes with the copies of the
-    weights that it has made for the first step, whatever becomes of the weights themselves."""
+def forget_cast_weights() -> None:
+    """Before a step: until an autocast region ends torch computes with the copies of the weights that it has
+    made for the first step, whatever becomes of the weights themselves. Raises OutOfStepError inside one."""
     if torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled():
         raise OutOfStepError(
             "step() was called inside torch.autocast, where torch goes on computing with the weights of the "
             "first step: end the region after the loss, before backward() and step()"
         )
+    torch.clear_autocast_cache()  # of a region around one that is disabled here

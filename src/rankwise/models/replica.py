@@ -19,6 +19,7 @@ from rankwise.models.expanded import own_elements
 from rankwise.models.freezing import is_under
 from rankwise.models.optimizer_state import OptimizerState
 from rankwise.models.rest import ExtraState
+from rankwise.models.snapshot import Snapshot
 
 P = TypeVar("P")
 
@@ -123,14 +124,18 @@ class Replica:
 
     def require_unchanged(self) -> None:
         """Raises ModelError, one line, if the model or its optimiser holds other parameters than when the
-        replica was made, or trains one that it did not train then: no rank sends that one."""
+        replica was made, trains one that it did not train then, or has made a buffer: no rank sends that."""
         now = _held(self.model, self.optimizer)
         changed = [name for name in self._held | now if now.get(name) is not self._held.get(name)]
         thawed = [name for name, its in self._held.items() if its.requires_grad and name not in self._trained]
-        for names, what in ((changed, "was added, removed or replaced"), (thawed, "was unfrozen")):
+        for kind, names, what in (
+            ("parameter", changed, "was added, removed or replaced"),
+            ("parameter", thawed, "was unfrozen"),
+            ("buffer", self.buffers.late(), "was made"),
+        ):
             if names:
                 raise ModelError(
-                    f"the parameter {names[0]} {what} after ranks had been put in step, and they would not "
+                    f"the {kind} {names[0]} {what} after ranks had been put in step, and they would not "
                     "agree on it: change the model and its optimiser before, or put the ranks in step anew"
                 )
 
@@ -219,47 +224,6 @@ class Replica:
     def reset_optimizer(self) -> None:
         """Forget the optimiser's state, as if it had just been made."""
         self._state.reset()
-
-
-Content = tuple[list[Tensor], dict[str, Any]]
-"""What a snapshot keeps: tensors, and the extra state of modules."""
-
-
-class Snapshot:
-    """What a replica was; `restore` makes it so again."""
-
-    def __init__(
-        self, tensors: list[Tensor], state: OptimizerState, buffers: HeldBuffers, extra: ExtraState
-    ) -> None:
-        self._tensors = tensors
-        self._state = state
-        self._buffers = buffers
-        self._extra = extra
-        self._copies = [torch.empty_like(tensor) for tensor in tensors]
-        self._extra_copy: dict[str, Any] = {}
-
-    def take(self) -> None:
-        """Copy the replica as it is now."""
-        self._state.note()
-        self._buffers.gather()
-        torch._foreach_copy_(self._copies, self._tensors)
-        self._extra_copy = self._extra.copy()
-
-    def restore(self) -> None:
-        """Overwrite the replica."""
-        self._buffers.gather()
-        torch._foreach_copy_(self._tensors, self._copies)
-        self._state.show()
-        self._extra.load(self._extra_copy)
-
-    def content(self) -> Content:
-        """What is kept, to be sent to a replica of the same model."""
-        return self._copies, self._extra_copy
-
-    def fill(self, content: Content) -> None:
-        """Keep what another replica was."""
-        tensors, self._extra_copy = content
-        torch._foreach_copy_(self._copies, tensors)
 
 
 class Layout:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import ModelError, one_line
+from rankwise.errors import ModelError
 
 
 class ExtraState:
@@ -57,10 +57,10 @@ def packed(rest: Mapping[str, Any]) -> bytes:
     for name, value in rest.items():
         try:
             unpacked(_saved(value))
-        except Exception as error:
+        except Exception:  # of pickle, of torch, or of a class of the user's
             raise ModelError(
-                f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: give tensors, numbers, "
-                f"text, and lists, tuples and dicts of them ({one_line(error)[:80]})"
+                f"the model's {name} is a {type(value).__name__}, which a checkpoint cannot hold: give "
+                "tensors, numbers, text, and lists, tuples and dicts of them"
             ) from None
     return _saved(dict(rest))
 

@@ -187,7 +187,7 @@ def start_alike(replica: Replica, world: World) -> None:
     replica.unpack_frozen(frozen)
     replica.unpack_buffers(buffers)
     replica.unpack_integers(integers)
-    _share_extra_state(replica, world)
+    _share_extra_state(replica, world, 0)
     if replica.average is not None:
         replica.average.begin()
 
@@ -197,11 +197,11 @@ def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: Worl
     on all ranks stay as they are, bit for bit: tables and masks, which may hold infinities.
 
     Training does not read the others, so once an epoch, before it is evaluated, is enough. Extra state of
-    modules, of which there is no mean, becomes rank 0's.
+    modules, of which there is no mean, becomes that of the first rank that has trained.
     """
     if world.size == 1:
         return
-    _share_extra_state(replica, world)
+    _share_extra_state(replica, world, int(np.argmax(weights > 0)))
     replica.buffers.gather()
     integers, marks = replica.pack_integers(), replica.buffer_marks()
     largest = np.concatenate([integers, marks, -marks])
@@ -218,9 +218,10 @@ def agree_on_buffers(replica: Replica, weights: NDArray[np.float64], world: Worl
         replica.unpack_buffers(buffers, differs.tolist())
 
 
-def _share_extra_state(replica: Replica, world: World) -> None:
+def _share_extra_state(replica: Replica, world: World, root: int) -> None:
     if replica.extra:
-        replica.extra.load(world.broadcast_object(replica.extra.copy() if world.rank == 0 else None, 0))
+        mine = replica.extra.copy() if world.rank == root else None
+        replica.extra.load(world.broadcast_object(mine, root))
 
 
 def require_same_weights(replica: Replica, world: World) -> None:

@@ -15,7 +15,7 @@ from rankwise.strategies.compression import Memory
 from rankwise.training.snapshots import Progress
 
 if TYPE_CHECKING:
-    from rankwise.models.replica import Content
+    from rankwise.models.snapshot import Content
 
 Standing = list[tuple[Progress, int]]
 """Where a rank can go back to, and at the end where it was when another was lost; each with the samples that

@@ -12,7 +12,8 @@ from rankwise.ledger.phases import Ledger
 from rankwise.strategies.base import State
 
 if TYPE_CHECKING:
-    from rankwise.models.replica import Replica, Snapshot
+    from rankwise.models.replica import Replica
+    from rankwise.models.snapshot import Snapshot
 
 
 @dataclass(frozen=True, order=True)

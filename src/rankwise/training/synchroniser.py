@@ -15,7 +15,7 @@ from rankwise.comm import World
 from rankwise.data.partition import NOTHING, Indices
 from rankwise.data.sampler import Batch, Sampler
 from rankwise.errors import ConfigError, RankLost
-from rankwise.models.precision import require_no_autocast
+from rankwise.models.precision import forget_cast_weights
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
 from rankwise.survival.fault_injection import NoFaults
@@ -157,7 +157,7 @@ class Synchroniser:
         """
         if self._batch is None:
             raise RuntimeError("step() stands alone: call it once in each turn of a loop over batches()")
-        require_no_autocast()
+        forget_cast_weights()
         batch, self._batch = self._batch, None
         self.faults.at("compute")
         try:
