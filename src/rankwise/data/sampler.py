@@ -19,8 +19,9 @@ class Batch:
 
     Of the samples that all ranks train in the round, `weights` [ranks] are the shares of the ranks, a
     master's being 0, and `share` is this batch's own. `position` is how many epochs are over in the
-    middle of this step, `end` how many after it (at the end of a round alike on all ranks), `rounds_left` the
-    number of rounds of the epoch after this one, and `step` that of the worker that has the most, from 1.
+    middle of this step, `end` how many after it (at the end of a round both are alike on all ranks),
+    `rounds_left` the number of rounds of the epoch after this one, and `step` that of the worker that has the
+    most, from 1.
     """
 
     epoch: int
@@ -168,7 +169,11 @@ class Sampler:
             for turn in range(turns):
                 ends = turn == turns - 1
                 indices = mine[turn * batch_size : (turn + 1) * batch_size]
-                start = over[number] + done / batch_size + turn
+                # All ranks end a round at one position, that of the worker who has the most, since what they
+                # do there with the learning rate must be the same.
+                start = over[number] + (
+                    max(0.0, np.ceil(longest[number]) - 1) if ends else done / batch_size + turn
+                )
                 until = over[number + 1] if ends else start + 1
                 yield Batch(
                     epoch=epoch,

@@ -106,10 +106,13 @@ class Replica:
             parameter.grad = None
 
     def step(self) -> None:
-        """The optimiser's step with the gradients that are there, but for frozen parameters."""
+        """The optimiser's step with the gradients that are there, but for frozen parameters. Sparse ones are
+        made dense, as the optimiser's state is."""
         for parameter in self.parameters:
             if not parameter.requires_grad:
-                parameter.grad = None  # an exchange leaves zeros, by which momentum would still move it
+                parameter.grad = None  # it may hold an older one, by which it would still move
+            elif parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self._state.step()
@@ -160,6 +163,7 @@ class Replica:
         """Overwrite the weights from a flat array; a longer one's tail is left alone."""
         self._weights.unpack(flat)
         if self._shares_state:
+            self._state.note()  # numbers, of which no mean is taken, stay this rank's own
             self._state.show()
 
     def pack_frozen(self) -> NDArray[np.floating]:

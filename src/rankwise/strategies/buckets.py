@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rankwise.comm import BackgroundExchange, World
 from rankwise.errors import OutOfStepError
 from rankwise.strategies.compression import Flat
@@ -31,16 +33,19 @@ class _Bucket:
 class Buckets:
     """The gradients of a round, each batch's times its share of the round, those of the last layers first.
 
-    `flat` holds them in their layout, `shapes` are theirs in it, and a flag stands behind them. With more
-    than one bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass has filled it,
-    in the same order on all ranks. An exchange in the background goes on only when it is polled, which each
-    later gradient does.
+    `flat` holds them in their layout, `shapes` are theirs in it. Behind them stand a number for each
+    parameter, how many of the round's batches gave it a gradient, unless gradients are `compressed`, and a
+    flag. With more than one bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass
+    has filled it, in the same order on all ranks. An exchange in the background goes on only when it is
+    polled, which each later gradient does.
 
     Ranks add up what the backward pass has made. Changing it before `add`, by clipping for example, would be
     another computation than one process makes, and raises OutOfStepError.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], bucket_bytes: float, world: World) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], bucket_bytes: float, world: World, *, compressed: bool = False
+    ) -> None:
         import torch
 
         from rankwise.models.replica import Layout
@@ -49,8 +54,11 @@ class Buckets:
         self._parameters = [parameter for parameter in reversed(parameters) if parameter.requires_grad]
         wide = any(parameter.dtype == torch.float64 for parameter in self._parameters)
         layout = Layout(self._parameters)
-        self._tensor = torch.zeros(layout.size + 1, dtype=torch.float64 if wide else torch.float32)
+        counted = 0 if compressed else len(self._parameters)
+        self._tensor = torch.zeros(layout.size + counted + 1, dtype=torch.float64 if wide else torch.float32)
         self.flat: Flat = self._tensor.numpy()
+        self._gradients = slice(0, layout.size)
+        self._counts = self.flat[layout.size : -1]
         self.shapes = layout.shapes
         self._views = layout.views(self._tensor)
         self._given = False
@@ -90,7 +98,7 @@ class Buckets:
             self._send(len(self._buckets))  # also of parameters that took no part in the backward pass
         else:
             with self._world.ledger.phase("pack"):
-                self._take(slice(None), slice(0, -1))
+                self._take(slice(None), self._gradients)
         self._holds_some = True
 
     def close(self) -> Flat:
@@ -123,9 +131,13 @@ class Buckets:
         self._holds_some = self._sends = False
 
     def give(self) -> None:
-        """Make what is in the flat array the parameters' gradients, until the next batch is expected."""
+        """Make what is in the flat array the parameters' gradients, until the next batch is expected. A
+        parameter that had none on any rank has none, and the optimiser leaves it be."""
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view.to(parameter.dtype)
+        if not self._counts.all():
+            for place in np.flatnonzero(self._counts == 0):
+                self._parameters[place].grad = None
         self._given = True
 
     def _note(self, place: int) -> Callable[[Tensor], None]:
@@ -190,7 +202,13 @@ class Buckets:
         import torch
 
         parameters, views = self._parameters[places], self._views[places]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients = [
+            torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
+            for p in parameters
+        ]
+        if self._counts.size:
+            self._counts[places] *= self._holds_some
+            self._counts[places] += [p.grad is not None for p in parameters]
         if self._holds_some:
             torch._foreach_add_(views, gradients, alpha=self._share)
         else:

@@ -45,7 +45,14 @@ class GradientAveraging(Strategy[State]):
 
     def init(self, replica: Replica, world: World) -> State:
         in_pieces = self._allreduces_plain and world.size > 1
-        replica.attach(Buckets(replica.parameters, self._bucket_bytes if in_pieces else math.inf, world))
+        replica.attach(
+            Buckets(
+                replica.parameters,
+                self._bucket_bytes if in_pieces else math.inf,
+                world,
+                compressed=self.compress != "none",
+            )
+        )
         return State()
 
     def expect(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
@@ -109,7 +116,8 @@ class GradientAveraging(Strategy[State]):
 
     def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
         reduction = reduction_of(self.topology, self.compress, model.shapes)
-        traffic = reduction.traffic(model.parameters, sum(hosts))
+        counts = 0 if reduction.compresses else len(model.shapes)
+        traffic = reduction.traffic(model.parameters + counts, sum(hosts))
         if self._allreduces_plain:
             sizes = [math.prod(shape) for shape in reversed(model.shapes)]
             pieces = len(cut(sizes, self._bucket_bytes // ITEM_BYTES))
