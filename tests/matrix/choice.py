@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 
 from tests.matrix.cells import Cell, fits, refusal
 from tests.matrix.models import MODELS
@@ -23,11 +22,15 @@ REFUSING = ("clipped-by-hand", "unfrozen-later")
 
 
 def choose(seed: int = SEED) -> list[Cell]:
-    """One cell for each model under each strategy, in any of its ways, whose other values are those that cover the most pairs
-    still missing; then cells for the pairs that are missing yet, and for what is refused."""
+    """One cell for each model under each strategy, in any of its ways, whose other values are those that
+    cover most pairs still missing; then cells for the pairs that are missing yet, and for what is refused."""
     rng = random.Random(seed)
     styles = [name for name in STYLES if name not in REFUSING]
-    missing: set[Pair] = {pair for cell in _all(styles) for pair in _pairs(cell)}
+    axes = [list(MODELS), list(OPTIMIZERS), list(WAYS), styles, [1, 2, 3]]
+    values = [[(number, value) for value in axis] for number, axis in enumerate(axes)]
+    missing: set[Pair] = {
+        pair for one, other in itertools.combinations(values, 2) for pair in itertools.product(one, other)
+    }
     chosen: list[Cell] = []
 
     def take(cells: list[Cell]) -> None:
@@ -83,14 +86,9 @@ def _drawn(rng: random.Random, *axes: object) -> list[Cell]:
     ]
     found = [cell for cell in drawn if fits(cell)]
     if not found:
-        found = [c for its in itertools.product(*values, (1, 2, 3)) if fits(c := Cell(*its))][:DRAWN]
+        fitting = (cell for its in itertools.product(*values, (1, 2, 3)) if fits(cell := Cell(*its)))
+        found = list(itertools.islice(fitting, DRAWN))
     return [cell for cell in found if refusal(cell) is None] or found
-
-
-def _all(styles: list[str]) -> Iterator[Cell]:
-    for its in itertools.product(MODELS, OPTIMIZERS, WAYS, styles, (1, 2, 3)):
-        if fits(cell := Cell(*its)) and refusal(cell) is None:
-            yield cell
 
 
 def _values(cell: Cell) -> list[tuple[int, object]]:

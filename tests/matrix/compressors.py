@@ -19,8 +19,8 @@ Shapes = list[tuple[int, ...]]
 class Sums:
     """Sums over ranks with error feedback: what a rank's message leaves out is added to its next values.
 
-    `ranks` send by the `name` of a compression, of tensors of these `shapes`; with a `master` rank 0 adds up,
-    and compresses the sum once more.
+    `ranks` send by the `name` of a compression, ``none`` for what is sent as it is, of tensors of these
+    `shapes`; with a `master` rank 0 adds up, and compresses the sum once more.
     """
 
     name: str
@@ -34,6 +34,8 @@ class Sums:
 
     def add_up(self, flats: list[Tensor]) -> Tensor:
         """The sum of the ranks' values, which the next sum reckons with."""
+        if self.name == "none":
+            return sum(flats[1:], start=flats[0])
         values = [flat.to(torch.float32) for flat in flats]
         self.held = self.held or [torch.zeros_like(its) for its in values]
         values = [its + left for its, left in zip(values, self.held, strict=True)]

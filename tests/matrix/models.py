@@ -229,6 +229,9 @@ class Kind:
 BATCH_STATISTICS = "BatchNorm normalises the batch of its rank, not that of all ranks"
 OWN_DRAWS = "dropout draws on each rank what it drops there"
 FORWARD_PASSES = "spectral norm goes one step on in each forward pass, and a rank without a batch makes none"
+KEPT_ZEROS = (
+    "zero_grad(set_to_none=False) keeps zeros of a parameter that takes no part; ranks see no gradient"
+)
 
 MODELS: dict[str, Kind] = {
     "linear": Kind(lambda: nn.Linear(6, CLASSES)),

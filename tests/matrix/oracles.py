@@ -236,8 +236,8 @@ def one_process(course: Course, every: int | None = 1, *, each_turn: bool = Fals
     return [worker.ended()] * course.workers
 
 
-def compressed_gradients(course: Course, name: str, every: int = 1, *, master: bool = False) -> list[Ended]:
-    """All ranks step with the compressed sum of their gradients."""
+def gradients_by_rank(course: Course, name: str, every: int = 1, *, master: bool = False) -> list[Ended]:
+    """All ranks step with the sum of their gradients, compressed or not, each made of its own batch."""
     workers = [Worker(course) for _ in range(course.workers)]
     laid = workers[0].trained[::-1]  # the last layers first, as their gradients come
     shapes = [tuple(p.shape[axis] for axis in _order(p)) for p in laid]

@@ -16,9 +16,10 @@ from tests.matrix.styles import EPOCHS
 class Way:
     """A strategy under a name, with `options` of `synchronise`.
 
-    `rule` gives what workers end with. `ranks` are those that it takes, `hosts` where they are, and with a
-    `master` rank 0 does not train. One that is `local` lets workers step on their own, `state` is what becomes
-    of their optimisers', and ranks that are not `alike` hold weights of their own.
+    `rule` gives what workers end with, and `by_rank` what they do if each batch counts by itself. `ranks` are
+    those that it takes, `hosts` where they are, and with a `master` rank 0 does not train. A `local` one lets
+    workers step on their own, `state` says what becomes of their optimisers, and ranks that are not `alike`
+    hold weights of their own.
     """
 
     rule: Callable[[Course], list[Ended]]
@@ -30,6 +31,7 @@ class Way:
     replicates: bool = False
     compresses: bool = False
     alike: bool = True
+    by_rank: Callable[[Course], list[Ended]] | None = None
     state: str = "keep"
     tolerance: float = 0.0
 
@@ -40,17 +42,19 @@ class Way:
 
 
 def _gradients(every: int = 1, **options: Any) -> Way:
-    return Way(partial(oracles.one_process, every=every), {"sync_every": every, **options})
+    by_rank = partial(oracles.gradients_by_rank, name="none", every=every)
+    return Way(partial(oracles.one_process, every=every), {"sync_every": every, **options}, by_rank=by_rank)
 
 
 def _server(every: int = 1, **options: Any) -> Way:
     options = {"strategy": "gradient-server", "sync_every": every, **options}
-    return Way(partial(oracles.one_process, every=every), options, (2, 3), master=True)
+    by_rank = partial(oracles.gradients_by_rank, name="none", every=every, master=True)
+    return Way(partial(oracles.one_process, every=every), options, (2, 3), master=True, by_rank=by_rank)
 
 
 def _compressed(name: str, every: int = 1, *, master: bool = False) -> Way:
     strategy = "gradient-server" if master else "allreduce"
-    rule = partial(oracles.compressed_gradients, name=name, every=every, master=master)
+    rule = partial(oracles.gradients_by_rank, name=name, every=every, master=master)
     options = {"strategy": strategy, "compress": name, "sync_every": every}
     return Way(rule, options, (2, 3) if master else (1, 2, 3), master=master, compresses=True)
 

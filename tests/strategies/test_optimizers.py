@@ -163,6 +163,46 @@ def test_a_reset_is_a_new_optimizer(name: str) -> None:
     assert np.array_equal(weights_of(model), weights_of(twin))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_scheduler_hides_no_state(name: str) -> None:
+    """What an optimiser keeps is found behind a scheduler of torch too, which puts a function in the place of
+    its step; and to look for it moves no weight."""
+    model = copy.deepcopy(PROTOTYPE)
+    alone = Replica(model, OPTIMIZERS[name](model.parameters()))
+    scheduled = OPTIMIZERS[name](model.parameters())
+    optim.lr_scheduler.ExponentialLR(scheduled, 0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    behind = Replica(model, scheduled)
+    assert {n: its.shape for n, its in behind.optimizer_state().items()} == {
+        n: its.shape for n, its in alone.optimizer_state().items()
+    }
+    assert np.array_equal(weights_of(model), weights_of(PROTOTYPE))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_lies_alike_whatever_the_weights(name: str) -> None:
+    """Ranks that begin with other weights, also with zeros, of which Prodigy keeps less, have places of the
+    same shapes for what their optimisers keep."""
+    zeros = copy.deepcopy(PROTOTYPE)
+    for parameter in zeros.parameters():
+        nn.init.zeros_(parameter)
+    one, other = (
+        {n: its.shape for n, its in Replica(m, OPTIMIZERS[name](m.parameters())).optimizer_state().items()}
+        for m in (copy.deepcopy(PROTOTYPE), zeros)
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_mean_over_one_rank_changes_nothing(name: str) -> None:
+    """To the bit: taking the mean of weights and optimiser state over a single rank leaves a plain loop, its
+    count of steps and the like included."""
+    options = {"strategy": "parameter-averaging", "topology": "allreduce", "optimizer_state": "average"}
+    ended, seen = on_ranks(solo_world(), OPTIMIZERS[name], sync_every=2, **options)
+    assert np.array_equal(ended, plain(OPTIMIZERS[name], seen))
+
+
 def test_state_of_older_checkpoints_is_taken() -> None:
     """Where nothing is saved of which parameters had begun, all of them had."""
     batches = np.array_split(np.arange(SAMPLES), 7)

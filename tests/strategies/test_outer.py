@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from .loops import RATE, assert_alike, make, set_weights, step_on, train_all, weights_of
+from rankwise import synchronise
+from rankwise.comm import World, run_in_threads
+
+from .loops import FEATURES, RATE, assert_alike, make, set_weights, step_on, train_all, weights_of
 
 
 def rounds_of(results: list[Any], epochs: int, steps: int) -> list[list[list[np.ndarray]]]:
@@ -104,3 +107,25 @@ def test_outer_steps_leave_the_optimisers_alone() -> None:
         assert np.array_equal(result.momentum, results[0].momentum)
     assert np.isfinite(results[0].momentum).all()
     assert torch.is_tensor(results[0].ranks.replica.optimizer_tensors()[0])
+
+
+@pytest.mark.parametrize("strategy", ["slowmo", "diloco"])
+def test_an_outer_step_begins_from_the_weights_as_they_are(strategy: str) -> None:
+    """Of weights in bfloat16 too, which a round ends with rounded: what they were before rounding is no part
+    of the next round's change."""
+
+    def program(world: World) -> tuple[np.ndarray, np.ndarray]:
+        model, _ = make()
+        model.to(torch.bfloat16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        ranks = synchronise(
+            model, optimizer, world, samples=48, batch_size=4, strategy=strategy, sync_every=2
+        )
+        for batch in ranks.batches(1):
+            optimizer.zero_grad()
+            model(FEATURES[batch.indices].to(torch.bfloat16)).float().square().mean().backward()
+            ranks.step()
+        return ranks.state.anchor, ranks.replica.pack()
+
+    for anchor, weights in run_in_threads(2, program):
+        assert np.array_equal(anchor, weights)

@@ -15,7 +15,13 @@ from rankwise.strategies.buckets import Buckets, cut
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.exchange import gather_sum, reduction_of
 from rankwise.strategies.recovery import Recovery
-from rankwise.strategies.traffic import ITEM_BYTES, Collective, ModelSize, Traffic
+from rankwise.strategies.traffic import (
+    ITEM_BYTES,
+    Collective,
+    ModelSize,
+    Traffic,
+    flat_bytes,
+)
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -124,7 +130,11 @@ class GradientAveraging(Strategy[State]):
             return replace(
                 traffic, each_round=(Collective("allreduce", traffic.payload_bytes, pieces=pieces),)
             )
-        return replace(traffic, server_steps=reduction.by_master and not reduction.compresses)
+        if reduction.compresses:
+            return traffic
+        weights = Collective("broadcast", flat_bytes(model.parameters))
+        each_round = Collective("gather", traffic.payload_bytes), weights
+        return replace(traffic, each_round=each_round, server_steps=True)
 
     @property
     def _allreduces_plain(self) -> bool:
