@@ -51,12 +51,15 @@ def test_no_cell_is_wrong() -> None:
 
 
 def test_each_value_of_an_axis_is_tried() -> None:
-    """Every strategy meets every loop that it takes, and the choice is the same each time."""
+    """Every strategy meets every loop that it takes, the cells of every day hold all of both, and the choice
+    is the same each time."""
     assert choose() == CELLS
     met = {(cell.way, cell.style) for cell in CELLS}
     missing = set(itertools.product(WAYS, STYLES)) - met
     assert {style for _, style in missing} <= {"few-samples"}
     assert {way for way, _ in missing} <= {"replication"}
+    assert {cell.way for cell in part(CELLS, DAILY)} == set(WAYS)
+    assert {cell.style for cell in part(CELLS, DAILY)} == set(STYLES)
 
 
 def _scale_one(rank: int, program: Program) -> None:

@@ -107,12 +107,6 @@ class Worker:
         self.program, self.style = course.make(), course.style
         self.rates = [group["lr"] for group in self.program.optimizer.param_groups]
         self.trained = [p for p in self.program.parameters if p.requires_grad]
-        self.trained += [p for p in self._besides() if p.requires_grad]
-
-    def _besides(self) -> list[nn.Parameter]:
-        known = set(map(id, self.program.parameters))
-        groups = self.program.optimizer.param_groups
-        return [p for group in groups for p in group["params"] if id(p) not in known]
 
     def turn(self, indices: np.ndarray, done: float, step: Callable[[], None]) -> None:
         """A turn of the loop, with `step` in the place of the optimiser's."""
@@ -124,7 +118,8 @@ class Worker:
     def step(self) -> None:
         """The optimiser's step with the gradients that are there."""
         if limit := self.style.options.get("clip_norm"):
-            nn.utils.clip_grad_norm_(self.trained, limit)
+            groups = self.program.optimizer.param_groups
+            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], limit)
         self.program.optimizer.step()
 
     def weights(self) -> Tensor:

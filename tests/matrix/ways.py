@@ -59,7 +59,7 @@ def _compressed(name: str, every: int = 1, *, master: bool = False) -> Way:
     return Way(rule, options, (2, 3) if master else (1, 2, 3), master=master, compresses=True)
 
 
-def _averaging(strategy: str, every: int | None, *, master: bool = False, **more: Any) -> Way:
+def averaging(strategy: str, every: int | None, *, master: bool = False, **more: Any) -> Way:
     """A strategy that averages weights; `more` are arguments of the rule, and options by other names."""
     state, compress = more.get("state", "keep"), more.get("compress")
     options: dict[str, Any] = {
@@ -109,21 +109,21 @@ WAYS: dict[str, Way] = {
         partial(oracles.one_process, every=8, each_turn=True), {"strategy": "two-level"}
     ),
     "two-level/two-hosts": Way(_hosts, {"strategy": "two-level", "sync_across_hosts": 3}, (3,), (0, 0, 1)),
-    "parameter-averaging": _averaging("parameter-averaging", None),
-    "parameter-averaging/master": _averaging("parameter-averaging", None, master=True),
-    "parameter-averaging/average": _averaging("parameter-averaging", None, state="average"),
-    "parameter-averaging/reset": _averaging("parameter-averaging", 3, state="reset"),
-    "replication": _averaging("replication", None, master=True),
-    "paper-stopwatch": _averaging("paper-stopwatch", None, master=True),
-    "local-sgd": _averaging("local-sgd", 4),
-    "local-sgd/master": _averaging("local-sgd", 3, master=True),
+    "parameter-averaging": averaging("parameter-averaging", None),
+    "parameter-averaging/master": averaging("parameter-averaging", None, master=True),
+    "parameter-averaging/average": averaging("parameter-averaging", None, state="average"),
+    "parameter-averaging/reset": averaging("parameter-averaging", 3, state="reset"),
+    "replication": averaging("replication", None, master=True),
+    "paper-stopwatch": averaging("paper-stopwatch", None, master=True),
+    "local-sgd": averaging("local-sgd", 4),
+    "local-sgd/master": averaging("local-sgd", 3, master=True),
     "post-local-sgd": Way(
         partial(oracles.averaging, every=_post_local),
         {"strategy": "post-local-sgd", "sync_every": 4, "epochs": EPOCHS},
         local=True,
     ),
-    "slowmo": _averaging("slowmo", 4, outside=Outside(1.0, 0.7, by_rate=True)),
-    "diloco": _averaging("diloco", 3, outside=Outside(0.7, 0.9, nesterov=True)),
+    "slowmo": averaging("slowmo", 4, outside=Outside(1.0, 0.7, by_rate=True)),
+    "diloco": averaging("diloco", 3, outside=Outside(0.7, 0.9, nesterov=True)),
     "gossip/ring": _gossip("ring", oracles.on_a_ring),
     "gossip/exponential": _gossip("exponential", oracles.by_powers_of_two),
     "gossip/complete": _gossip("complete", oracles.of_all),
@@ -145,9 +145,9 @@ WAYS: dict[str, Way] = {
     "gradient-server/int8": _compressed("int8", master=True),
     "gradient-server/topk": _compressed("topk:0.2", master=True),
     "gradient-server/powersgd": _compressed("powersgd:1", master=True),
-    "local-sgd/bf16": _averaging("local-sgd", 4, compress="bf16"),
-    "local-sgd/int8": _averaging("local-sgd", 4, master=True, compress="int8"),
-    "local-sgd/topk": _averaging("local-sgd", 4, compress="topk:0.2"),
-    "local-sgd/sign": _averaging("local-sgd", 4, master=True, compress="sign"),
-    "local-sgd/powersgd": _averaging("local-sgd", 4, compress="powersgd:1"),
+    "local-sgd/bf16": averaging("local-sgd", 4, compress="bf16"),
+    "local-sgd/int8": averaging("local-sgd", 4, master=True, compress="int8"),
+    "local-sgd/topk": averaging("local-sgd", 4, compress="topk:0.2"),
+    "local-sgd/sign": averaging("local-sgd", 4, master=True, compress="sign"),
+    "local-sgd/powersgd": averaging("local-sgd", 4, compress="powersgd:1"),
 }  # fmt: skip

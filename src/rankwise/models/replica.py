@@ -38,7 +38,7 @@ class Replica:
 
     All that is settled when the replica is made: `require_unchanged` finds out what has changed since.
 
-    `clip_norm` limits the norm of all gradients together in each `step`, None for no limit. What the
+    `clip_norm` limits the norm of all gradients together that a `step` goes by, None for no limit. What the
     loop calls is `module`, the model itself unless it is compiled, or a strategy wraps it.
     """
 
@@ -59,6 +59,7 @@ class Replica:
         self._held = _held(model, optimizer)
         self._trained = {name: value for name, value in self._held.items() if value.requires_grad}
         self.parameters = list(self._trained.values())
+        self._stepped = [p for group in optimizer.param_groups for p in group["params"]]
         self._attached: dict[type, Any] = {}
         self._state = OptimizerState(optimizer)
         _require_dense_numbers(model)
@@ -114,7 +115,7 @@ class Replica:
             elif parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self._stepped, self.clip_norm)
         self._state.step()
 
     def require_unchanged(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -170,10 +171,10 @@ class Buckets:
                 return
             bucket.missing -= 1
             if bucket.missing < 0:
-                megabytes = self.flat.nbytes / 1e6
+                megabytes = math.ceil(self.flat.nbytes / 1e6)
                 raise OutOfStepError(
                     "a second backward pass came before step(), when gradients of the first were on their "
-                    f"way to other ranks: give bucket_mb={megabytes:.0f} or more, and they leave in step()"
+                    f"way to other ranks: give bucket_mb={megabytes} or more, and they leave in step()"
                 )
             full = self._next
             while full < len(self._buckets) and not self._buckets[full].missing:
