@@ -112,8 +112,8 @@ class Replica:
         for parameter in self.parameters:
             if not parameter.requires_grad:
                 parameter.grad = None  # it may hold an older one, by which it would still move
-            elif parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.to_dense()
+            elif (gradient := parameter.grad) is not None and gradient.is_sparse:
+                parameter.grad = gradient.to_dense()
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._stepped, self.clip_norm)
         self._state.step()

@@ -202,14 +202,15 @@ class Buckets:
         """Put some parameters' gradients, times the share, into their place, or add them to what is there."""
         import torch
 
-        parameters, views = self._parameters[places], self._views[places]
-        gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
-            for p in parameters
-        ]
+        views, found = self._views[places], [p.grad for p in self._parameters[places]]
+        gradients, others = found, [g for g in found if g is None or g.is_sparse]
         if self._counts.size:
-            self._counts[places] *= self._holds_some
-            self._counts[places] += [p.grad is not None for p in parameters]
+            had = 1 if not others else [gradient is not None for gradient in found]
+            self._counts[places] = self._counts[places] + had if self._holds_some else had
+        if others:
+            gradients = [
+                torch.zeros_like(v) if g is None else g.to_dense() for v, g in zip(views, found, strict=True)
+            ]
         if self._holds_some:
             torch._foreach_add_(views, gradients, alpha=self._share)
         else:
