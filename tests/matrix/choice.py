@@ -15,6 +15,13 @@ SEED = 22
 DRAWN = 24
 """Cells of which the one is taken that covers most."""
 
+KNOWN = [
+    Cell("conv", "SGD", "allreduce/buckets", "two-backwards", 2),
+    Cell("spectral-norm", "SGD", "allreduce", "ragged", 2),
+    Cell("experts", "SGD with dampening", "allreduce", "kept-zeros", 2),
+]
+"""Cells that are refused or different for a reason that few have."""
+
 Pair = tuple[tuple[int, object], tuple[int, object]]
 
 REFUSING = ("clipped-by-hand", "unfrozen-later")
@@ -52,15 +59,18 @@ def choose(seed: int = SEED) -> list[Cell]:
     for way, style in itertools.product(WAYS, REFUSING):
         take(_drawn(rng, ["mlp", "conv", "linear"], OPTIMIZERS, [way], [style])[:1])
     chosen += [Cell("mlp", optimizer, "allreduce", "plain", 2) for optimizer in REFUSED]
-    chosen.append(Cell("conv", "SGD", "allreduce/buckets", "two-backwards", 2))
+    chosen += KNOWN
     return list(dict.fromkeys(chosen))
 
 
 def families() -> dict[str, list[str]]:
-    """The strategies by name, those that compress apart, each with its ways."""
+    """The strategies by name, each with its ways: those that compress apart, and of allreduce, in which ranks
+    are one process, each by itself."""
     found: dict[str, list[str]] = {}
     for name, way in WAYS.items():
-        found.setdefault(f"{name.split('/')[0]}{', compressed' * way.compresses}", []).append(name)
+        strategy = name.split("/")[0]
+        own = name if strategy == "allreduce" else strategy
+        found.setdefault(f"{strategy}, compressed" if way.compresses else own, []).append(name)
     return found
 
 

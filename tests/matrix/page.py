@@ -50,7 +50,9 @@ RULES = {
 
 LEFT_OUT = """
 Not in it: `ddp`, which is PyTorch's own and needs processes (tests/test_mpi.py has it), and asynchronous
-strategies with several workers, who are served as they come.
+strategies with several workers, who are served as they come. Left out are programs that fail in one process
+too (most optimisers refuse sparse gradients, which ranks make dense; Prodigy takes no second rate), and Muon
+in bfloat16, which makes what 8 bits round as large as all else.
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -203,14 +203,15 @@ class Buckets:
         import torch
 
         views, found = self._views[places], [p.grad for p in self._parameters[places]]
-        gradients, others = found, [g for g in found if g is None or g.is_sparse]
-        if self._counts.size:
-            had = 1 if not others else [gradient is not None for gradient in found]
-            self._counts[places] = self._counts[places] + had if self._holds_some else had
-        if others:
+        gradients = [g for g in found if g is not None and not g.is_sparse]
+        had: Any = 1
+        if len(gradients) < len(found):
+            had = [gradient is not None for gradient in found]
             gradients = [
                 torch.zeros_like(v) if g is None else g.to_dense() for v, g in zip(views, found, strict=True)
             ]
+        if self._counts.size:
+            self._counts[places] = self._counts[places] + had if self._holds_some else had
         if self._holds_some:
             torch._foreach_add_(views, gradients, alpha=self._share)
         else:
