@@ -106,7 +106,9 @@ class Worker:
     def __init__(self, course: Course) -> None:
         self.program, self.style = course.make(), course.style
         self.rates = [group["lr"] for group in self.program.optimizer.param_groups]
-        self.trained = [p for p in self.program.parameters if p.requires_grad]
+        groups = self.program.optimizer.param_groups
+        held = {id(p) for p in (*self.program.model.parameters(), *(p for g in groups for p in g["params"]))}
+        self.trained = [p for p in self.program.parameters if p.requires_grad and id(p) in held]
 
     def turn(self, indices: np.ndarray, done: float, step: Callable[[], None]) -> None:
         """A turn of the loop, with `step` in the place of the optimiser's."""
