@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full chaos soak mutants check paper format clean
+.PHONY: demo test test-full chaos soak matrix mutants check paper format clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -35,6 +35,9 @@ chaos: $(VENV)/installed-dev  ## Kill every rank in every phase under every stra
 soak: $(VENV)/installed-dev  ## Train for 20 minutes with a fault every 20 seconds, and as long without
 	$(BIN)/rankwise data prepare cifar10
 	$(BIN)/python benchmarks/soak.py
+
+matrix: $(VENV)/installed-dev  ## Train models, optimisers, strategies and loops on ranks, against one process; minutes
+	$(BIN)/python -m tests.matrix
 
 mutants: $(VENV)/installed-mutants  ## Put 210 small errors into the code, and see which the tests tell of; takes hours
 	$(BIN)/python -m tests.mutants map --store build/mutants/map.json

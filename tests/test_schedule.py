@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise import synchronise
-from rankwise.comm import solo_world
+from rankwise.comm import World, run_in_threads, solo_world
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 from rankwise.plan import resolve
@@ -114,3 +114,43 @@ def test_loops_count_from_0_or_from_1(schedule: str) -> None:
     assert all(rate >= 0 for _, rate, _ in from_0)
     with pytest.raises(ConfigError, match="batches\\(-1\\)"):
         loop(range(-1, 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "allreduce", "sync_every": 3},
+        {"strategy": "gradient-server", "sync_every": 3},
+        {"strategy": "slowmo", "sync_every": 3, "topology": "allreduce"},
+        {"strategy": "local-sgd", "sync_every": 4, "topology": "master"},
+    ],
+    ids=lambda options: f"{options['strategy']}",
+)
+@pytest.mark.parametrize("samples", [91, 97])
+def test_ragged_rounds_end_at_one_rate(options: dict[str, Any], samples: int) -> None:
+    """However many steps each rank has in a round, and whether it trains at all, all use one learning rate at
+    the round's end, where they step together or take an outer step: that of the rank with the most."""
+
+    def program(world: World) -> list[float]:
+        model, optimizer = make()
+        ranks = synchronise(
+            model, optimizer, world, samples=samples, batch_size=6, schedule="cosine", epochs=3, **options
+        )
+        at_ends: list[float] = []
+        commit = ranks._strategy.commit
+
+        def noted(*its: Any) -> Any:
+            at_ends.append(optimizer.param_groups[0]["lr"])
+            return commit(*its)
+
+        object.__setattr__(ranks._strategy, "commit", noted)
+        for epoch in (1, 2, 3):
+            for batch in ranks.batches(epoch):
+                gradients(model, optimizer, batch.indices)
+                ranks.step()
+        return at_ends
+
+    found = run_in_threads(3, program)
+    assert found[0] == found[1] == found[2]
+    assert found[0] == sorted(found[0], reverse=True)
+    assert len(set(found[0])) == len(found[0]) >= 6

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from rankwise import synchronise
 from rankwise.comm import World, run_in_threads
@@ -192,6 +193,94 @@ def test_parameters_without_gradients(options: dict[str, Any], place: int) -> No
     assert not np.allclose(with_it[0], weights_of(make()[0]), atol=1e-3)
 
 
+class Routed(nn.Module):
+    """A layer for few samples, one for none, and one for all, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.common, self.rare, self.unused = (nn.Linear(6, 3).double() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rare = x[:, 0] > 1.2
+        out = self.common(x)
+        return out.index_put((rare,), out[rare] + self.rare(x[rare])) if rare.any() else out
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sync_every": 3},
+        {"bucket_mb": 1e-5},
+        {"strategy": "gradient-server"},
+        {"strategy": "two-level"},
+    ],
+    ids=str,
+)
+def test_what_has_no_gradient_on_any_rank_is_left_alone(options: dict[str, Any], ranks: int) -> None:
+    """By weight decay and momentum too: a layer that takes part in the batches of some ranks is trained, and
+    one that takes no part in any stays, as in one process."""
+    torch.manual_seed(4)
+    first = Routed()
+
+    def program(world: World) -> tuple[list[torch.Tensor], list[np.ndarray]]:
+        model = copy.deepcopy(first)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=0.1)
+        its = synchronise(
+            model, optimizer, world, samples=60, batch_size=2, **{"strategy": "allreduce", **options}
+        )
+        seen = []
+        for batch in its.batches(1):
+            optimizer.zero_grad()
+            F.cross_entropy(model(FEATURES[batch.indices].double()), LABELS[batch.indices]).backward()
+            its.step()
+            seen.append(batch.indices)
+        return [p.detach() for p in model.parameters()], seen
+
+    found = run_in_threads(ranks, program)
+    model, every = copy.deepcopy(first), options.get("sync_every", 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=0.1)
+    turns = [np.concatenate(turn) for turn in zip(*(seen for _, seen in found if seen), strict=True)]
+    without = 0
+    for start in range(0, len(turns), every):
+        together = np.concatenate(turns[start : start + every])
+        optimizer.zero_grad()
+        F.cross_entropy(model(FEATURES[together].double()), LABELS[together]).backward()
+        without += model.rare.weight.grad is None
+        optimizer.step()
+    assert 0 < without < len(turns)
+    assert torch.equal(model.unused.weight, first.unused.weight)
+    for weights, _ in found:
+        for value, expected in zip(weights, model.parameters(), strict=True):
+            torch.testing.assert_close(value, expected.detach(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["allreduce", "gradient-server", "local-sgd", "two-level"])
+def test_sparse_gradients_are_dense_ones(strategy: str) -> None:
+    """An embedding with sparse gradients ends where one with dense gradients does, to the bit, momentum and
+    clipping included."""
+
+    def program(world: World, sparse: bool) -> np.ndarray:
+        torch.manual_seed(0)
+        model = nn.Embedding(20, 3, sparse=sparse)
+        model.load_state_dict({"weight": torch.linspace(-1, 1, 60).view(20, 3)})
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, nesterov=True)
+        options = {"strategy": strategy, "batch_size": 4, "clip_norm": 0.1}
+        ranks = synchronise(model, optimizer, world, samples=60, **options)
+        for epoch in (1, 2):
+            for batch in ranks.batches(epoch):
+                optimizer.zero_grad()
+                F.cross_entropy(model(torch.as_tensor(batch.indices % 20)), LABELS[batch.indices]).backward()
+                ranks.step()
+        return weights_of(model)
+
+    sparse, dense = (run_in_threads(3, lambda world, s=s: program(world, s)) for s in (True, False))
+    for one, other in zip(sparse, dense, strict=True):
+        assert np.array_equal(one, other)
+    assert not np.array_equal(dense[0], np.linspace(-1, 1, 60, dtype=np.float32))
+
+
 @pytest.mark.parametrize("strategy", ["single", "allreduce", "gradient-server", "local-sgd"])
 def test_gradients_are_clipped_on_their_global_norm(strategy: str) -> None:
     """With a tiny limit a step of plain SGD moves all weights together by rate times limit."""
@@ -209,6 +298,28 @@ def test_gradients_are_clipped_on_their_global_norm(strategy: str) -> None:
             strategy=strategy,
             clip_norm=1e-3,
             **options,
+        )
+        before = weights_of(model)
+        for batch in ranks.batches(1):
+            gradients(model, optimizer, batch.indices)
+            ranks.step()
+        return weights_of(model) - before
+
+    for moved in run_in_threads(size, program):
+        assert np.linalg.norm(moved) == pytest.approx(RATE * 1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("strategy", ["single", "allreduce", "gradient-server", "local-sgd"])
+def test_what_the_optimiser_leaves_alone_is_not_clipped_with_the_rest(strategy: str) -> None:
+    """Parameters that it does not hold have gradients too, which nobody resets: they do not count."""
+    size = {"allreduce": 2, "gradient-server": 2}.get(strategy, 1)
+
+    def program(world: World) -> np.ndarray:
+        model, _ = make()
+        optimizer = torch.optim.SGD(model[2].parameters(), lr=RATE)
+        options = {} if strategy == "single" else {"sync_every": 1}
+        ranks = synchronise(
+            model, optimizer, world, samples=4, batch_size=4, strategy=strategy, clip_norm=1e-3, **options
         )
         before = weights_of(model)
         for batch in ranks.batches(1):

@@ -20,8 +20,9 @@ class Batch:
 
     Of the samples that all ranks train in the round, `weights` [ranks] are the shares of the ranks, a
     master's being 0, and `share` is this batch's own. `position` is how many epochs are over in the
-    middle of this step, `end` how many after it (at the end of a round alike on all ranks), `rounds_left` the
-    number of rounds of the epoch after this one, and `step` that of the worker that has the most, from 1.
+    middle of this step, `end` how many after it (at the end of a round both are alike on all ranks),
+    `rounds_left` the number of rounds of the epoch after this one, and `step` that of the worker that has the
+    most, from 1.
     """
 
     epoch: int
@@ -182,7 +183,10 @@ class Sampler:
             for turn in range(turns):
                 ends = turn == turns - 1
                 indices = mine[cuts[turn] : cuts[turn + 1]]
-                start = over[number] + done / batch_size + turn
+                # All ranks end a round at one position, that of the worker who has the most, since what they
+                # do there with the learning rate must be the same.
+                before = max(0, steps[number + 1] - steps[number] - 1) if ends else done / batch_size + turn
+                start = over[number] + before
                 until = over[number + 1] if ends else start + 1
                 yield Batch(
                     epoch=epoch,

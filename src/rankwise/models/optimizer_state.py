@@ -67,6 +67,8 @@ class OptimizerState:
         )
         self._moving = _moving(optimizer, twin, shown)
         self._numbers = torch.zeros(len(self._moving), dtype=torch.float64)
+        self.note()
+        self._first_numbers = self._numbers.clone()
 
     @property
     def begun(self) -> Tensor:
@@ -93,7 +95,7 @@ class OptimizerState:
             self._seen.add(number)
 
     def reset(self) -> None:
-        """Forget everything but rates, as if the optimiser had just been made."""
+        """Forget everything but rates and modes, as if the optimiser had just been made."""
         for places in self._places.values():
             for value in places.values():
                 value.zero_()
@@ -104,6 +106,8 @@ class OptimizerState:
                 for parameter in group["params"]:
                     self._optimizer.state[parameter]["sum"].fill_(group["initial_accumulator_value"])
         self.note()
+        modes = torch.tensor([moving.kind is bool for moving in self._moving], dtype=torch.bool)
+        self._numbers.copy_(torch.where(modes, self._numbers, self._first_numbers))
         self.show()
 
     def named(self) -> dict[str, Tensor]:
@@ -188,8 +192,11 @@ def _after_steps(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
 ) -> tuple[torch.optim.Optimizer, list[Mapping[str, Any]]]:
     """A copy of an optimiser that has made some steps, with ones for gradients of parameters that have no
-    state yet; and the states that it has made, empty for the others."""
-    copies = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters]
+    state yet; and the states that it has made, empty for the others.
+
+    Its parameters are ones too, whatever they are on this rank: Prodigy keeps less for those that are zero.
+    """
+    copies = [nn.Parameter(torch.ones_like(p), p.requires_grad) for p in parameters]
     begins = [p.requires_grad and not optimizer.state.get(p) for p in parameters]
     for its, its_first in zip(copies, begins, strict=True):
         its.grad = torch.ones_like(its) if its_first else None
@@ -213,12 +220,14 @@ def _after_steps(
 
 def _twin(optimizer: torch.optim.Optimizer, copies: dict[int, nn.Parameter]) -> torch.optim.Optimizer:
     """A copy of an optimiser with other parameters, by the ids of its own; without state, and without what
-    users hook into its steps."""
+    users hook into its steps, or put in the place of its methods, as torch's schedulers do."""
     memo: dict[int, Any] = {**copies}
     twin = copy.copy(optimizer)
     for name, value in vars(optimizer).items():
         if name in _HOOKS:
             vars(twin)[name] = OrderedDict()
+        elif callable(value) and hasattr(type(optimizer), name):  # it would step the optimiser itself
+            vars(twin).pop(name, None)
         elif name != "state":
             vars(twin)[name] = copy.deepcopy(value, memo)  # a step may change any of it
     twin.state = defaultdict(dict)

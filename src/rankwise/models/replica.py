@@ -41,9 +41,9 @@ class Replica:
 
     All that is settled when the replica is made: `require_unchanged` finds out what has changed since.
 
-    `clip_norm` limits the norm of all gradients together in each `step`, None for no limit. `needs_pairs`
-    says that the model cannot train on a batch of one sample, as BatchNorm cannot. What the loop calls is
-    `module`, the model itself unless it is compiled, or a strategy wraps it.
+    `clip_norm` limits the norm of all gradients together that a `step` goes by, None for no limit.
+    `needs_pairs` says that the model cannot train on a batch of one sample, as BatchNorm cannot. What the
+    loop calls is `module`, the model itself unless it is compiled, or a strategy wraps it.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Replica:
         self._held = _held(model, optimizer)
         self._trained = {name: value for name, value in self._held.items() if value.requires_grad}
         self.parameters = list(self._trained.values())
+        self._stepped = [p for group in optimizer.param_groups for p in group["params"]]
         self._attached: dict[type, Any] = {}
         self._state = OptimizerState(optimizer)
         self.extra = ExtraState(model)
@@ -114,12 +115,15 @@ class Replica:
             parameter.grad = None
 
     def step(self) -> None:
-        """The optimiser's step with the gradients that are there, but for frozen parameters."""
+        """The optimiser's step with the gradients that are there, but for frozen parameters. Sparse ones are
+        made dense, as the optimiser's state is."""
         for parameter in self.parameters:
             if not parameter.requires_grad:
-                parameter.grad = None  # an exchange leaves zeros, by which momentum would still move it
+                parameter.grad = None  # it may hold an older one, by which it would still move
+            elif (gradient := parameter.grad) is not None and gradient.is_sparse:
+                parameter.grad = gradient.to_dense()
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self._stepped, self.clip_norm)
         self._state.step()
 
     def require_unchanged(self) -> None:
@@ -172,6 +176,7 @@ class Replica:
         """Overwrite the weights from a flat array; a longer one's tail is left alone."""
         self._weights.unpack(flat)
         if self._shares_state:
+            self._state.note()  # numbers, of which no mean is taken, stay this rank's own
             self._state.show()
 
     def pack_frozen(self) -> NDArray[np.floating]:

@@ -96,7 +96,7 @@ class ParameterAveraging(Strategy[RoundState]):
         with world.ledger.phase("pack"):
             replica.unpack(flat)
             if after.anchor is not None:
-                after = replace(after, anchor=flat.copy())
+                after = replace(after, anchor=replica.pack().copy())  # as the weights' own type rounds it
         if self.optimizer_state == "reset":
             replica.reset_optimizer()
         return after.commit()

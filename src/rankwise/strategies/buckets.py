@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rankwise.comm import BackgroundExchange, World
 from rankwise.errors import OutOfStepError
@@ -31,16 +34,19 @@ class _Bucket:
 class Buckets:
     """The gradients of a round, each batch's times its share of the round, those of the last layers first.
 
-    `flat` holds them in their layout, `shapes` are theirs in it, and a flag stands behind them. With more
-    than one bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass has filled it,
-    in the same order on all ranks. An exchange in the background goes on only when it is polled, which each
-    later gradient does.
+    `flat` holds them in their layout, `shapes` are theirs in it. Behind them stand a number for each
+    parameter, how many of the round's batches gave it a gradient, unless gradients are `compressed`, and a
+    flag. With more than one bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass
+    has filled it, in the same order on all ranks. An exchange in the background goes on only when it is
+    polled, which each later gradient does.
 
     Ranks add up what the backward pass has made. Changing it before `add`, by clipping for example, would be
     another computation than one process makes, and raises OutOfStepError.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], bucket_bytes: float, world: World) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], bucket_bytes: float, world: World, *, compressed: bool = False
+    ) -> None:
         import torch
 
         from rankwise.models.replica import Layout
@@ -49,8 +55,11 @@ class Buckets:
         self._parameters = [parameter for parameter in reversed(parameters) if parameter.requires_grad]
         wide = any(parameter.dtype == torch.float64 for parameter in self._parameters)
         layout = Layout(self._parameters)
-        self._tensor = torch.zeros(layout.size + 1, dtype=torch.float64 if wide else torch.float32)
+        counted = 0 if compressed else len(self._parameters)
+        self._tensor = torch.zeros(layout.size + counted + 1, dtype=torch.float64 if wide else torch.float32)
         self.flat: Flat = self._tensor.numpy()
+        self._gradients = slice(0, layout.size)
+        self._counts = self.flat[layout.size : -1]
         self.shapes = layout.shapes
         self._views = layout.views(self._tensor)
         self._given = False
@@ -90,7 +99,7 @@ class Buckets:
             self._send(len(self._buckets))  # also of parameters that took no part in the backward pass
         else:
             with self._world.ledger.phase("pack"):
-                self._take(slice(None), slice(0, -1))
+                self._take(slice(None), self._gradients)
         self._holds_some = True
 
     def close(self) -> Flat:
@@ -123,9 +132,13 @@ class Buckets:
         self._holds_some = self._sends = False
 
     def give(self) -> None:
-        """Make what is in the flat array the parameters' gradients, until the next batch is expected."""
+        """Make what is in the flat array the parameters' gradients, until the next batch is expected. A
+        parameter that had none on any rank has none, and the optimiser leaves it be."""
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view.to(parameter.dtype)
+        if not self._counts.all():
+            for place in np.flatnonzero(self._counts == 0):
+                self._parameters[place].grad = None
         self._given = True
 
     def _note(self, place: int) -> Callable[[Tensor], None]:
@@ -158,10 +171,10 @@ class Buckets:
                 return
             bucket.missing -= 1
             if bucket.missing < 0:
-                megabytes = self.flat.nbytes / 1e6
+                megabytes = math.ceil(self.flat.nbytes / 1e6)
                 raise OutOfStepError(
                     "a second backward pass came before step(), when gradients of the first were on their "
-                    f"way to other ranks: give bucket_mb={megabytes:.0f} or more, and they leave in step()"
+                    f"way to other ranks: give bucket_mb={megabytes} or more, and they leave in step()"
                 )
             full = self._next
             while full < len(self._buckets) and not self._buckets[full].missing:
@@ -189,8 +202,16 @@ class Buckets:
         """Put some parameters' gradients, times the share, into their place, or add them to what is there."""
         import torch
 
-        parameters, views = self._parameters[places], self._views[places]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        views, found = self._views[places], [p.grad for p in self._parameters[places]]
+        gradients = [g for g in found if g is not None and not g.is_sparse]
+        had: Any = 1
+        if len(gradients) < len(found):
+            had = [gradient is not None for gradient in found]
+            gradients = [
+                torch.zeros_like(v) if g is None else g.to_dense() for v, g in zip(views, found, strict=True)
+            ]
+        if self._counts.size:
+            self._counts[places] = self._counts[places] + had if self._holds_some else had
         if self._holds_some:
             torch._foreach_add_(views, gradients, alpha=self._share)
         else:

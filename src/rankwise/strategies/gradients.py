@@ -15,7 +15,13 @@ from rankwise.strategies.buckets import Buckets, cut
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.exchange import gather_sum, reduction_of
 from rankwise.strategies.recovery import Recovery
-from rankwise.strategies.traffic import ITEM_BYTES, Collective, ModelSize, Traffic
+from rankwise.strategies.traffic import (
+    ITEM_BYTES,
+    Collective,
+    ModelSize,
+    Traffic,
+    flat_bytes,
+)
 
 if TYPE_CHECKING:
     from rankwise.models.replica import Replica
@@ -45,7 +51,14 @@ class GradientAveraging(Strategy[State]):
 
     def init(self, replica: Replica, world: World) -> State:
         in_pieces = self._allreduces_plain and world.size > 1
-        replica.attach(Buckets(replica.parameters, self._bucket_bytes if in_pieces else math.inf, world))
+        replica.attach(
+            Buckets(
+                replica.parameters,
+                self._bucket_bytes if in_pieces else math.inf,
+                world,
+                compressed=self.compress != "none",
+            )
+        )
         return State()
 
     def expect(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
@@ -109,14 +122,19 @@ class GradientAveraging(Strategy[State]):
 
     def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
         reduction = reduction_of(self.topology, self.compress, model.shapes)
-        traffic = reduction.traffic(model.parameters, sum(hosts))
+        counts = 0 if reduction.compresses else len(model.shapes)
+        traffic = reduction.traffic(model.parameters + counts, sum(hosts))
         if self._allreduces_plain:
             sizes = [math.prod(shape) for shape in reversed(model.shapes)]
             pieces = len(cut(sizes, self._bucket_bytes // ITEM_BYTES))
             return replace(
                 traffic, each_round=(Collective("allreduce", traffic.payload_bytes, pieces=pieces),)
             )
-        return replace(traffic, server_steps=reduction.by_master and not reduction.compresses)
+        if reduction.compresses:
+            return traffic
+        weights = Collective("broadcast", flat_bytes(model.parameters))
+        each_round = Collective("gather", traffic.payload_bytes), weights
+        return replace(traffic, each_round=each_round, server_steps=True)
 
     @property
     def _allreduces_plain(self) -> bool:

@@ -97,7 +97,9 @@ class Hierarchical(ParameterAveraging):
         numbers, reduction = self._numbers(model), self._reduction(model.shapes)
         size = flat_bytes(numbers)
         return Traffic(
-            each_step=(Collective("allreduce", flat_bytes(model.parameters), among="host"),),
+            each_step=(
+                Collective("allreduce", flat_bytes(model.parameters + len(model.shapes)), among="host"),
+            ),
             each_round=(
                 Collective("allreduce", ITEM_BYTES, among="host"),
                 *(replace(exchange, among="leaders") for exchange in reduction.collectives(numbers)),
