@@ -75,13 +75,12 @@ class Course:
         starts = range(0, max(map(len, per_worker)), steps)
         parts = [[batches[start : start + steps] for batches in per_worker] for start in starts]
         ranks = (self.by_rank or self.seen)[epoch]
-        lengths = [
-            max(sum(map(len, its[start : start + steps])) for its in ranks) / self.batch_size
-            for start in starts
-        ]
+        parts_of_ranks = [[its[start : start + steps] for its in ranks] for start in starts]
+        lengths = [max(sum(map(len, its)) for its in part) / self.batch_size for part in parts_of_ranks]
         over = np.concatenate([[0.0], np.cumsum(lengths)])
         for number, part in enumerate(parts):
-            last = over[number] + math.ceil(lengths[number]) - 1
+            # As many turns as batches: a last sample may have joined the batch before it.
+            last = over[number] + max(map(len, parts_of_ranks[number])) - 1
             end = (last + over[number + 1]) / 2
             count = max(map(len, part))
             turns = []
