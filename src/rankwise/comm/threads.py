@@ -176,7 +176,13 @@ def run_in_threads(
     def work(rank: int) -> None:
         try:
             calls = (kill_at or {}).get(rank, math.inf)
-            results[rank] = program(World(ThreadTransport(rank, size, rendezvous, calls)))
+            world = World(ThreadTransport(rank, size, rendezvous, calls))
+            try:
+                results[rank] = program(world)
+            except SystemExit:
+                world.farewell()
+                raise
+            world.farewell()
         except Killed:
             results[rank] = Killed
         except BaseException as error:  # any: it is raised to the caller below
