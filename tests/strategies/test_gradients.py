@@ -224,8 +224,8 @@ def test_gradients_are_clipped_on_their_global_norm(strategy: str) -> None:
     "options", [{}, {"bucket_mb": 1e-6}, {"compress": "int8"}, {"strategy": "gradient-server"}]
 )
 def test_one_rank_that_stops_stops_all(options: dict[str, Any]) -> None:
-    """If one rank is told to stop, before or after a backward pass, all raise Interrupted in this step, and none
-    hangs."""
+    """If one rank is told to stop, before or after a backward pass, all raise Interrupted in this step, and
+    none hangs."""
 
     def program(world: World, before: bool) -> int:
         model, optimizer = make()

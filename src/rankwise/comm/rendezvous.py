@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rankwise.comm.transport import ended_before
 from rankwise.errors import RankLost
 
 
@@ -25,6 +26,7 @@ class Rendezvous:
         self.messages: dict[tuple[int, int], list[tuple[int, Any]]] = defaultdict(list)
         self.broken = False
         self.live = set(range(size))
+        self.ended: dict[int, str] = {}
         self.is_whole = True
         self.aside: set[int] = set()
         self.called_off = False
@@ -43,7 +45,7 @@ class Rendezvous:
     def take(self, number: int, rank: int, needed: range) -> dict[int, Any]:
         """What the needed ranks bring, as soon as they have; each rank takes part once. Raises RankLost."""
         with self.changed:
-            self._until(rank, lambda: self.brought[number].keys() >= set(needed))
+            self._until(rank, needed, lambda: self.brought[number].keys() >= set(needed))
             found = dict(self.brought[number])
             self.gone[number] += 1
             if self.gone[number] == self.size:
@@ -70,7 +72,7 @@ class Rendezvous:
                 cut = source is None or self.called_off or self.working[source] not in self.live
                 return cut and not self.is_whole
 
-            self._until(rank, ready, lost)
+            self._until(rank, () if source is None else (source,), ready, lost)
             place = next(place for place, (sender, _) in enumerate(inbox) if source in (None, sender))
             return inbox.pop(place)
 
@@ -81,6 +83,11 @@ class Rendezvous:
             self.repairing.pop(member, None)
             self.is_whole = self.is_whole and member not in self.working
             self.changed.notify_all()
+
+    def end(self, member: int, whereabouts: str) -> None:
+        """A rank's program comes to its end."""
+        with self.changed:
+            self.ended[member] = whereabouts
 
     def set_aside(self, member: int, ranks: int) -> None:
         """The ranks from this number on stand by, once all have come here."""
@@ -162,10 +169,19 @@ class Rendezvous:
             self.broken = True
             self.changed.notify_all()
 
-    def _until(self, rank: int, ready: Callable[[], bool], lost: Callable[[], object] | None = None) -> None:
+    def _until(
+        self,
+        rank: int,
+        needed: Sequence[int],
+        ready: Callable[[], bool],
+        lost: Callable[[], object] | None = None,
+    ) -> None:
         lost = lost or (lambda: not self.is_whole)
         self.changed.wait_for(lambda: self.broken or lost() or ready())
         # As under MPI an exchange may succeed on one rank and fail on another; but one to which all have come
         # is no longer lost, also where one of them was first out of it and has failed by now.
         if not ready():
+            for other in () if self.broken else needed:
+                if self.working[other] in self.ended:
+                    raise ended_before(other, self.ended[self.working[other]], rank)
             raise RankLost(f"rank {rank} waited for a rank that has ended")

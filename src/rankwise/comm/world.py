@@ -20,6 +20,8 @@ class World(Exchanges):
     with the next synchronisation, so that all of them stop at the same point. It is True too while this rank
     is `irregular`: it has left its loop or made no step, of which the others are to hear in the same way.
 
+    `at_end` is called, and `whereabouts` says how far this rank has come, when its program ends.
+
     `members` are the numbers that the ranks began with, `number` this one's: they stay when ranks are lost
     and `rank` changes. With `survives` the others go on if this rank ends.
     """
@@ -28,6 +30,7 @@ class World(Exchanges):
         super().__init__(transport, ledger or Ledger())
         self.asked_to_stop = self.irregular = False
         self.at_end: Callable[[], None] = nothing_owed
+        self.whereabouts: Callable[[], str] = str
         self.number = transport.rank
         self.members = list(range(transport.size))
         self.in_threads = transport.in_threads
@@ -150,4 +153,4 @@ class World(Exchanges):
 
     def close(self) -> None:
         """Leave in good order, all ranks together."""
-        self._transport.close()
+        self._transport.close(self.whereabouts())

@@ -79,6 +79,10 @@ class Loop:
             return self._sampler.weights(self.epoch)
         return np.asarray(self._totals / self._totals.sum())
 
+    def whereabouts(self) -> str:
+        """How far this rank has come, as the end of a sentence."""
+        return f", after the loop over batches at {self.left or self.place} in epoch {self.epoch}"
+
     def require_open(self, opened: Loop | None) -> None:
         """Raises OutOfStepError if this loop asks for a batch although it is not the one that is open."""
         if opened is not self:

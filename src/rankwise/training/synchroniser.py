@@ -149,7 +149,8 @@ class Synchroniser:
         epoch += self._counts_from_0
         work = self._work
         loop = Loop(epoch, here(), work, self._strategy, self.sampler, self.world)
-        self.world.irregular, self.world.at_end = False, self._leave_open_loop
+        self.world.irregular = False
+        self.world.at_end, self.world.whereabouts = self._leave_open_loop, loop.whereabouts
         self.replica.require_unchanged()
         if work.progress.epoch != epoch or not self._goes_on:
             work.open_epoch(epoch)
