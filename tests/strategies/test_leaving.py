@@ -376,3 +376,32 @@ def test_step_forgotten_is_refused() -> None:
     """An epoch without a single step() is a step() that was forgotten."""
     with pytest.raises(OutOfStepError, match=r"no batch of epoch 1 was followed by step\(\) in the loop at "):
         on_ranks(2, loop(lambda part, epoch, step: "continue"), strategy="parameter-averaging")
+
+
+@pytest.mark.parametrize("options", [LOCK_STEP[0], LOCK_STEP[3], *AVERAGING[:3], *OTHERS], ids=name)
+def test_ending_on_one_rank_ends_all(options: dict[str, Any]) -> None:
+    """A program that one rank ends after an epoch, as early stopping does, ends all ranks, with its line."""
+    whole = loop(lambda part, epoch, step: None)
+
+    def early(part: Part, number: int) -> None:
+        if part.rank == 1 and number == 2:
+            sys.exit(0)
+        whole(part, number)
+
+    line = (
+        r"rank 1 has come to the end of its program, after the loop .* at \S*test_leaving.py:\d+ in epoch 1"
+    )
+    with pytest.raises(OutOfStepError, match=line):
+        on_ranks(3, early, **options)
+
+
+def test_an_exchange_of_ones_own_learns_that_a_rank_has_ended() -> None:
+    """So does an exchange of a user's own, whose line is named, too."""
+
+    def program(world: World) -> None:
+        if world.rank == 0:
+            world.barrier()
+
+    line = r"rank 1 has come to the end of its program, while rank 0 waits for it at \S*test_leaving.py:\d+"
+    with pytest.raises(OutOfStepError, match=line):
+        run_in_threads(2, program)

@@ -104,41 +104,41 @@ class MpiTransport:
         return self._meet(lambda: self._comm.Allgather(buffer, into))
 
     def send(self, buffer: Buffer, dest: int, tag: int = 0) -> Pending:
-        return self._pending(lambda: self._comm.Isend(buffer, dest, tag), buffer, needed=(dest,))
+        return self._pending(
+            lambda: self._comm.Isend(buffer, dest, tag), buffer, look=lambda: self._look_for_ends([dest])
+        )
 
     def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
         sender = self._mpi.ANY_SOURCE if source is None else source
-        needed = () if source is None else (source,)
-        return self._pending(
-            lambda: self._comm.Irecv(buffer, sender, tag), buffer, receives=True, needed=needed
-        )
+        needed = [rank for rank in range(self.size) if rank != self.rank] if source is None else [source]
+
+        def look() -> None:
+            self._look_for_ends(needed, all)
+
+        return self._pending(lambda: self._comm.Irecv(buffer, sender, tag), buffer, receives=True, look=look)
 
     def _meet(self, then: Callable[[], None]) -> Pending:
         return self._pending(self._comm.Ibarrier, then=then)
 
-    def _pending(
-        self,
-        post: Callable[[], MPI.Request],
-        *buffers: Buffer | None,
-        needed: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Pending:
-        """An exchange that needs these ranks, by default all."""
+    def _pending(self, post: Callable[[], MPI.Request], *buffers: Buffer | None, **options: Any) -> Pending:
+        return MpiPending(
+            self._mpi,
+            post,
+            *buffers,
+            **{"spin_ns": self._spin_ns, "look": lambda: self._look_for_ends(range(self.size)), **options},
+        )
 
-        def look() -> None:
-            self._look_for_ends(range(self.size) if needed is None else needed)
-
-        return MpiPending(self._mpi, post, *buffers, spin_ns=self._spin_ns, look=look, **options)
-
-    def _look_for_ends(self, needed: Sequence[int]) -> None:
-        """Raises OutOfStepError if the program of one of these ranks has ended."""
+    def _look_for_ends(
+        self, needed: Sequence[int], how_many: Callable[[Iterable[object]], bool] = any
+    ) -> None:
+        """Raises OutOfStepError if the programs of any (or all) of these ranks have ended."""
         status = self._mpi.Status()
         with suppress(self._mpi.Exception):  # of a rank that was lost: the exchange will find out
             while self._closing.Iprobe(tag=END_TAG, status=status):
                 self._receive_end(status.Get_source())
-        for rank in needed:
-            if self._members[rank] in self._ended:
-                raise ended_before(rank, self._ended[self._members[rank]], self.rank)
+        if how_many(self._members[rank] in self._ended for rank in needed):
+            rank = next(rank for rank in needed if self._members[rank] in self._ended)
+            raise ended_before(rank, self._ended[self._members[rank]], self.rank)
 
     def _receive_end(self, number: int) -> None:
         self._ended[number] = self._closing.recv(source=number, tag=END_TAG)

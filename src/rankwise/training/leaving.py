@@ -29,9 +29,10 @@ class Word:
     """How far a rank is, as it tells the others when the flag is up.
 
     Its loop stands at `place`, was `left` there, and has come to batch `step` of the epoch, from 1. `turns`
-    counts its batches that are over, and `more` says whether there are others. Of the round it has `batches`
-    that hold samples, and made no step with those `skipped`, {index: step}; `kept` samples of it are
-    trained and stay so, and `total` of the epoch, which has `rounds_left` after this one.
+    counts its batches of the round that are over, or of the epoch if ranks may be rounds apart, and `more`
+    says whether there are others. Of the round it has `batches` that hold samples, and made no step with
+    those `skipped`, {index: step}; `kept` samples of it are trained and stay so, and `total` of the epoch,
+    which has `rounds_left` after this one.
     """
 
     asked_to_stop: bool
@@ -170,7 +171,7 @@ class Loop:
             place=self.place,
             left=self.left,
             step=self.step,
-            turns=self._turns.total(),
+            turns=self._turns[rounds] if self._strategy.recovery.synchronous else self._turns.total(),
             more=self._more or any(map(len, left[self.index :])),
             batches=sum(1 for batch in left[:ends] if len(batch)),
             skipped=dict(self._skipped),

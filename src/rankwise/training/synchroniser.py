@@ -14,19 +14,18 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rankwise.comm import World
 from rankwise.comm.exchanges import nothing_owed
 from rankwise.data.partition import Indices
 from rankwise.data.sampler import NOTHING, Batch, Sampler
-from rankwise.errors import ConfigError, Interrupted, RankLost
+from rankwise.errors import ConfigError, RankLost
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
-from rankwise.strategies.recovery import Recovery
 from rankwise.survival.fault_injection import NoFaults
 from rankwise.system.call_sites import here, left_by, place_of
 from rankwise.training.admission import JoinState, replicated
+from rankwise.training.commits import Commits
 from rankwise.training.leaving import Loop
 from rankwise.training.observer import NoObserver, Observer
 from rankwise.training.recovery import NoRankRecovery, RankRecovery
@@ -106,6 +105,7 @@ class Synchroniser:
                 observer=observer or NoObserver(),
                 join_state=join_state,
             )
+        self._commits = Commits(self._work, replica, strategy, world, self._recovery, self.faults)
 
     @property
     def state(self) -> State:
@@ -280,7 +280,8 @@ class Synchroniser:
             try:
                 yield from self._batches_left(loop)
                 if loop.ended or work.progress.rounds == len(self.sampler.rounds(loop.epoch)):
-                    self._close(loop)
+                    self.replica.require_unchanged()
+                    self._commits.close(loop)
             except RankLost:
                 self._recover(loop)
 
@@ -325,7 +326,7 @@ class Synchroniser:
             work.under_way.append(batch.indices)
             loop.turn_over(batch)
             if batch.ends_round:
-                self._exchange(batch, loop)
+                self._commits.commit(batch, loop)
         except NotFiniteError:
             where = f"in epoch {batch.epoch}, step {batch.step}"
             self._recovery.drop(f"weights or gradients are not finite {where}: try a smaller learning rate")
@@ -342,49 +343,6 @@ class Synchroniser:
         # By a number that all have alike, also those who came in later or made a round again.
         if batch.ends_round and work.progress.rounds % RECONCILE_ROUNDS == 0:
             self.world.reconcile()
-
-    def _exchange(self, batch: Batch, loop: Loop) -> None:
-        """Exchange and commit the round that ends with this batch."""
-        try:
-            self._commit(batch)
-        except Interrupted as stop:
-            shares = loop.hear(stop)
-            if shares is None:
-                self._commit_nothing()
-            else:
-                self._commit(replace(batch, weights=shares))
-
-    def _commit(self, batch: Batch) -> None:
-        work, strategy = self._work, self._strategy
-        with self._recovery.exchange(), self.faults.during("exchange"):
-            prepared = strategy.prepare(work.state, self.replica, batch, self.world)
-            work.state = strategy.commit(work.state, self.replica, prepared, self.world)
-        work.commit()
-
-    def _commit_nothing(self) -> None:
-        """Of the round nothing is trained, or it is dropped: all ranks have the weights that they had."""
-        work = self._work
-        with self._recovery.exchange():
-            if self._strategy.recovery is Recovery.DROP_ROUND:
-                work.state = self._strategy.recover(work.state, self.replica, self.world)
-            work.under_way = [NOTHING]
-        work.commit()
-
-    def _close(self, loop: Loop) -> None:
-        """Close the epoch; all ranks together."""
-        self.replica.require_unchanged()
-        try:
-            self._close_with(loop.shares)
-        except Interrupted as stop:
-            loop.hear(stop)
-            self._close_with(loop.shares)
-        self._work.progress = replace(self._work.progress, closed=True)
-
-    def _close_with(self, weights: NDArray[np.float64]) -> None:
-        """`weights` [ranks] are the shares of the ranks in what was trained."""
-        work = self._work
-        with self._recovery.exchange():
-            work.state = self._strategy.close_epoch(work.state, self.replica, weights, self.world)
 
 
 def _raise(error: BaseException) -> None:
