@@ -296,6 +296,24 @@ def test_an_exception_that_is_caught_leaves_the_loop(options: dict[str, Any]) ->
         on_ranks(2, caught(loop(at(2, 3, "raise", rank=1))), **options)
 
 
+def test_what_is_evaluated_after_an_exception_is_what_all_have() -> None:
+    """A model that is evaluated or saved behind an exception that ended its loop is the mean of all ranks."""
+
+    def epoch(part: Part, number: int) -> None:
+        with suppress(Stop):
+            loop(at(max(number, 2), 3, "raise"))(part, number)
+        if number == 2:
+            with torch.inference_mode():
+                scores = part.model(FEATURES)
+            assert all(torch.equal(scores, its) for its in part.its.world.allgather_object(scores))
+        if number == 3:
+            saved = part.model.state_dict()["0.weight"]
+            assert all(torch.equal(saved, its) for its in part.its.world.allgather_object(saved))
+
+    options = {"strategy": "local-sgd"}
+    assert_one_process(on_ranks(2, epoch, **options), options | {"sync_every": 8})
+
+
 def test_exit_on_all_ranks_ends_quietly() -> None:
     """`sys.exit` in the same step of all ranks ends them with its code."""
     with pytest.raises(SystemExit) as ended:

@@ -9,9 +9,9 @@ one process does, and they go on from there; otherwise all raise OutOfStepError.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from rankwise.errors import Interrupted, OutOfStepError
 from rankwise.strategies.base import Strategy
 from rankwise.strategies.recovery import Recovery
 from rankwise.training.snapshots import Work
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,20 @@ class Loop:
 
 def _emptied(batch: Batch) -> Batch:
     return replace(batch, indices=batch.indices[:0], share=0.0)
+
+
+def before_use(model: nn.Module, action: Callable[[], None]) -> None:
+    """Do this before a model is called or saved the next time."""
+    import torch
+
+    def act(*_: object) -> None:
+        for handle in handles:
+            handle.remove()
+        with torch.inference_mode(False):
+            action()
+
+    saved = model.register_state_dict_pre_hook(act)  # type: ignore[no-untyped-call]
+    handles = [model.register_forward_pre_hook(act), saved]
 
 
 def require_alike(words: Sequence[Word], recovery: Recovery) -> bool:

@@ -26,7 +26,7 @@ from rankwise.survival.fault_injection import NoFaults
 from rankwise.system.call_sites import here, left_by, place_of
 from rankwise.training.admission import JoinState, replicated
 from rankwise.training.commits import Commits
-from rankwise.training.leaving import Loop
+from rankwise.training.leaving import Loop, before_use
 from rankwise.training.observer import NoObserver, Observer
 from rankwise.training.recovery import NoRankRecovery, RankRecovery
 from rankwise.training.snapshots import Progress, Work
@@ -176,7 +176,7 @@ class Synchroniser:
 
     def _leave(self, place: str, *, at_once: bool) -> None:
         """The loop was left at this place. Take part in what others do until they learn of it: `at_once`, or
-        before the next exchange, as an exception has left it that may end this rank.
+        before the model is used again or an exchange, as an exception has left it that may end this rank.
 
         Nobody hears what is raised while a generator is closed: it is raised before the next exchange too.
         """
@@ -186,6 +186,7 @@ class Synchroniser:
         finish = partial(self._finish, loop)
         if not at_once:
             self.world.owed = finish
+            before_use(self.replica.model, self.world.settle)
             return
         try:
             finish()
