@@ -52,6 +52,19 @@ def test_all_ranks_that_exit_end_quietly(command: Command) -> None:
 
 
 @pytest.mark.full
+def test_ddp_refuses_to_be_left(command: Command) -> None:
+    """DDP exchanges in the backward pass, where no rank can tell that it has left: that is refused by all."""
+    done = command.mpiexec(2, "-m", "tests.strategies.leaves", "break", "1", json.dumps({"strategy": "ddp"}))
+    assert done.code == 1, done
+    assert re.search(
+        rf"^rankwise: rank 1 made no step\(\) with a batch in the loop over batches at \S*{PROGRAM.name}:"
+        rf"{line_of('break')}, in epoch 2, step 3, of which this strategy cannot tell",
+        done.err,
+        re.M,
+    ), done
+
+
+@pytest.mark.full
 def test_an_exception_on_one_rank_is_what_is_shown(command: Command) -> None:
     """An exception in the loop of one rank ends all, and its traceback is shown."""
     done = command.mpiexec(2, "-m", "tests.strategies.leaves", "raise", "1", ALLREDUCE)

@@ -40,7 +40,7 @@ def train() -> None:
             if word == "raise":
                 raise ValueError("on purpose")
             optimizer.zero_grad()
-            F.cross_entropy(model(images[batch.indices]), labels[batch.indices]).backward()
+            F.cross_entropy(its.model(images[batch.indices]), labels[batch.indices]).backward()
             its.step()
         if mine == "stop-early" and epoch == 2:
             break

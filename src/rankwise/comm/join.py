@@ -25,11 +25,12 @@ def join() -> World:
     world = mpi_world()
 
     def end_all_ranks(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        stderr = sys.__stderr__  # torch.distributed calls this hook with another one, which it shows later
         if isinstance(error, RankwiseError):
-            print(f"rankwise: {error}", file=sys.stderr)
+            print(f"rankwise: {error}", file=stderr, flush=True)
             world.abort(error.exit_code)
-        traceback.print_exception(kind, error, trace)
-        print(f"rank {world.rank} failed, so all {world.size} ranks end", file=sys.stderr)
+        traceback.print_exception(kind, error, trace, file=stderr)
+        print(f"rank {world.rank} failed, so all {world.size} ranks end", file=stderr, flush=True)
         world.abort(1)
 
     def leave() -> None:
