@@ -19,8 +19,11 @@ from torch.nn import functional as F
 
 from rankwise import Synchroniser, synchronise
 from rankwise.comm import World, run_in_threads
+from rankwise.comm.threads import Killed
 from rankwise.errors import OutOfStepError
-from tests.strategies.test_out_of_step import FEATURES, FIRST, LABELS, SAMPLES
+
+from ..effort import only_in_full
+from .test_out_of_step import FEATURES, FIRST, LABELS, SAMPLES
 
 EPOCHS, BATCH = 3, 5
 Indices = np.ndarray
@@ -242,8 +245,39 @@ def test_turns_without_a_step_on_one_rank_are_refused(options: dict[str, Any], w
         on_ranks(2, loop(at(2, 3, word, rank=1)), **options)
 
 
-@pytest.mark.parametrize("word", [*BREAKS, "exit"])
-@pytest.mark.parametrize("options", LOCK_STEP + AVERAGING + OTHERS, ids=name)
+def test_gradients_without_their_step_are_dropped() -> None:
+    """Gradients of a few batches that are summed up before a step are dropped where the loop is left before
+    it, as in one process."""
+
+    def left(part: Part, number: int) -> None:
+        loop(at(2, 3, "break"))(part, number)
+        if number == 2:
+            assert len(part.batches.pop()) == 2
+            part.batches.append([])  # no step was made with them
+
+    def without(part: Part, number: int) -> None:
+        if number != 2:
+            loop(at(0, 0, ""))(part, number)
+        else:
+            for _ in part.its.batches(number):
+                break
+
+    options = {"strategy": "allreduce", "sync_every": 4}
+    for one, other in zip(on_ranks(2, left, **options), on_ranks(2, without, **options), strict=True):
+        assert all(map(np.array_equal, one.weights, other.weights))
+    with pytest.raises(OutOfStepError, match=r"step 3, .* though it made one with others, whose gradients"):
+        on_ranks(2, loop(at(2, 3, "continue")), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        pytest.param(options, word, marks=[only_in_full] * (word not in ("break", "exit") and number > 0))
+        for number, options in enumerate(LOCK_STEP + AVERAGING + OTHERS)
+        for word in (*BREAKS, "exit")
+    ],
+    ids=lambda value: name(value) if isinstance(value, dict) else value,
+)
 def test_leaving_on_one_rank_ends_all_with_its_line(options: dict[str, Any], word: str) -> None:
     """A loop that one rank leaves ends all ranks, and the line names that rank, its step and its line."""
     line = rf"rank 1 left .* at \S*test_leaving.py:{line_of(word)} in epoch 2, step 3, while rank \d went on"
@@ -388,6 +422,29 @@ def test_evaluation_in_the_middle_changes_nothing(options: dict[str, Any]) -> No
         part.model.train()
 
     assert_one_process(on_ranks(2, loop(evaluates), **options), options)
+
+
+@pytest.mark.parametrize("options", [*LOCK_STEP[:2], *AVERAGING[1:3]], ids=name)
+@pytest.mark.parametrize("calls", [7, 11, 15, 19])
+def test_others_leave_though_a_rank_is_lost(options: dict[str, Any], calls: int) -> None:
+    """Ranks that leave a loop while another is lost go on together, from the same weights."""
+
+    def program(world: World) -> tuple[list[int], bytes]:
+        model = copy.deepcopy(FIRST)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        its = synchronise(
+            model, optimizer, world, samples=SAMPLES, batch_size=BATCH, on_failure="continue", **options
+        )
+        part = Part(world.rank, its, model, optimizer)
+        for number in range(1, EPOCHS + 1):
+            part.batches.append([])
+            its.retry_until_all(lambda number=number: loop(at(number, 3, "break"))(part, number))
+        return world.members, b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+
+    results = run_in_threads(3, program, kill_at={1: calls})
+    assert results[1] is Killed
+    assert results[0] == results[2]
+    assert results[0][0] == [0, 2]
 
 
 def test_step_forgotten_is_refused() -> None:

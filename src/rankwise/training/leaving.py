@@ -99,10 +99,11 @@ class Loop:
     def given(self, batch: Batch) -> Batch:
         """A batch as this rank trains it: without its samples once the loop was left, and where the run is to
         stop, so that it goes straight to where the others learn of it."""
-        asked = self._world.asked_to_stop and not self._strategy.recovery.syncs_every_step
-        if self.left is None and not asked:
+        if self.left is None:
+            if self._world.asked_to_stop and not self._strategy.recovery.syncs_every_step:
+                return _emptied(batch)
             return batch
-        if self.left is not None and len(batch):
+        if len(batch):
             self._more = True
             self._tell_at_exchange()
         return _emptied(batch)
@@ -220,10 +221,10 @@ def require_alike(words: Sequence[Word], recovery: Recovery) -> bool:
     if recovery in (Recovery.DROP_ROUND, Recovery.ROLL_BACK):
         whole = recovery is Recovery.DROP_ROUND
         skipped = {index for word in words for index in word.skipped}
-        for rank, word in enumerate(words):
+        for word in words:
             made = set(range(word.batches)) if whole and skipped else skipped & set(range(word.batches))
             if made - word.skipped.keys():
-                _refuse_skipping(words, rank)
+                _refuse_skipping(words)
     return False
 
 
@@ -236,10 +237,16 @@ def _refuse_leaving(words: Sequence[Word], leaver: int, other: int) -> None:
     )
 
 
-def _refuse_skipping(words: Sequence[Word], other: int) -> None:
+def _refuse_skipping(words: Sequence[Word]) -> None:
     rank = next(rank for rank, word in enumerate(words) if word.skipped)
-    its, step = words[rank], next(iter(words[rank].skipped.values()))
+    its = words[rank]
+    index, step = next(iter(its.skipped.items()))
+    made = [other for other, word in enumerate(words) if index < word.batches and index not in word.skipped]
+    if made:
+        why = f"while rank {made[0]} made one: leave it out on all ranks"
+    else:
+        why = "though it made one with others, whose gradients are summed with its: leave out all of them"
     raise OutOfStepError(
         f"rank {rank} made no step() with a batch of epoch {its.epoch}, step {step}, in the loop at "
-        f"{its.place}, while rank {other} made one: leave it out on all ranks"
+        f"{its.place}, {why}"
     )

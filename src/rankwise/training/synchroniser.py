@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -205,12 +204,13 @@ class Synchroniser:
         if self._batch is None:
             raise RuntimeError("step() stands alone: call it once in each turn of a loop over batches()")
         batch, self._batch = self._batch, None
-        with self._failing() as loop:
-            self.faults.at("compute")
-            try:
-                self._step(batch, loop)
-            except RankLost:
-                self._recover(loop)
+        loop = self._suspended()
+        self.faults.at("compute")
+        try:
+            self._step(batch, loop)
+        except RankLost:
+            self._recover(loop)
+        self._loop = loop
 
     def drop(self, why: str) -> None:
         """In place of `step()`, for a batch whose loss is not a number: it is not averaged in.
@@ -222,9 +222,10 @@ class Synchroniser:
             self.step()  # part of it may be under way to the others: all find it out together
             return
         self._batch = None
-        with self._failing() as loop:
-            self._recovery.drop(why)
-            loop.go_back(self.progress.rounds)
+        loop = self._suspended()
+        self._recovery.drop(why)
+        loop.go_back(self.progress.rounds)
+        self._loop = loop
 
     def undo(self) -> None:
         """Take the last commit back: replica and state are as they were when its exchange began.
@@ -266,13 +267,11 @@ class Synchroniser:
         credited = self.sampler.credited(self.progress.epoch) if self.world.rank == 0 else NOTHING
         return np.concatenate([NOTHING, *self._work.trained, credited])
 
-    @contextmanager
-    def _failing(self) -> Iterator[Loop]:
-        """Inside, the loop is not open: an error of the library's own is no leaving of which to tell."""
+    def _suspended(self) -> Loop:
+        """The loop, which is not open meanwhile: an error of the library's own is no leaving of it."""
         loop, self._loop = self._loop, None
         assert loop is not None  # it has just given a batch
-        yield loop
-        self._loop = loop
+        return loop
 
     def _turns(self, loop: Loop) -> Iterator[Batch]:
         """The batches from here to the end of the epoch, which is closed then."""
