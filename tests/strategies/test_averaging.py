@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from rankwise import synchronise
 from rankwise.comm import World, run_in_threads, solo_world
 from rankwise.config import TrainConfig
-from rankwise.errors import ConfigError, Interrupted, RankLost
+from rankwise.errors import ConfigError, Interrupted, OutOfStepError, RankLost
 from rankwise.strategies.base import State
 from rankwise.strategies.exchange import PlainSum
 from rankwise.training.options import LoopOptions
@@ -140,7 +140,7 @@ def test_steps_out_of_turn_are_refused() -> None:
     """A loop that forgets step(), or calls it twice, is told so instead of falling out of step."""
     model, optimizer = make()
     ranks = synchronise(model, optimizer, solo_world(), samples=SAMPLES)
-    with pytest.raises(RuntimeError, match="not followed by step"):
+    with pytest.raises(OutOfStepError, match=r"no batch of epoch 1 was followed by step\(\)"):
         list(ranks.batches(1))
     for batch in ranks.batches(2):
         step_on(model, optimizer, batch.indices)

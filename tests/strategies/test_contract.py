@@ -159,7 +159,9 @@ def test_one_step_can_be_undone(name: str) -> None:
 
         object.__setattr__(ranks._strategy, "prepare", prepare)
         # An epoch's end is a commit too; what is to be taken back here is the round before it.
-        ranks._close = lambda _: setattr(ranks._work, "progress", replace(ranks.progress, closed=True))
+        ranks._commits.close = lambda _: setattr(
+            ranks._work, "progress", replace(ranks.progress, closed=True)
+        )
         for batch in ranks.batches(1):
             gradients(model, optimizer, batch.indices)
             ranks.step()

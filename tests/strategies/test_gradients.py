@@ -335,8 +335,8 @@ def test_what_the_optimiser_leaves_alone_is_not_clipped_with_the_rest(strategy: 
     "options", [{}, {"bucket_mb": 1e-6}, {"compress": "int8"}, {"strategy": "gradient-server"}]
 )
 def test_one_rank_that_stops_stops_all(options: dict[str, Any]) -> None:
-    """If one rank is told to stop, before or after a backward pass, all raise Interrupted at the same step,
-    none hangs: in this one, or in the next if the gradients of this one have gone out before."""
+    """If one rank is told to stop, before or after a backward pass, all raise Interrupted in this step, and
+    none hangs."""
 
     def program(world: World, before: bool) -> int:
         model, optimizer = make()
@@ -356,7 +356,7 @@ def test_one_rank_that_stops_stops_all(options: dict[str, Any]) -> None:
         raise AssertionError("went on")
 
     assert run_in_threads(3, lambda world: program(world, True)) == [7] * 3
-    assert run_in_threads(3, lambda world: program(world, False)) == [7 + ("bucket_mb" in options)] * 3
+    assert run_in_threads(3, lambda world: program(world, False)) == [7] * 3
 
 
 def test_the_loss_goes_down() -> None:

@@ -20,6 +20,10 @@ from rankwise.ledger.waits import Pattern, Times
 NOTHING = np.empty(0, np.uint8)
 
 
+def nothing_owed() -> None:
+    """A rank owes the others nothing."""
+
+
 @dataclass
 class Traffic:
     """Payload that this rank handed to the transport and took from it (not what a library adds)."""
@@ -68,6 +72,9 @@ class Exchanges:
     Buffers are contiguous numpy arrays of the same shape and dtype on every rank. `traffic` counts what the
     program exchanges, `overhead` what it takes to account for that.
 
+    What a rank has still to do with the others, or an error that could not be raised where it was found, is
+    `owed` before its next collective exchange.
+
     Once `cross_check` is set, each blocking collective exchange is preceded by a barrier whose time is
     added up in `barrier_wait_ns`: a stopwatch to check the logs by, which do without one.
     """
@@ -78,6 +85,7 @@ class Exchanges:
         self.ledger = ledger
         self.timeline = Timeline(ledger)
         self.traffic, self.overhead = Traffic(), Traffic()
+        self.owed: Callable[[], None] = nothing_owed
         self.cross_check = False
         self.barrier_wait_ns = 0
         self._in_exchange: Callable[[], None] = lambda: None
@@ -150,14 +158,21 @@ class Exchanges:
         logged = self.exchange_log.open(Pattern.RECEIVE, 0, buffer.nbytes)
         return self._start(logged, lambda: self._transport.receive(buffer, source))
 
+    def settle(self) -> None:
+        """Do what is owed, once."""
+        owed, self.owed = self.owed, nothing_owed
+        owed()
+
     def allgather(self, buffer: Buffer) -> Buffer:
         """All buffers as rows of one array [size, *shape] in rank order, on every rank."""
+        self.settle()
         if self.exchange_log.due:
             self.reconcile()
         return self._allgather(buffer, self.traffic)
 
     def allgather_object(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in rank order. For set-up and farewell, never for weights."""
+        self.settle()
         if self.exchange_log.due:
             self.reconcile()
         return self._allgather_object(value, self.traffic)
@@ -245,6 +260,7 @@ class Exchanges:
 
     def _meet(self) -> None:
         """Comes before every blocking collective exchange of the program: where ranks must meet anyway."""
+        self.settle()
         if self.exchange_log.due:
             self.reconcile()
         if self.cross_check:

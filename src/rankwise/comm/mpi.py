@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from rankwise.comm.half_precision import Words, add_bf16, add_fp16
-from rankwise.comm.mpi_environment import survives_failures
-from rankwise.comm.transport import Buffer, Op, Pending
+from rankwise.comm.mpi_pending import CROWDED_SPIN_NS, MpiPending, translated
+from rankwise.comm.transport import Buffer, Op, Pending, ended_before
 from rankwise.comm.world import World
 from rankwise.errors import LaunchError, RankLost, one_line
 from rankwise.ledger.phases import Ledger
-from rankwise.ledger.stalls import NO_STALLS, StallDetector
+from rankwise.ledger.stalls import NO_STALLS
 from rankwise.system import machine
 
 if TYPE_CHECKING:
@@ -28,78 +27,14 @@ SPIN_NS = 20_000_000
 """How long a waiting rank yields its core between polls before it starts to sleep between them: a rank that
 comes meanwhile finds it awake."""
 
-CROWDED_SPIN_NS = 500_000
-"""The same on a host with more ranks than cores, where another rank may have use for the core."""
-
-LONGEST_NAP_NS = 1_000_000
-
 STAND_BY_NAP_S = 0.005
 """How long a rank that stands by sleeps between two looks: it adds half of it to a recovery."""
 
 DONE_TAG = 2
 """Of the message from which a rank that stands by learns that the others are done."""
 
-
-class _Pending:
-    """An exchange of MPI's that is polled: at once, then yielding, then with short naps.
-
-    A rank inside a blocking MPI call burns its core, which on a machine with more ranks than cores
-    is another rank's. `post` starts it; with `receives` the request is asked which rank's message it brought;
-    `then` is what blocks, once the request is over. The buffers are held here: MPI works on their memory,
-    also when the caller has let go of them.
-    """
-
-    def __init__(
-        self,
-        mpi: Any,
-        post: Callable[[], MPI.Request],
-        *buffers: Buffer | None,
-        spin_ns: int = CROWDED_SPIN_NS,
-        receives: bool = False,
-        then: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._mpi = mpi
-        self._spin_ns = spin_ns
-        self._status = mpi.Status() if receives else None
-        self._buffers = buffers
-        self._then = then
-        try:
-            self._request = post()
-        except mpi.Exception as error:
-            raise _translated(mpi, error) from None
-        self._is_over = False
-
-    def poll(self) -> None:
-        # Once only: testing a request that is over would overwrite its status.
-        try:
-            self._is_over = self._is_over or self._request.Test(self._status)
-        except self._mpi.Exception as error:
-            raise _translated(self._mpi, error) from None
-
-    def wait(self, stalls: StallDetector) -> int:
-        started_ns = stalls.look()
-        nap_ns = 0
-        try:
-            while not (self._is_over or self._request.Test(self._status)):
-                if stalls.look(nap_ns) - started_ns < self._spin_ns:
-                    os.sched_yield()
-                else:
-                    nap_ns = min(2 * nap_ns, LONGEST_NAP_NS) or 50_000
-                    time.sleep(nap_ns / 1e9)
-            stalls.look(nap_ns)
-            self._then()
-        except self._mpi.Exception as error:
-            raise _translated(self._mpi, error) from None
-        return -1 if self._status is None else self._status.Get_source()
-
-
-def _translated(mpi: Any, error: Any) -> Exception:
-    """RankLost for MPI's errors of a lost rank; its other errors stay."""
-    lost = [mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED]
-    if survives_failures():
-        # Open MPI sometimes says only this of a collective exchange whose other end has just gone.
-        lost += [mpi.ERR_OTHER, mpi.ERR_INTERN]
-    return RankLost(f"a rank was lost: {one_line(error)}") if error.Get_error_class() in lost else error
+END_TAG = 3
+"""Of the message from which a rank that waits learns that the program of another has ended."""
 
 
 class _Place(NamedTuple):
@@ -125,6 +60,8 @@ class MpiTransport:
         self._mpi = mpi
         self._all: MPI.Intracomm = mpi.COMM_WORLD
         self._comm = self._all
+        self._closing: MPI.Intracomm = self._all.Dup()  # where no exchange can be taken for an end
+        self._ended: dict[int, str] = {}
         self._ops = {
             "sum": mpi.SUM,
             "max": mpi.MAX,
@@ -167,17 +104,44 @@ class MpiTransport:
         return self._meet(lambda: self._comm.Allgather(buffer, into))
 
     def send(self, buffer: Buffer, dest: int, tag: int = 0) -> Pending:
-        return self._pending(lambda: self._comm.Isend(buffer, dest, tag), buffer)
+        return self._pending(
+            lambda: self._comm.Isend(buffer, dest, tag), buffer, look=lambda: self._look_for_ends([dest])
+        )
 
     def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
         sender = self._mpi.ANY_SOURCE if source is None else source
-        return self._pending(lambda: self._comm.Irecv(buffer, sender, tag), buffer, receives=True)
+        needed = [rank for rank in range(self.size) if rank != self.rank] if source is None else [source]
+
+        def look() -> None:
+            self._look_for_ends(needed, all)
+
+        return self._pending(lambda: self._comm.Irecv(buffer, sender, tag), buffer, receives=True, look=look)
 
     def _meet(self, then: Callable[[], None]) -> Pending:
         return self._pending(self._comm.Ibarrier, then=then)
 
     def _pending(self, post: Callable[[], MPI.Request], *buffers: Buffer | None, **options: Any) -> Pending:
-        return _Pending(self._mpi, post, *buffers, spin_ns=self._spin_ns, **options)
+        return MpiPending(
+            self._mpi,
+            post,
+            *buffers,
+            **{"spin_ns": self._spin_ns, "look": lambda: self._look_for_ends(range(self.size)), **options},
+        )
+
+    def _look_for_ends(
+        self, needed: Sequence[int], how_many: Callable[[Iterable[object]], bool] = any
+    ) -> None:
+        """Raises OutOfStepError if the programs of any (or all) of these ranks have ended."""
+        status = self._mpi.Status()
+        with suppress(self._mpi.Exception):  # of a rank that was lost: the exchange will find out
+            while self._closing.Iprobe(tag=END_TAG, status=status):
+                self._receive_end(status.Get_source())
+        if how_many(self._members[rank] in self._ended for rank in needed):
+            rank = next(rank for rank in needed if self._members[rank] in self._ended)
+            raise ended_before(rank, self._ended[self._members[rank]], self.rank)
+
+    def _receive_end(self, number: int) -> None:
+        self._ended[number] = self._closing.recv(source=number, tag=END_TAG)
 
     def set_aside(self, ranks: int) -> None:
         self._strength, self._members = ranks, self._members[:ranks]
@@ -244,7 +208,7 @@ class MpiTransport:
         try:
             return bool(comm.Agree(int(mine)))
         except self._mpi.Exception as error:
-            if isinstance(_translated(self._mpi, error), RankLost):
+            if isinstance(translated(self._mpi, error), RankLost):
                 return False  # as all others find too
             raise
 
@@ -256,21 +220,39 @@ class MpiTransport:
         sys.stderr.flush()
         self._all.Abort(code)
 
-    def close(self) -> None:
+    def close(self, whereabouts: str = "") -> None:
         if self._mpi.Is_finalized():
             return
+        is_whole = self._all is self._mpi.COMM_WORLD
         try:
             waiting = [number for number in self._live if number not in self._members]
             for number in waiting if self.rank == 0 else ():
                 send = partial(self._all.Isend, np.empty(0), self._live.index(number), DONE_TAG)
-                _Pending(self._mpi, send).wait(NO_STALLS)
-            _Pending(self._mpi, self._all.Ibarrier).wait(NO_STALLS)
+                MpiPending(self._mpi, send).wait(NO_STALLS)
+            if is_whole:
+                self._meet_at_end(whereabouts)
+            else:
+                MpiPending(self._mpi, self._all.Ibarrier).wait(NO_STALLS)
         except RankLost:
             self._all.Revoke()  # or ranks that stand by might do so for ever
         # After a rank was lost MPI_Finalize sometimes never returns, and a process that ends with code 0
         # disturbs no other.
-        if self._all is self._mpi.COMM_WORLD:
+        if is_whole:
             self._mpi.Finalize()
+
+    def _meet_at_end(self, whereabouts: str) -> None:
+        """Wait for all others, and tell those that do not come in time: they may wait for this rank."""
+        told: list[MPI.Request] = []
+
+        def tell() -> None:
+            others = [number for number in self._live if number != self._number] if not told else ()
+            told.extend(self._closing.isend(whereabouts, number, END_TAG) for number in others)
+
+        MpiPending(self._mpi, self._closing.Ibarrier, look=tell).wait(NO_STALLS)
+        for number, has_told in enumerate(self._closing.allgather(bool(told))):
+            if has_told and number != self._number and number not in self._ended:
+                self._receive_end(number)
+        self._mpi.Request.waitall(told)
 
 
 def _on_words(add: Callable[[Words, Words, Words], None]) -> Callable[[Any, Any, Any], None]:

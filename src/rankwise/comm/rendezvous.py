@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rankwise.comm.transport import ended_before
 from rankwise.errors import RankLost
 
 
@@ -25,6 +26,7 @@ class Rendezvous:
         self.messages: dict[tuple[int, int], list[tuple[int, Any]]] = defaultdict(list)
         self.broken = False
         self.live = set(range(size))
+        self.ended: dict[int, str] = {}
         self.is_whole = True
         self.aside: set[int] = set()
         self.called_off = False
@@ -43,7 +45,8 @@ class Rendezvous:
     def take(self, number: int, rank: int, needed: range) -> dict[int, Any]:
         """What the needed ranks bring, as soon as they have; each rank takes part once. Raises RankLost."""
         with self.changed:
-            self._until(rank, lambda: self.brought[number].keys() >= set(needed))
+            members = self.working[needed.start : needed.stop]
+            self._until(rank, members, lambda: self.brought[number].keys() >= set(needed))
             found = dict(self.brought[number])
             self.gone[number] += 1
             if self.gone[number] == self.size:
@@ -61,26 +64,34 @@ class Rendezvous:
         RankLost."""
         with self.changed:
             inbox = self.messages[rank, tag]
+            senders = self.working[:rank] + self.working[rank + 1 :]
+            if source is not None:
+                senders = [self.working[source]]
             # As under MPI, a message is not lost because another rank is, until ranks begin to repair.
 
             def ready() -> bool:
                 return any(source in (None, sender) for sender, _ in inbox)
 
             def lost() -> bool:
-                cut = source is None or self.called_off or self.working[source] not in self.live
+                cut = source is None or self.called_off or senders[0] not in self.live
                 return cut and not self.is_whole
 
-            self._until(rank, ready, lost)
+            self._until(rank, senders, ready, lost, all)
             place = next(place for place, (sender, _) in enumerate(inbox) if source in (None, sender))
             return inbox.pop(place)
 
     def leave(self, member: int) -> None:
-        """A rank is gone, killed or at its end: those that need it find out in an exchange."""
+        """A rank is gone, killed or ended: those that need it find out in an exchange."""
         with self.changed:
             self.live.discard(member)
             self.repairing.pop(member, None)
-            self.is_whole = self.is_whole and member not in self.working
+            self.is_whole = self.is_whole and (member not in self.working or member in self.ended)
             self.changed.notify_all()
+
+    def end(self, member: int, whereabouts: str) -> None:
+        """A rank's program comes to its end."""
+        with self.changed:
+            self.ended[member] = whereabouts
 
     def set_aside(self, member: int, ranks: int) -> None:
         """The ranks from this number on stand by, once all have come here."""
@@ -162,10 +173,24 @@ class Rendezvous:
             self.broken = True
             self.changed.notify_all()
 
-    def _until(self, rank: int, ready: Callable[[], bool], lost: Callable[[], object] | None = None) -> None:
+    def _until(
+        self,
+        rank: int,
+        needed: Sequence[int],
+        ready: Callable[[], bool],
+        lost: Callable[[], object] | None = None,
+        how_many: Callable[[Iterable[object]], bool] = any,
+    ) -> None:
         lost = lost or (lambda: not self.is_whole)
-        self.changed.wait_for(lambda: self.broken or lost() or ready())
+
+        def ended() -> bool:
+            return how_many(member in self.ended and member not in self.live for member in needed)
+
+        self.changed.wait_for(lambda: self.broken or lost() or ended() or ready())
         # As under MPI an exchange may succeed on one rank and fail on another; but one to which all have come
         # is no longer lost, also where one of them was first out of it and has failed by now.
         if not ready():
+            if ended() and not self.broken:
+                member = next(member for member in needed if member in self.ended)
+                raise ended_before(self.working.index(member), self.ended[member], rank)
             raise RankLost(f"rank {rank} waited for a rank that has ended")

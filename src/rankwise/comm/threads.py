@@ -128,8 +128,8 @@ class ThreadTransport:
     def abort(self, code: int) -> None:
         self._rendezvous.abort()
 
-    def close(self) -> None:
-        """Nothing to leave: the threads end by themselves."""
+    def close(self, whereabouts: str = "") -> None:
+        self._rendezvous.end(self._member, whereabouts)
 
     def _collective(self, mine: Any, needed: range, finish: Callable[[dict[int, Buffer]], None]) -> _Pending:
         self._count_down()
@@ -166,17 +166,25 @@ def run_in_threads(
     transport after which it does. `hosts` [ranks] gives the ranks hosts; by default all are on one.
 
     If a rank raises, the others are released from what they wait for, and the error of the first rank that
-    failed is raised here. They are released too if this is interrupted; a rank that is computing then goes on
-    to its next exchange, or to the end of the process. The threads share torch's global random state.
+    failed is raised here; SystemExit is, when all have come to their ends. They are released too if this is
+    interrupted; a rank that is computing then goes on to its next exchange, or to the end of the process. The
+    threads share torch's global random state.
     """
     rendezvous = Rendezvous(size, hosts)
     results: list[Any] = [None] * size
     failures: list[BaseException] = []
+    exits: list[SystemExit] = []
 
     def work(rank: int) -> None:
         try:
             calls = (kill_at or {}).get(rank, math.inf)
-            results[rank] = program(World(ThreadTransport(rank, size, rendezvous, calls)))
+            world = World(ThreadTransport(rank, size, rendezvous, calls))
+            try:
+                results[rank] = program(world)
+            except SystemExit as ending:
+                exits.append(ending)
+            world.farewell()
+            world.close()
         except Killed:
             results[rank] = Killed
         except BaseException as error:  # any: it is raised to the caller below
@@ -198,4 +206,6 @@ def run_in_threads(
         raise
     if failures:
         raise next((error for error in failures if not isinstance(error, RankLost)), failures[0])
+    if exits:
+        raise exits[0]
     return results

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.comm.half_precision import add_bf16, add_fp16
+from rankwise.errors import OutOfStepError
 from rankwise.ledger.stalls import StallDetector
+from rankwise.system.call_sites import here
 
 Buffer = NDArray[Any]
 Op = Literal["sum", "max", "sum-fp16", "sum-bf16"]
@@ -24,6 +26,14 @@ COMBINE: dict[Op, Callable[..., Any]] = {
 """What adds two arrays up, into `out`."""
 
 
+def ended_before(rank: int, whereabouts: str, mine: int) -> OutOfStepError:
+    """The error of rank `mine`, which waits for a rank whose program has ended."""
+    return OutOfStepError(
+        f"rank {rank} has come to the end of its program{whereabouts}, while rank {mine} waits for it at "
+        f"{here()}: end it on all ranks at the same point"
+    )
+
+
 class Pending(Protocol):
     """An exchange that goes on; its buffers are the transport's until `wait` returns."""
 
@@ -32,7 +42,8 @@ class Pending(Protocol):
 
     def wait(self, stalls: StallDetector) -> int:
         """Come to its end, looking for stalls meanwhile; called once. Returns a receive's source, else -1.
-        Raises RankLost if a rank without which it cannot end was lost, or the world is repaired."""
+        Raises RankLost if a rank without which it cannot end was lost, or the world is repaired, and
+        OutOfStepError if the program of such a rank has ended."""
 
 
 class Transport(Protocol):
@@ -103,5 +114,6 @@ class Transport(Protocol):
     def abort(self, code: int) -> None:
         """End all ranks at once, this one included, without waiting for any."""
 
-    def close(self) -> None:
-        """Leave in good order, all ranks together."""
+    def close(self, whereabouts: str = "") -> None:
+        """Leave in good order, all ranks together. Those that wait for this one in an exchange instead get
+        OutOfStepError with its `whereabouts`, after some seconds at the latest."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from rankwise.comm.exchanges import Exchanges
+from rankwise.comm.exchanges import Exchanges, nothing_owed
 from rankwise.comm.transport import Transport
 from rankwise.errors import RankLost
 from rankwise.ledger.exchange_log import Chunk
@@ -16,7 +17,10 @@ class World(Exchanges):
     """All ranks as this one sees them, and its exchanges with them.
 
     `stopping` is set where the run is asked to end (by a signal handler); strategies carry it to all ranks
-    with the next synchronisation, so that all of them stop at the same point.
+    with the next synchronisation, so that all of them stop at the same point. It is True too while this rank
+    is `irregular`: it has left its loop or made no step, of which the others are to hear in the same way.
+
+    `at_end` is called, and `whereabouts` says how far this rank has come, when its program ends.
 
     `members` are the numbers that the ranks began with, `number` this one's: they stay when ranks are lost
     and `rank` changes. With `survives` the others go on if this rank ends.
@@ -24,13 +28,30 @@ class World(Exchanges):
 
     def __init__(self, transport: Transport, ledger: Ledger | None = None) -> None:
         super().__init__(transport, ledger or Ledger())
-        self.stopping = False
+        self.asked_to_stop = self.irregular = False
+        self.at_end: Callable[[], None] = nothing_owed
+        self.whereabouts: Callable[[], str] = str
         self.number = transport.rank
         self.members = list(range(transport.size))
         self.in_threads = transport.in_threads
         self.survives = False
         self._is_new = False
         self._refused = False
+
+    @property
+    def stopping(self) -> bool:
+        """Whether exchanges are to carry to all ranks that this one stops, or has left its loop."""
+        return self.asked_to_stop or self.irregular
+
+    @stopping.setter
+    def stopping(self, asked: bool) -> None:
+        self.asked_to_stop = asked
+
+    def farewell(self) -> None:
+        """This rank's program is at its end: do what it still owes the others, or raise what is wrong."""
+        self.settle()
+        self.at_end()
+        self.settle()
 
     def set_aside(self, ranks: int) -> None:
         """The ranks from this number on stand by: their `rank` is -1 until `stand_by` has come to its end.
@@ -132,4 +153,4 @@ class World(Exchanges):
 
     def close(self) -> None:
         """Leave in good order, all ranks together."""
-        self._transport.close()
+        self._transport.close(self.whereabouts())

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
-from rankwise.errors import Interrupted, RankLost
-from rankwise.strategies.base import State, Strategy, require_finite
+from rankwise.errors import RankLost
+from rankwise.strategies.base import State, Strategy, meet, require_finite
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.traffic import (
@@ -133,7 +133,7 @@ class Asynchronous(Strategy[CentreState]):
         """The state after the exchange, and this rank's new weights."""
         with world.ledger.phase("pack"):
             flat = replica.pack(tail=1)
-            flat[-1] = world.stopping
+            flat[-1] = world.asked_to_stop
         if batch.weights[world.rank]:
             require_finite(flat)
         if world.rank == 0:
@@ -146,11 +146,7 @@ class Asynchronous(Strategy[CentreState]):
     def close_epoch(
         self, state: CentreState, replica: Replica, weights: NDArray[np.float64], world: World
     ) -> CentreState:
-        """Raises Interrupted on all ranks if any is to stop: here they meet."""
-        stops = np.array([float(world.stopping)])
-        world.allreduce(stops, op="max")
-        if stops[0]:
-            raise Interrupted("stopped at the end of an epoch that was cut short")
+        meet(world, stops=world.stopping)
         state = super().close_epoch(state, replica, weights, world)
         return state.remember(weights=replica.pack().copy()) if world.rank else state
 
@@ -193,15 +189,15 @@ class Asynchronous(Strategy[CentreState]):
         try:
             while desk.rounds_left.sum() > workers * batch.rounds_left:
                 source = world.receive(message)
-                world.stopping = world.stopping or bool(message[-1])
+                world.stopping = world.asked_to_stop or bool(message[-1])
                 desk = desk.received(source, message.copy())
-                while due := desk.next(None if world.stopping else self.max_staleness):
+                while due := desk.next(None if world.asked_to_stop else self.max_staleness):
                     source, content = due
                     with world.ledger.phase("optimizer"):
                         answer = np.append(self.serve(centre, content[:-1], workers), content[-1:])
-                        answer[-1] = world.stopping
+                        answer[-1] = world.asked_to_stop
                         state = _measured(state, desk.staleness(source))
-                        desk = desk.answered(source, is_last=world.stopping)
+                        desk = desk.answered(source, is_last=world.asked_to_stop)
                     world.send(answer, source)
         except RankLost:
             replica.unpack(centre)  # what workers have brought stays

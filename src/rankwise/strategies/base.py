@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
-from rankwise.errors import ConfigError, OutOfStepError
+from rankwise.errors import ConfigError, Interrupted, OutOfStepError
 from rankwise.strategies.compression import Flat, Memory
 from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.traffic import ITEM_BYTES, Collective, Exchange, ModelSize, Traffic
@@ -85,6 +85,9 @@ class Strategy(ABC, Generic[S]):
 
     needs_all_gradients: ClassVar[bool] = False
     """Whether every parameter must have a gradient in each step, so that none can be frozen."""
+
+    ends_early: ClassVar[bool] = True
+    """Whether it carries to all ranks that one has left its loop over batches, or makes no step with one."""
 
     weighs_samples: ClassVar[bool] = True
     """Whether a rank counts in a mean by its samples, so that batches may differ in size."""
@@ -174,6 +177,14 @@ def require_finite(flat: Flat) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite(flat.sum()):
             raise NotFiniteError
+
+
+def meet(world: World, *, stops: bool) -> None:
+    """Raises Interrupted on all ranks if any of them stops: where ranks that are rounds apart meet."""
+    flag = np.array([float(stops)])
+    world.allreduce(flag, op="max")
+    if flag[0]:
+        raise Interrupted("stopped at the end of an epoch that was cut short")
 
 
 def start_alike(replica: Replica, world: World) -> None:

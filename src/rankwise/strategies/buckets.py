@@ -37,8 +37,8 @@ class Buckets:
     `flat` holds them in their layout, `shapes` are theirs in it. Behind them stand a number for each
     parameter, how many of the round's batches gave it a gradient, unless gradients are `compressed`, and a
     flag. With more than one bucket, of about `bucket_bytes` each, one goes out as soon as the backward pass
-    has filled it, in the same order on all ranks. An exchange in the background goes on only when it is
-    polled, which each later gradient does.
+    has filled it, in the same order on all ranks; the last one goes in the step, with the numbers and the
+    flag. An exchange in the background goes on only when it is polled, which each later gradient does.
 
     Ranks add up what the backward pass has made. Changing it before `add`, by clipping for example, would be
     another computation than one process makes, and raises OutOfStepError.
@@ -115,13 +115,16 @@ class Buckets:
         rank is to stop."""
         if len(self._buckets) == 1:
             self._world.allreduce(self.close())
-        else:
-            if not self._next:  # nothing came out of a backward pass
-                self.close()
-                self._sends = False
-                self._send(len(self._buckets))
-            for exchange in self._under_way:
-                exchange.wait()
+            self.clear()
+            return bool(self.flat[-1])
+        if not self._next:  # nothing came out of a backward pass
+            self.close()
+        elif self._next < len(self._buckets):  # no step was made with what did
+            self.flat[self._buckets[self._next].span.start :] = 0
+        self._sends = False
+        self._send(len(self._buckets))
+        for exchange in self._under_way:
+            exchange.wait()
         self.clear()
         return bool(self.flat[-1])
 
@@ -177,7 +180,7 @@ class Buckets:
                     f"way to other ranks: give bucket_mb={megabytes} or more, and they leave in step()"
                 )
             full = self._next
-            while full < len(self._buckets) and not self._buckets[full].missing:
+            while full < len(self._buckets) - 1 and not self._buckets[full].missing:
                 full += 1
             self._send(full)
             if self._under_way:

@@ -60,6 +60,7 @@ class DDP(Strategy[State]):
     recovery: ClassVar = Recovery.FAIL_STOP
     needs_all_gradients: ClassVar = True
     weighs_samples: ClassVar = False
+    ends_early: ClassVar = False
 
     def init(self, replica: Replica, world: World) -> State:
         from torch.nn.parallel import DistributedDataParallel

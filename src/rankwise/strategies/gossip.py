@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, require_finite
+from rankwise.strategies.base import State, Strategy, meet, require_finite
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.traffic import (
@@ -69,7 +69,7 @@ class Gossip(Strategy[GossipState]):
         self, state: GossipState, replica: Replica, batch: Batch, world: World
     ) -> tuple[GossipState, Flat]:
         """The state after the exchange, and the mixed weights."""
-        stop_at = state.stop_at or (state.rounds + world.size if world.stopping else 0)
+        stop_at = state.stop_at or (state.rounds + world.size if world.asked_to_stop else 0)
         with world.ledger.phase("pack"):
             flat = replica.pack(tail=1)
             flat[-1] = stop_at
@@ -91,6 +91,7 @@ class Gossip(Strategy[GossipState]):
     def close_epoch(
         self, state: GossipState, replica: Replica, weights: NDArray[np.float64], world: World
     ) -> GossipState:
+        meet(world, stops=world.irregular)
         state = super().close_epoch(state, replica, weights, world)
         mine = replica.pack().copy()
         mean = mine.copy()
@@ -114,7 +115,7 @@ class Gossip(Strategy[GossipState]):
 
     def closing_traffic(self, model: ModelSize) -> tuple[Exchange, ...]:
         mean, squares = model.parameters * ITEM_BYTES, 8
-        own = Collective("allreduce", mean), Collective("allreduce", squares)
+        own = Collective("allreduce", 8), Collective("allreduce", mean), Collective("allreduce", squares)
         return (*super().closing_traffic(model), *own)
 
 

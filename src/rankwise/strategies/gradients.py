@@ -79,7 +79,8 @@ class GradientAveraging(Strategy[State]):
         buckets = replica.attached(Buckets)
         if self._allreduces_plain:
             stops = buckets.reduce()
-            require_finite(buckets.flat)
+            if not stops:
+                require_finite(buckets.flat)
         elif self.compress == "none":
             return self._serve(buckets, replica, batch, world)
         else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.comm import World
 from rankwise.data.sampler import Sampler
-from rankwise.errors import DivergedError, RankLost
+from rankwise.errors import DivergedError, Interrupted, RankLost
 from rankwise.strategies.base import NotFiniteError, Strategy
 from rankwise.survival.fault_injection import NoFaults
 from rankwise.training.admission import JoinState, Standing, admit, replicated
@@ -120,7 +120,7 @@ class RankRecovery(NoRankRecovery):
         self._snapshots.exchange_begins(self._work.state, self._work.progress)
         try:
             yield
-        except NotFiniteError:
+        except (NotFiniteError, Interrupted):
             self._snapshots.exchange_is_off()
             raise
 

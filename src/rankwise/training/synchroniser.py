@@ -5,13 +5,17 @@ This is the way of a step without failures. What happens when a rank is lost sta
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from rankwise.comm import World
+from rankwise.comm.exchanges import nothing_owed
 from rankwise.data.partition import NOTHING, Indices
 from rankwise.data.sampler import Batch, Sampler
 from rankwise.errors import ConfigError, RankLost
@@ -19,7 +23,10 @@ from rankwise.models.precision import forget_cast_weights
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
 from rankwise.survival.fault_injection import NoFaults
+from rankwise.system.call_sites import here, left_by, place_of
 from rankwise.training.admission import JoinState, replicated
+from rankwise.training.commits import Commits
+from rankwise.training.leaving import Loop, before_use
 from rankwise.training.observer import NoObserver, Observer
 from rankwise.training.recovery import NoRankRecovery, RankRecovery
 from rankwise.training.snapshots import Progress, Work
@@ -77,6 +84,7 @@ class Synchroniser:
         self._rate_factor = rate_factor
         self._rates = [group["lr"] for group in replica.optimizer.param_groups]
         self._batch: Batch | None = None
+        self._loop: Loop | None = None
         self._counts_from_0 = False
         self._goes_on = join_state is not None
         self._fill = True
@@ -97,6 +105,7 @@ class Synchroniser:
                 observer=observer or NoObserver(),
                 join_state=join_state,
             )
+        self._commits = Commits(self._work, replica, strategy, world, self._recovery, self.faults)
 
     @property
     def state(self) -> State:
@@ -127,28 +136,66 @@ class Synchroniser:
         """The batches that this rank trains in `epoch`, each to be followed by one `step()`; if
         `retry_until_all` does the epoch again, what is left of them.
 
-        A loop may count its epochs from 0 or from 1: those of batches count from 1. Raises ConfigError for a
-        negative one, RankLost where a lost rank ends the run, DivergedError, and Interrupted when the run is
-        to stop.
+        A loop may count its epochs from 0 or from 1: those of batches count from 1. It may be left, and turns
+        may make no step, if all ranks do the same; the epoch ends, or goes on, as in one process. Raises
+        ConfigError for a negative epoch, OutOfStepError if ranks do not do the same, RankLost where a lost
+        rank ends the run, DivergedError, and Interrupted when the run is to stop.
         """
         if epoch < 0:
             raise ConfigError(f"batches({epoch}) was called: epochs count from 0 or from 1")
+        self._leave_open_loop()
+        self.world.settle()
         self._counts_from_0 = self._counts_from_0 or epoch == 0
         epoch += self._counts_from_0
         work = self._work
+        loop = Loop(epoch, here(), work, self._strategy, self.sampler, self.world)
+        self.world.irregular = False
+        self.world.at_end, self.world.whereabouts = self._leave_open_loop, loop.whereabouts
         self.replica.require_unchanged()
         if work.progress.epoch != epoch or not self._goes_on:
             work.open_epoch(epoch)
             self.faults.begin(epoch, self.sampler.steps(epoch))
             work.state = self._strategy.open_epoch(work.state, self.replica, self.world)
             self._recovery.round_begins()
-        while not work.progress.closed:
-            try:
-                yield from self._batches_left(epoch)
-                if work.progress.rounds == len(self.sampler.rounds(epoch)):
-                    self._close(epoch)
-            except RankLost:
-                self._recovery.recover(fill=self._fill)
+        self._loop = loop
+        try:
+            yield from self._turns(loop)
+        except GeneratorExit:
+            if self._loop is loop:
+                frame, raises = left_by(sys._getframe().f_back)
+                self._leave(place_of(frame), at_once=not raises)
+            raise
+        finally:
+            if self._loop is loop:
+                self._loop = None
+
+    def _leave_open_loop(self) -> None:
+        """The loop that is open is not taken to its end."""
+        if self._loop is not None:
+            self._leave(here(), at_once=True)
+
+    def _leave(self, place: str, *, at_once: bool) -> None:
+        """The loop was left at this place. Take part in what others do until they learn of it: `at_once`, or
+        before the model is used again or an exchange, as an exception has left it that may end this rank.
+
+        Nobody hears what is raised while a generator is closed: it is raised before the next exchange too.
+        """
+        loop, self._loop, self._batch = self._loop, None, None
+        assert loop is not None
+        loop.left = place
+        finish = partial(self._finish, loop)
+        if not at_once:
+            self.world.owed = finish
+            before_use(self.replica.model, self.world.settle)
+            return
+        try:
+            finish()
+        except BaseException as error:
+            self.world.owed = partial(_raise, error)
+
+    def _finish(self, loop: Loop) -> None:
+        for batch in self._turns(loop):
+            raise AssertionError(f"a loop that was left got {batch}")
 
     def step(self) -> None:
         """Use the gradients of the current batch, and synchronise if the strategy has it due now.
@@ -159,11 +206,13 @@ class Synchroniser:
             raise RuntimeError("step() stands alone: call it once in each turn of a loop over batches()")
         forget_cast_weights()
         batch, self._batch = self._batch, None
+        loop = self._suspended()
         self.faults.at("compute")
         try:
-            self._step(batch)
+            self._step(batch, loop)
         except RankLost:
-            self._recovery.recover(fill=self._fill)
+            self._recover(loop)
+        self._loop = loop
 
     def drop(self, why: str) -> None:
         """In place of `step()`, for a batch whose loss is not a number: it is not averaged in.
@@ -175,7 +224,10 @@ class Synchroniser:
             self.step()  # part of it may be under way to the others: all find it out together
             return
         self._batch = None
+        loop = self._suspended()
         self._recovery.drop(why)
+        loop.go_back(self.progress.rounds)
+        self._loop = loop
 
     def undo(self) -> None:
         """Take the last commit back: replica and state are as they were when its exchange began.
@@ -199,6 +251,7 @@ class Synchroniser:
                 self._goes_on = False
                 return result
             except RankLost:
+                self.world.owed = nothing_owed
                 self._recovery.recover(fill=fill)
                 self._goes_on = True
 
@@ -216,31 +269,50 @@ class Synchroniser:
         credited = self.sampler.credited(self.progress.epoch) if self.world.rank == 0 else NOTHING
         return np.concatenate([NOTHING, *self._work.trained, credited])
 
-    def _batches_left(self, epoch: int) -> Iterator[Batch]:
+    def _suspended(self) -> Loop:
+        """The loop, which is not open meanwhile: an error of the library's own is no leaving of it."""
+        loop, self._loop = self._loop, None
+        assert loop is not None  # it has just given a batch
+        return loop
+
+    def _turns(self, loop: Loop) -> Iterator[Batch]:
+        """The batches from here to the end of the epoch, which is closed then."""
+        work = self._work
+        while not work.progress.closed:
+            try:
+                yield from self._batches_left(loop)
+                if loop.ended or work.progress.rounds == len(self.sampler.rounds(loop.epoch)):
+                    self.replica.require_unchanged()
+                    self._commits.close(loop)
+            except RankLost:
+                self._recover(loop)
+
+    def _recover(self, loop: Loop) -> None:
+        self._recovery.recover(fill=self._fill)
+        loop.go_back(self.progress.rounds + self._strategy.recovery.keeps_local_work)
+
+    def _batches_left(self, loop: Loop) -> Iterator[Batch]:
         """The batches from here to the end of the epoch, or until the round begins again."""
         begun_again = self._recovery.begun_again
-        for batch in self.sampler.batches(epoch, self.progress.rounds):
-            if self.world.stopping and not self._strategy.recovery.syncs_every_step:
-                # Go straight to the round's end, where the others learn that the run is to stop.
-                if not batch.ends_round:
-                    continue
-                batch = replace(batch, indices=batch.indices[:0], share=0.0)
+        batches = self.sampler.batches(loop.epoch, self.progress.rounds)
+        for batch in islice(batches, loop.index, None):
+            batch = loop.given(batch)
+            if not (len(batch) or batch.ends_round or self._strategy.recovery.syncs_every_step):
+                loop.turn_over(batch)
+                continue
             self._set_rates(batch.position)
             self._strategy.expect(self.state, self.replica, batch, self.world)
             self.faults.step(batch.step)
             if len(batch):
-                self._batch = batch
+                self._batch, loop.step = batch, loop.step + 1
                 yield batch
-                self._require_step()
-            else:
+                loop.require_open(self._loop)
+            if self._batch is not None or not len(batch):
+                self._batch, batch = None, loop.left_out(batch) if len(batch) else batch
                 self.faults.at("compute")
-                self._step(batch)
-            if self._recovery.begun_again > begun_again:
+                self._step(batch, loop)
+            if loop.ended or self._recovery.begun_again > begun_again:
                 return
-
-    def _require_step(self) -> None:
-        if self._batch is not None:
-            raise RuntimeError("a batch was not followed by step(), and ranks would lose step")
 
     def _set_rates(self, epochs_over: float) -> None:
         if self._rate_factor is not None:
@@ -248,42 +320,32 @@ class Synchroniser:
             for group, rate in zip(self.replica.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch, loop: Loop) -> None:
         """Train a batch, and at the end of a round exchange and commit it."""
         work, rounds = self._work, self.state.rounds
         try:
             work.state = self._strategy.train(work.state, self.replica, batch, self.world)
             work.under_way.append(batch.indices)
+            loop.turn_over(batch)
             if batch.ends_round:
-                self._exchange(batch)
+                self._commits.commit(batch, loop)
         except NotFiniteError:
             where = f"in epoch {batch.epoch}, step {batch.step}"
             self._recovery.drop(f"weights or gradients are not finite {where}: try a smaller learning rate")
+            loop.go_back(work.progress.rounds)
             return
         # A strategy without exchanges commits each step.
         if self.replica.average is not None and (batch.ends_round or work.state.rounds > rounds):
             with self.world.ledger.phase("optimizer"):
                 self.replica.average.follow(work.state.rounds, batch.end)
         if batch.ends_round:
+            loop.round_over()
             self._recovery.committed()
         self.world.timeline.step(batch.epoch, len(batch))
         # By a number that all have alike, also those who came in later or made a round again.
         if batch.ends_round and work.progress.rounds % RECONCILE_ROUNDS == 0:
             self.world.reconcile()
 
-    def _exchange(self, batch: Batch) -> None:
-        """Exchange and commit the round that ends with this batch."""
-        work, strategy = self._work, self._strategy
-        with self._recovery.exchange(), self.faults.during("exchange"):
-            prepared = strategy.prepare(work.state, self.replica, batch, self.world)
-            work.state = strategy.commit(work.state, self.replica, prepared, self.world)
-        work.commit()
 
-    def _close(self, epoch: int) -> None:
-        """Close the epoch; all ranks together."""
-        self.replica.require_unchanged()
-        work = self._work
-        with self._recovery.exchange():
-            weights = self.sampler.weights(epoch)
-            work.state = self._strategy.close_epoch(work.state, self.replica, weights, self.world)
-        work.progress = replace(work.progress, closed=True)
+def _raise(error: BaseException) -> None:
+    raise error
