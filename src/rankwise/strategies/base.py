@@ -119,8 +119,8 @@ class Strategy(ABC, Generic[S]):
 
         Raises Interrupted, on all ranks at the same step, when `world.stopping` was set on any of them: it is
         to stop, and what was not committed by then is dropped; or it has left its loop, and the exchange may
-        be made anew. State and weights are as they were. Raises NotFiniteError on a rank that has sent nothing
-        yet, or on all ranks.
+        be made anew. State and weights are as they were. Raises NotFiniteError on a rank that has sent
+        nothing yet, or on all ranks.
         """
 
     def commit(self, state: S, replica: Replica, prepared: Any, world: World) -> S:
