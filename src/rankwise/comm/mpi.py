@@ -36,6 +36,9 @@ DONE_TAG = 2
 END_TAG = 3
 """Of the message from which a rank that waits learns that the program of another has ended."""
 
+MOST_TOLD = 64
+"""Ranks to each of which a rank says that its program has ended."""
+
 
 class _Place(NamedTuple):
     """Where a rank is: the clock that it reads, its host's name, and the cores on which it may run."""
@@ -245,14 +248,20 @@ class MpiTransport:
         told: list[MPI.Request] = []
 
         def tell() -> None:
-            others = [number for number in self._live if number != self._number] if not told else ()
+            others = () if told else self._told_by(self._number)
             told.extend(self._closing.isend(whereabouts, number, END_TAG) for number in others)
 
         MpiPending(self._mpi, self._closing.Ibarrier, look=tell).wait(NO_STALLS)
         for number, has_told in enumerate(self._closing.allgather(bool(told))):
-            if has_told and number != self._number and number not in self._ended:
+            if has_told and self._number in self._told_by(number) and number not in self._ended:
                 self._receive_end(number)
         self._mpi.Request.waitall(told)
+
+    def _told_by(self, number: int) -> list[int]:
+        """Whom a rank tells that its program has ended: all others; of very many the next one, as the first
+        that has not ended will then end all."""
+        following = [(number + step) % len(self._live) for step in range(1, len(self._live))]
+        return following if len(following) < MOST_TOLD else following[:1]
 
 
 def _on_words(add: Callable[[Words, Words, Words], None]) -> Callable[[Any, Any, Any], None]:

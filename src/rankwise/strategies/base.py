@@ -117,9 +117,10 @@ class Strategy(ABC, Generic[S]):
     def prepare(self, state: S, replica: Replica, batch: Batch, world: World) -> Any:
         """Exchange at the end of a round; returns what `commit` needs.
 
-        Raises Interrupted, on all ranks at the same step, when `world.stopping` was set on any of them;
-        what was not committed by then is dropped. Raises NotFiniteError on a rank that has sent nothing
-        yet, or on all ranks.
+        Raises Interrupted, on all ranks at the same step, when `world.stopping` was set on any of them: it is
+        to stop, and what was not committed by then is dropped; or it has left its loop, and the exchange may
+        be made anew. State and weights are as they were. Raises NotFiniteError on a rank that has sent
+        nothing yet, or on all ranks.
         """
 
     def commit(self, state: S, replica: Replica, prepared: Any, world: World) -> S:
