@@ -111,6 +111,7 @@ def fits(cell: Cell) -> bool:
         # What one process refuses by itself.
         and not (cell.model == "sparse-embedding" and cell.optimizer not in TAKES_SPARSE)
         and not (cell.model == "sparse-embedding" and cell.style in ("clip-norm", "clipped-by-hand"))
+        and not (cell.model == "sparse-embedding" and way.state == "average")
         # What is compared after one step has no later epoch.
         and not (cell.kind.first_step and cell.style in LATER)
         and not (few and cell.kind.first_step)
