@@ -21,6 +21,7 @@ from rankwise.comm import run_in_threads
 from rankwise.comm.mpi_environment import mpi_environment
 from rankwise.comm.threads import Killed
 from rankwise.config import TrainConfig
+from rankwise.data import prepare
 from rankwise.plan import RunPlan, resolve
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record, Samples
@@ -52,9 +53,11 @@ MPI_SIZES = (1, 2, 5)
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Datasets are decoded once for all tests, and not into the user's cache."""
+    """Datasets are decoded once for all tests, and not into the user's cache; the tiny one here, so that no
+    program of a test says that it does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        prepare(tiny.DATASET)
         yield
 
 

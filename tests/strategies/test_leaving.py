@@ -396,6 +396,20 @@ def test_an_epoch_again_is_trained_again() -> None:
     assert_one_process(seen, {"strategy": "allreduce"})
 
 
+@pytest.mark.parametrize("options", [LOCK_STEP[1], AVERAGING[2]], ids=name)
+def test_an_epoch_that_one_rank_skips_is_found(options: dict[str, Any]) -> None:
+    """A rank that passes over an epoch, and trains the next one with the others' own, is found at its end."""
+    whole = loop(lambda part, epoch, step: None)
+
+    def epoch(part: Part, number: int) -> None:
+        whole(part, number + ((part.rank, number) == (1, 2)))
+
+    with pytest.raises(
+        OutOfStepError, match="rank 1 is at the end of epoch 3 while rank 0 is at that of epoch 2"
+    ):
+        on_ranks(2, epoch, **options)
+
+
 def test_two_loops_at_once_are_refused() -> None:
     """Batches of two loops in turn are refused, with both lines."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from rankwise.plan import RunPlan
 from rankwise.prediction import collectives
 from rankwise.prediction.collectives import Hop, Hops
+from rankwise.strategies.base import marks_traffic
 from rankwise.strategies.traffic import Collective, Exchange, Messages, ModelSize, Traffic
 
 SUMMARY = (32, 8, 8)
@@ -56,7 +57,7 @@ def traffic(config: RunPlan, model: ModelSize, hosts: Sequence[int]) -> RunTraff
         said,
         _transfer(said.each_step, hosts),
         _transfer(said.each_round, hosts),
-        _transfer((*strategy.closing_traffic(model), *summary), hosts),
+        _transfer((*strategy.closing_traffic(model), *marks_traffic(strategy.recovery), *summary), hosts),
     )
 
 

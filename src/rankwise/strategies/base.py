@@ -146,8 +146,6 @@ class Strategy(ABC, Generic[S]):
         `weights` [ranks] are the shares of the ranks in the epoch's samples. All ranks together.
         """
         agree_on_buffers(replica, weights, world)
-        if self.recovery.synchronous:
-            require_same_weights(replica, world)
         return state
 
     def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
@@ -159,13 +157,9 @@ class Strategy(ABC, Generic[S]):
         )
 
     def closing_traffic(self, model: ModelSize) -> tuple[Exchange, ...]:
-        """What `close_epoch` exchanges: by default the buffers, and a mark of the weights."""
-        mark = (Collective("allreduce", MARK_BYTES),) if self.recovery.synchronous else ()
-        return (*buffers_traffic(model), *mark)
+        """What `close_epoch` exchanges: by default the buffers."""
+        return buffers_traffic(model)
 
-
-MARK_BYTES = 16
-"""Of the hash of the weights, and of it negated."""
 
 ROUNDING = 1e-4
 """Part of the largest weight of a tensor by which ranks may differ, as processors of several makes round."""
@@ -236,15 +230,22 @@ def _share_extra_state(replica: Replica, world: World, root: int) -> None:
         replica.extra.load(world.broadcast_object(mine, root))
 
 
-def require_same_weights(replica: Replica, world: World) -> None:
-    """Raises OutOfStepError, on all ranks, if their weights differ by more than rounding on processors of
-    several makes; all ranks together."""
+def require_same_weights(replica: Replica, epoch: int, world: World) -> None:
+    """Raises OutOfStepError, on all ranks, if they are at the end of different epochs, or their weights
+    differ by more than rounding on processors of several makes; all ranks together."""
     if world.size == 1:
         return
-    mark = replica.weight_mark()
-    marks = np.array([mark, -mark])
+    marks = np.array([replica.weight_mark(), epoch])
+    marks = np.concatenate([marks, -marks])
     world.allreduce(marks, op="max")
-    if marks[0] == -marks[1]:
+    if marks[1] != -marks[3]:
+        epochs = world.allgather(np.array([epoch]))[:, 0]
+        other = int((epochs != epochs[0]).argmax())
+        raise OutOfStepError(
+            f"rank {other} is at the end of epoch {epochs[other]} while rank 0 is at that of epoch "
+            f"{epochs[0]}: train the same epochs on all ranks"
+        )
+    if marks[0] == -marks[2]:
         return
     names, mine = replica.named_weights()
     first = [weights.copy() for weights in mine]
@@ -260,6 +261,11 @@ def require_same_weights(replica: Replica, world: World) -> None:
                 f"{names[int((row > ROUNDING).argmax())]}: what changes weights or learning rates must do so "
                 "equally often in each rank (step a schedule by epochs, not in the loop over batches)"
             )
+
+
+def marks_traffic(recovery: Recovery) -> tuple[Exchange, ...]:
+    """What `require_same_weights` exchanges where weights are the same."""
+    return (Collective("allreduce", 32),) if recovery.synchronous else ()
 
 
 def buffers_traffic(model: ModelSize) -> tuple[Exchange, ...]:

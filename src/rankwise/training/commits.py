@@ -12,7 +12,7 @@ from rankwise.comm import World
 from rankwise.data.partition import NOTHING
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import Strategy
+from rankwise.strategies.base import Strategy, require_same_weights
 from rankwise.strategies.recovery import Recovery
 from rankwise.survival.fault_injection import NoFaults
 from rankwise.training.leaving import Loop
@@ -87,3 +87,5 @@ class Commits:
         work = self._work
         with self._recovery.exchange():
             work.state = self._strategy.close_epoch(work.state, self._replica, weights, self._world)
+            if self._strategy.recovery.synchronous:
+                require_same_weights(self._replica, work.progress.epoch, self._world)
