@@ -209,10 +209,11 @@ class Replica:
 
     def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
         """A copy of all that a step changes, in the memory of one that is no longer needed."""
-        tensors = [*self._all, *self.optimizer_state().values()]
-        snapshot = reuse or Snapshot(tensors, self._state, self.buffers, self.extra)
-        snapshot.take()
-        return snapshot
+        if reuse is None:
+            tensors = [*self._all, *self.optimizer_state().values()]
+            reuse = Snapshot(tensors, self._state, self.buffers, self.extra)
+        reuse.take()
+        return reuse
 
     def optimizer_tensors(self) -> list[Tensor]:
         """The optimiser's tensors that are shaped like their parameter, in a fixed order."""
