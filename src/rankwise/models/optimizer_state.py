@@ -56,7 +56,8 @@ class OptimizerState:
         self._seen = {number for number in self._places if optimizer.state.get(self._parameters[number])}
         unseen = self._places.keys() - self._seen
         self._begun = torch.tensor([float(number not in unseen) for number in range(len(self._parameters))])
-        self._begun_here = self._begun.numpy()  # the same memory: a look at it costs a step next to nothing
+        self._begun_here = self._begun.numpy()  # the same memory
+        self.all_begun = bool(self._begun_here.all())
         # What is one number for other parameters too: steps, rates, products of rates, of which ranks take no
         # means. Where all parameters are one number, the count of steps.
         self._single = {"step"}.union(
@@ -78,7 +79,7 @@ class OptimizerState:
 
     def step(self) -> None:
         """The optimiser's own step."""
-        if self._begun_here.all():
+        if self.all_begun:
             self._optimizer.step()
             return
         first = [
@@ -93,6 +94,7 @@ class OptimizerState:
                 made[name] = place.copy_(made[name])
             self._begun[number] = 1
             self._seen.add(number)
+        self.all_begun = bool(self._begun_here.all())
 
     def reset(self) -> None:
         """Forget everything but rates and modes, as if the optimiser had just been made."""
@@ -148,6 +150,7 @@ class OptimizerState:
 
     def show(self) -> None:
         """Let the optimiser see the places of parameters that have begun, and no others, and its numbers."""
+        self.all_begun = bool(self._begun_here.all())
         state = self._optimizer.state
         for number, places in self._places.items():
             parameter = self._parameters[number]

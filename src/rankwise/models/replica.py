@@ -67,6 +67,7 @@ class Replica:
         self.parameters = list(self._trained.values())
         self._stepped = [p for group in optimizer.param_groups for p in group["params"]]
         self._attached: dict[type, Any] = {}
+        self._has_sparse = False
         self._state = OptimizerState(optimizer)
         self.extra = ExtraState(model)
         self.buffers = HeldBuffers(model)
@@ -120,11 +121,17 @@ class Replica:
         for parameter in self.parameters:
             if not parameter.requires_grad:
                 parameter.grad = None  # it may hold an older one, by which it would still move
-            elif (gradient := parameter.grad) is not None and gradient.is_sparse:
-                parameter.grad = gradient.to_dense()
+        if self._has_sparse or not self._state.all_begun:  # a parameter's first gradient tells its kind
+            self._make_dense()
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._stepped, self.clip_norm)
         self._state.step()
+
+    def _make_dense(self) -> None:
+        for parameter in self.parameters:
+            if (gradient := parameter.grad) is not None and gradient.is_sparse:
+                parameter.grad = gradient.to_dense()
+                self._has_sparse = True
 
     def require_unchanged(self) -> None:
         """Raises ModelError, one line, if the model or its optimiser holds other parameters than when the

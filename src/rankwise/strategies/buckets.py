@@ -139,7 +139,7 @@ class Buckets:
         parameter that had none on any rank has none, and the optimiser leaves it be."""
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view.to(parameter.dtype)
-        if not self._counts.all():
+        if np.count_nonzero(self._counts) < self._counts.size:
             for place in np.flatnonzero(self._counts == 0):
                 self._parameters[place].grad = None
         self._given = True
