@@ -28,7 +28,7 @@ def compute(seconds):
         pass
 
 class Odd(torch.nn.Module):
-    passes = 0
+    passes = -2  # those of the trial before training, with two images and with one
 
     def forward(self, x):
         if self.training and torch.is_grad_enabled():
