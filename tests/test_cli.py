@@ -240,6 +240,14 @@ def test_a_folder_in_which_another_start_is_is_refused(capsys: pytest.CaptureFix
     assert call("train", "--resume", "run", "--epochs", "3") == 0
 
 
+def test_a_refusal_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
+    """A start that a rank refuses takes away all that it has put into a folder that was there before."""
+    Path("run").mkdir()
+    Path("run/notes.txt").write_text("mine")
+    assert call("train", *QUICK, "--freeze", "nothing:2", "--out", "run") == 2
+    assert [path.name for path in Path("run").iterdir()] == ["notes.txt"]
+
+
 def test_starts_in_the_same_second_get_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --out each start makes a folder of its own, also when many begin at once."""
     now = datetime(2026, 1, 2, 3, 4, 5)

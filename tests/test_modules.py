@@ -16,6 +16,7 @@ from rankwise import models, synchronise
 from rankwise.comm import World, run_in_threads
 from rankwise.errors import ConfigError, ModelError
 from rankwise.plan import RunPlan
+from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
 from . import tiny
@@ -112,6 +113,133 @@ def test_what_cannot_be_copied_is_tried_all_the_same(config: Make, train_in_thre
     assert "1.weight_g" in weights
     with pytest.raises(ModelError, match="averaged-weights ema"):
         train_in_threads(config(**options, averaged_weights="ema"), folder="averaged")
+
+
+class Features(nn.Module):
+    """Keeps features by a hook that is a function of its own, which a copy's layers call too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.last = tiny.net(), nn.Linear(26, 10)
+        self.seen: dict[str, Tensor] = {}
+
+        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+            self.seen["hidden"] = output
+
+        self.net[2].register_forward_hook(keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.net(x)
+        return scores + self.last(self.seen["hidden"])
+
+
+class Frozen(nn.Module):
+    """Sets its mode in the usual way, and returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(tiny.net(), nn.BatchNorm1d(10))
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self.net[1].eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.net(x)
+        return scores
+
+
+class Closed(nn.Module):
+    """Keeps a function of its own layers, so that a copy calls those of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm = tiny.net(), nn.BatchNorm1d(10)
+        self.scores = lambda x: self.norm(self.net(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.scores(x)
+        return scores
+
+
+@pytest.mark.parametrize("name", ["Features", "Frozen", "Closed"])
+def test_a_trial_leaves_a_model_as_it_is(name: str) -> None:
+    """Models whose copies call the model itself, or whose modes return nothing, are tried, and neither their
+    statistics nor their gradients are touched."""
+    torch.manual_seed(0)
+    trial = models.trial_of(f"{__name__}:{name}", SHAPE, 10)
+    torch.manual_seed(0)
+    fresh = globals()[name]().state_dict()
+    trial.train(SHAPE)
+    trial.trains_on_one(SHAPE)
+    assert all(torch.equal(value, fresh[key]) for key, value in trial.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trial.model.parameters())
+
+
+def test_an_average_of_what_cannot_be_copied_is_refused(config: Make, train_in_threads: Train) -> None:
+    """An average whose copy would call the model that is trained is refused by name."""
+    with pytest.raises(ModelError, match="averaged-weights ema needs: a copy fails, or calls the model"):
+        train_in_threads(config(model=f"{__name__}:Closed", averaged_weights="ema"))
+
+
+class Growing(Plain):
+    """A buffer that is saved becomes another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen = 0.9 * self.seen + x.mean()
+        return super().forward(x)
+
+
+def test_a_buffer_that_becomes_another_is_refused(config: Make, train_in_threads: Train) -> None:
+    """A saved buffer that gets another type in training would be each rank's own: refused before training."""
+    with pytest.raises(ModelError, match=r"turns the buffer seen from \[\] of int64 into \[\] of float32"):
+        train_in_threads(config(model=f"{__name__}:Growing", ranks=2))
+
+
+class Thawing(nn.Module):
+    """Unfreezes a layer in its tenth step."""
+
+    steps: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny.net()
+        self.net[1].requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) > 2:
+            Thawing.steps += 1
+            self.net[1].requires_grad_(Thawing.steps > 20)
+        scores: Tensor = self.net(x)
+        return scores
+
+
+def test_what_is_found_in_training_leaves_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A change that is refused in the middle of a run ends it with code 1, and the epochs before it stay."""
+    monkeypatch.chdir(tmp_path)
+    Thawing.steps = 0
+    words = [
+        "--dataset",
+        tiny.DATASET,
+        "--model",
+        f"{__name__}:Thawing",
+        "--lr",
+        "0.02",
+        "--batch-size",
+        "16",
+    ]
+    assert call("train", *words, "--epochs", "4", "--out", "run") == 1
+    assert "parameter net.1.weight was unfrozen" in capsys.readouterr().err
+    record = RunFolder(tmp_path / "run").read()
+    assert (record.outcome, len(record.epochs)) == ("failed", 1)
+    assert list((tmp_path / "run" / "checkpoints").glob("epoch-0001"))
 
 
 class Noisy(nn.Module):

@@ -145,7 +145,7 @@ def test_steps_out_of_turn_are_refused() -> None:
     for batch in ranks.batches(2):
         step_on(model, optimizer, batch.indices)
         ranks.step()
-    with pytest.raises(RuntimeError, match="stands alone"):
+    with pytest.raises(OutOfStepError, match="stands alone"):
         ranks.step()
 
 

@@ -396,6 +396,55 @@ def test_an_epoch_again_is_trained_again() -> None:
     assert_one_process(seen, {"strategy": "allreduce"})
 
 
+@pytest.mark.parametrize("word", ["break", "continue"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_batch_left_out_is_no_step_of_the_average(word: str, ranks: int) -> None:
+    """An average of the weights follows the steps that were made, and those alone."""
+
+    def program(world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        model = copy.deepcopy(FIRST)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"averaged_weights": "ema", "average_decay": 0.9, "batch_size": BATCH}
+        strategy = "allreduce" if ranks > 1 else None
+        its = synchronise(model, optimizer, world, samples=SAMPLES, strategy=strategy, **options)
+        part = Part(world.rank, its, model, optimizer)
+        seen = [p.detach().clone() for p in model.parameters()]
+        steps = 0
+
+        def step(indices: Indices) -> None:
+            nonlocal steps
+            its.step()
+            steps += 1
+            decay = min(0.9, (1 + steps) / (10 + steps))
+            for slow, fast in zip(seen, model.parameters(), strict=True):
+                slow.lerp_(fast.detach(), 1 - decay)
+
+        part.step = step  # type: ignore[method-assign]
+        for number in range(1, EPOCHS + 1):
+            loop(at(number, 2, word))(part, number)
+        return [p.numpy() for p in seen], [p.detach().numpy() for p in its.replica.evaluated.parameters()]
+
+    for expected, found in run_in_threads(ranks, program):
+        for one, other in zip(expected, found, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_an_epoch_with_a_caught_exception_can_be_retried() -> None:
+    """`retry_until_all` of an epoch whose loop an exception has left on all ranks comes to its end, with a
+    master too."""
+
+    def program(world: World) -> bool:
+        model = copy.deepcopy(FIRST)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"samples": SAMPLES, "batch_size": BATCH, "strategy": "gradient-server"}
+        its = synchronise(model, optimizer, world, **options)
+        part = Part(world.rank, its, model, optimizer, [[]])
+        its.retry_until_all(lambda: caught(loop(at(1, 2, "raise")))(part, 1))
+        return its.progress.closed
+
+    assert run_in_threads(3, program) == [True] * 3
+
+
 @pytest.mark.parametrize("options", [LOCK_STEP[1], AVERAGING[2]], ids=name)
 def test_an_epoch_that_one_rank_skips_is_found(options: dict[str, Any]) -> None:
     """A rank that passes over an epoch, and trains the next one with the others' own, is found at its end."""

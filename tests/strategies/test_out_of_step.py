@@ -102,6 +102,12 @@ def assert_equal_to_one_process(loop: Loop, ranks: int, **options: Any) -> None:
             assert np.abs(value - its).max() < 1e-10
 
 
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    step()
+
+
 def twice(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
     optimizer.zero_grad()
     for part in (1.0, 0.5):
@@ -130,6 +136,53 @@ def one_layer_clipped(
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
     nn.utils.clip_grad_value_(model[0].bias, 1e-4)
+    step()
+
+
+def clamped_behind_its_back(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor
+) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.data.clamp_(-0.001, 0.001)
+    step()
+
+
+def by_autograd(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient.clamp(-0.001, 0.001)
+    step()
+
+
+def scaled(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(model(x), y)).backward()
+    scaler.unscale_(optimizer)
+    step()
+
+
+def weights_shrink(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor
+) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+
+
+def adversarial(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
+    x = x.clone().requires_grad_(True)
+    F.cross_entropy(model(x), y).backward()
+    assert x.grad is not None
+    optimizer.zero_grad()
+    F.cross_entropy(model(x.detach() + 0.1 * x.grad.sign()), y).backward()
     step()
 
 
@@ -187,7 +240,15 @@ def test_what_the_optimiser_has_besides_is_in_step(strategy: str, ranks: int) ->
             assert np.abs(value - its).max() < 1e-10
 
 
-@pytest.mark.parametrize("body", [clipped, replaced, one_layer_clipped])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_backward_pass_that_is_forgotten_counts_for_nothing(ranks: int) -> None:
+    """Gradients of a first pass that zero_grad() has taken away before the second are no change."""
+    assert_equal_to_one_process(Loop(body=adversarial), ranks)
+
+
+@pytest.mark.parametrize(
+    "body", [clipped, replaced, one_layer_clipped, clamped_behind_its_back, by_autograd, scaled]
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -204,6 +265,121 @@ def test_gradients_that_were_changed_are_refused(body: Any, options: dict[str, A
     and is refused in one line that names what to do."""
     with pytest.raises(OutOfStepError, match=r"changed between backward.. and step.*clip_norm"):
         Loop(body=body).on_ranks(2, **options)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_that_change_gradients_are_refused(kind: str) -> None:
+    """A hook of a user's own that clamps each rank's gradients is found, though it was there before."""
+
+    def change(gradient: Tensor) -> Tensor:
+        return gradient.clamp(-0.001, 0.001)
+
+    def change_in_place(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.clamp_(-0.001, 0.001)
+
+    def hooked(model: nn.Module) -> torch.optim.Optimizer:
+        for parameter in model.parameters():
+            getattr(parameter, kind)(change if kind == "register_hook" else change_in_place)
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    for options in ({}, {"bucket_mb": 1e-4}):
+        with pytest.raises(OutOfStepError, match=r"changed between backward.. and step.*a hook"):
+            Loop(optimizer_of=hooked).on_ranks(2, **options)
+
+
+def test_gradients_that_are_changed_late_are_found() -> None:
+    """Clipping that begins after many batches is found by one of those that are looked at now and then."""
+    turns = {"n": 0}
+
+    def late(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
+        turns["n"] += 1
+        (clipped if turns["n"] > 40 else plain)(model, optimizer, step, x, y)
+
+    def program(world: World) -> None:
+        model, optimizer = Loop().make()
+        its = synchronise(model, optimizer, world, samples=SAMPLES, batch_size=1, strategy="allreduce")
+        for epoch in (1, 2, 3):
+            for batch in its.batches(epoch):
+                Loop(body=late).turn(model, optimizer, its.step, batch.indices)
+
+    with pytest.raises(OutOfStepError, match=r"changed between backward.. and step"):
+        run_in_threads(2, program)
+
+
+def test_rates_that_a_master_does_not_have_are_found() -> None:
+    """What workers do to the rate in their turns a master does not do: refused at the end of the epoch."""
+    with pytest.raises(OutOfStepError, match=r"has lr = \S+ on rank 1 and 0.1 on rank 0.*master"):
+        Loop(body=rate_falls).on_ranks(3, strategy="gradient-server")
+
+
+def test_weights_that_a_master_would_undo_are_found() -> None:
+    """Weights that a worker changes in its turns would be the master's again after the step: refused."""
+    with pytest.raises(OutOfStepError, match=r"has changed its weights in a turn.*--topology allreduce"):
+        Loop(body=weights_shrink).on_ranks(3, strategy="gradient-server")
+
+
+def test_rates_by_each_ranks_own_loss_are_found() -> None:
+    """A rate that each rank sets by itself, as ReduceLROnPlateau by its own loss, is found where ranks
+    average weights, too."""
+
+    def program(world: World) -> None:
+        model, optimizer = Loop().make()
+        its = synchronise(model, optimizer, world, samples=SAMPLES, strategy="local-sgd", batch_size=BATCH)
+        for epoch in (1, 2):
+            for batch in its.batches(epoch):
+                Loop().turn(model, optimizer, its.step, batch.indices)
+            optimizer.param_groups[0]["lr"] *= 1 - 0.5 * world.rank
+
+    with pytest.raises(OutOfStepError, match=r"has lr = 0.05 on rank 1 and 0.1 on rank 0"):
+        run_in_threads(2, program)
+
+
+def test_a_teacher_that_follows_otherwise_in_each_rank_is_found() -> None:
+    """Parameters that are not trained, but moved by the loop, must end an epoch alike too."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = copy.deepcopy(FIRST), copy.deepcopy(FIRST).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.student(x)
+            return scores
+
+    def program(world: World) -> None:
+        model = Pair()
+        optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+        its = synchronise(model, optimizer, world, samples=SAMPLES, strategy="local-sgd", batch_size=BATCH)
+        for batch in its.batches(1):
+            Loop().turn(model, optimizer, its.step, batch.indices)
+            for slow, fast in zip(model.teacher.parameters(), model.student.parameters(), strict=True):
+                slow.data.lerp_(fast.data, 0.1)
+
+    with pytest.raises(OutOfStepError, match=r"first in teacher.0.weight"):
+        run_in_threads(2, program)
+
+
+@pytest.mark.parametrize("strategy", ["gossip", "easgd", "allreduce", "local-sgd"])
+def test_weights_set_between_epochs_count(strategy: str) -> None:
+    """What all ranks give their models between epochs, such as the best weights so far, is what they train
+    from."""
+
+    def program(world: World) -> list[Tensor]:
+        model, optimizer = Loop().make()
+        its = synchronise(model, optimizer, world, samples=SAMPLES, batch_size=BATCH, strategy=strategy)
+        for _ in its.batches(1):
+            plain(model, optimizer, its.step, FEATURES, LABELS)
+        model.load_state_dict({name: torch.ones_like(its) for name, its in model.state_dict().items()})
+        began = []
+        for _ in its.batches(2):
+            began.append(model[0].weight.detach().clone())
+            plain(model, optimizer, its.step, FEATURES, LABELS)
+        return began[:1]
+
+    found = [its for its in run_in_threads(3, program) if its]
+    assert found
+    assert all(torch.equal(its[0], torch.ones_like(its[0])) for its in found)
 
 
 def test_where_each_rank_steps_by_itself_clipping_is_its_own() -> None:
@@ -235,6 +411,17 @@ def replace_layer(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
         model[2] = nn.Linear(8, 3).double()
 
 
+def swap_memory(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    if epoch == 2:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+
+
+def reshape_buffer(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    if epoch == 2:
+        model.table = torch.zeros(3)
+
+
 def make_buffer(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     model.register_buffer("table", torch.zeros(2), persistent=False)
     if epoch == 2:
@@ -248,6 +435,8 @@ def make_buffer(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) 
         (unfreeze, "the parameter 0.weight was unfrozen"),
         (add_group, "0 of the optimiser alone was added"),
         (replace_layer, "the parameter 2.weight was added, removed or replaced"),
+        (swap_memory, "the parameter 0.weight was given other memory"),
+        (reshape_buffer, "the buffer table got another shape or type"),
     ],
 )
 def test_what_ranks_do_not_exchange_is_refused(change: Any, told: str) -> None:
@@ -256,9 +445,11 @@ def test_what_ranks_do_not_exchange_is_refused(change: Any, told: str) -> None:
 
     def frozen_first(model: nn.Module) -> torch.optim.Optimizer:
         model[0].requires_grad_(change is not unfreeze)
+        if change is reshape_buffer:
+            model.register_buffer("table", torch.zeros(2))
         return torch.optim.SGD(model.parameters(), lr=0.1)
 
-    with pytest.raises(ModelError, match=told) as refused:
+    with pytest.raises(OutOfStepError, match=told) as refused:
         Loop(optimizer_of=frozen_first, before_epoch=change).on_ranks(2)
     assert "\n" not in str(refused.value)
 
@@ -294,7 +485,7 @@ def test_ranks_that_drift_apart_are_found(strategy: str) -> None:
 
 def test_a_rate_that_falls_in_the_loop_of_ragged_shards_is_found() -> None:
     """A learning rate that each rank changes in each of its turns differs where ranks have other numbers of
-    them, and so do the weights: refused at the end of the epoch."""
+    them: refused at the end of the epoch, by the rate's name and values."""
 
     def program(world: World) -> None:
         model, optimizer = Loop().make()
@@ -303,7 +494,7 @@ def test_a_rate_that_falls_in_the_loop_of_ragged_shards_is_found() -> None:
             for batch in its.batches(epoch):
                 Loop(body=rate_falls).turn(model, optimizer, its.step, batch.indices)
 
-    with pytest.raises(OutOfStepError, match="has other weights than rank 0"):
+    with pytest.raises(OutOfStepError, match=r"group 0 has lr = \S+ on rank 1 and \S+ on rank 0"):
         run_in_threads(2, program)
 
 
@@ -349,6 +540,19 @@ def test_ranks_with_different_options_are_refused(name: str, values: tuple[Any, 
     assert all(f"--{name.replace('_', '-')} is " in line and "on rank 2" in line for line in told)
 
 
+def test_an_optimisers_state_that_one_rank_alone_has_is_refused() -> None:
+    """State that was loaded on rank 0 alone, of which the others would know nothing, is named."""
+
+    def program(world: World) -> None:
+        model, optimizer = Loop().make()
+        if world.rank == 0:
+            plain(model, optimizer, lambda: optimizer.step(), FEATURES, LABELS)
+        synchronise(model, optimizer, world, samples=SAMPLES, strategy="local-sgd")
+
+    with pytest.raises(ModelError, match=r"state of \d parameters in the optimiser's group 0"):
+        run_in_threads(2, program)
+
+
 def other_order() -> nn.Module:
     return nn.ModuleDict({"b": nn.Linear(2, 2), "a": nn.Linear(2, 2)})
 
@@ -360,9 +564,13 @@ def other_order() -> nn.Module:
         (lambda made: (made.double(), None), "parameter a.weight .2, 2. of float64"),
         (lambda made: (made.append_buffer(), None), "buffer extra .3. of float32"),
         (lambda made: (made, {"lr": 0.2}), "lr = 0.2 in the optimiser's group 0"),
+        (
+            lambda made: (made, {"lr": 0.1, "params": [*made.parameters()][::-1]}),
+            "b.bias in the optimiser's group 0",
+        ),
         (lambda made: (made.freeze(), None), "parameter a.weight .2, 2. of float32, frozen"),
     ],
-    ids=["order", "dtype", "buffer", "rate", "frozen"],
+    ids=["order", "dtype", "buffer", "rate", "order in the optimiser", "frozen"],
 )
 def test_ranks_with_different_models_are_refused(change: Any, told: str) -> None:
     """A model or an optimiser that is another on one rank is refused on all, with the first part that
@@ -383,7 +591,7 @@ def test_ranks_with_different_models_are_refused(change: Any, told: str) -> None
         settings = None
         if world.rank == 1:
             model, settings = change(model)
-        optimizer = torch.optim.SGD(model.parameters(), **(settings or {"lr": 0.1}))
+        optimizer = torch.optim.SGD(**{"params": model.parameters(), "lr": 0.1} | (settings or {}))
         try:
             synchronise(model, optimizer, world, samples=SAMPLES, strategy="allreduce")
         except ModelError as error:

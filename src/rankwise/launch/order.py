@@ -82,8 +82,12 @@ class OpenFolder:
             os.close(self.claim)
 
     def discard(self) -> None:
-        """No run came about: remove what is new, and leave a run that was to go on as it was."""
-        if self.new:
+        """No run came about: remove what is new, and leave a run that was to go on as it was. Epochs that
+        were trained all the same stay."""
+        if self.new and self.folder.read_metrics():
+            with contextlib.suppress(RankwiseError):
+                self.folder.close("failed", "wrong use was found when training had begun")
+        elif self.new:
             # Away under its name at once: a rank that fails a moment later must not find it half empty.
             away = self.new[0].with_name(f".{self.new[0].name}.discarded")
             with contextlib.suppress(OSError):
@@ -96,7 +100,7 @@ class OpenFolder:
             with contextlib.suppress(StorageError):
                 write_atomically(self.folder.plan, self.plan_before)
         else:
-            self.folder.plan.unlink(missing_ok=True)
+            self.folder.clear()
 
 
 def open_folder(order: Order, plan: RunPlan) -> OpenFolder:

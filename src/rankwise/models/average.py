@@ -43,7 +43,8 @@ class Average:
         self._decay = decay
         self._epochs = epochs
         try:
-            self.model = copy.deepcopy(model).requires_grad_(False).eval()
+            self.model = copy.deepcopy(model).requires_grad_(False)
+            self.model.eval()
         except Exception as error:  # what a class does then is its own
             raise ModelError(
                 f"the model cannot be copied, as --averaged-weights {kind} needs: {one_line(error)}"

@@ -14,7 +14,7 @@ class HeldBuffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._saved = _saved_names(model)
+        self._saved = saved_forms(model)
         self._places = [
             (module._buffers, name, buffer)
             for module in model.modules()
@@ -24,7 +24,7 @@ class HeldBuffers:
 
     def gather(self) -> None:
         """Write what has been put in the place of a buffer into it, and put it back. What has another shape
-        by now, as tables that grow, stays where it is."""
+        or type by now, as tables that grow, stays where it is."""
         for place, name, buffer in self._places:
             now = place.get(name)
             if now is not None and now is not buffer and _fits(now, buffer):
@@ -35,13 +35,19 @@ class HeldBuffers:
     def late(self) -> list[str]:
         """Names of persistent buffers that the model has made since. Others are taken for tables, which each
         rank makes for itself."""
-        return [name for name in _saved_names(self._model) if name not in self._saved]
+        return [name for name in saved_forms(self._model) if name not in self._saved]
+
+    def reshaped(self) -> list[str]:
+        """Names of persistent buffers that have another shape or type than when this was made."""
+        now = saved_forms(self._model)
+        return [name for name, form in self._saved.items() if now.get(name, form) != form]
 
 
-def _saved_names(model: nn.Module) -> list[str]:
-    """The names of persistent buffers."""
-    names = dict(model.named_buffers())
-    return [name for name in model.state_dict() if name in names]
+def saved_forms(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shapes and types of persistent buffers, by name."""
+    found = dict(model.named_buffers())
+    saved = [name for name in model.state_dict() if name in found]
+    return {name: (found[name].shape, found[name].dtype) for name in saved}
 
 
 def _fits(now: Tensor, buffer: Tensor) -> bool:

@@ -24,6 +24,22 @@ STEPS = 3
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
+SIMPLE = (bool, int, float, str, tuple, type(None))
+"""What of an optimiser's groups ranks compare: rates, momenta and the like."""
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Any]:
+    """What is set in an optimiser's groups, by group and name; a rate may be a tensor."""
+    found = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for name, value in sorted(group.items()):
+            if isinstance(value, SIMPLE):
+                found[number, name] = value
+            elif isinstance(value, Tensor) and value.numel() == 1:
+                found[number, name] = value.item()
+    return found
+
+
 class OptimizerState:
     """What an optimiser keeps for its parameters.
 
@@ -112,9 +128,26 @@ class OptimizerState:
         self._numbers.copy_(torch.where(modes, self._numbers, self._first_numbers))
         self.show()
 
+    def settings(self) -> dict[tuple[int, str], Any]:
+        """What is set in the groups, by group and name, but for numbers that move with steps, and modes."""
+        moving = {(its.group, its.key) for its in self._moving}
+        found = settings_of(self._optimizer)
+        return {at: its for at, its in found.items() if at not in moving and not isinstance(its, bool)}
+
+    def gather(self) -> None:
+        """Take back into the places what has been put beside them: a user's optimiser may make its tensors
+        anew in each step, and `load_state_dict` does."""
+        for number in self._seen:
+            held = self._optimizer.state[self._parameters[number]]
+            for name, place in self._places[number].items():
+                value = held.get(name)
+                if value is not None and value is not place and value.shape == place.shape:
+                    held[name] = place.copy_(value)
+
     def named(self) -> dict[str, Tensor]:
         """All tensors, under names that do not change between runs."""
         self.note()
+        self.gather()
         tensors = {
             f"{number}.{name}": value
             for number, places in self._places.items()

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rankwise.errors import ModelError
+from rankwise.errors import ModelError, OutOfStepError
 from rankwise.models.average import Average
 from rankwise.models.buffers import HeldBuffers
 from rankwise.models.expanded import own_elements
@@ -63,11 +63,12 @@ class Replica:
         self.average = average
         self.needs_pairs = needs_pairs
         self._held = _held(model, optimizer)
+        self._memory = {name: _memory(value) for name, value in self._held.items()}
         self._trained = {name: value for name, value in self._held.items() if value.requires_grad}
         self.parameters = list(self._trained.values())
         self._stepped = [p for group in optimizer.param_groups for p in group["params"]]
         self._attached: dict[type, Any] = {}
-        self._has_sparse = False
+        self._has_sparse = self._kinds_known = False
         self._state = OptimizerState(optimizer)
         self.extra = ExtraState(model)
         self.buffers = HeldBuffers(model)
@@ -121,43 +122,57 @@ class Replica:
         for parameter in self.parameters:
             if not parameter.requires_grad:
                 parameter.grad = None  # it may hold an older one, by which it would still move
-        if self._has_sparse or not self._state.all_begun:  # a parameter's first gradient tells its kind
+        if self._has_sparse or not self._kinds_known:
             self._make_dense()
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._stepped, self.clip_norm)
         self._state.step()
 
     def _make_dense(self) -> None:
+        """A parameter's first gradient tells its kind, and each is looked at until all have had one."""
         for parameter in self.parameters:
             if (gradient := parameter.grad) is not None and gradient.is_sparse:
                 parameter.grad = gradient.to_dense()
                 self._has_sparse = True
+        self._kinds_known = all(parameter.grad is not None for parameter in self.parameters)
 
     def require_unchanged(self) -> None:
-        """Raises ModelError, one line, if the model or its optimiser holds other parameters than when the
-        replica was made, trains one that it did not train then, or has made a buffer: no rank sends that."""
+        """Raises OutOfStepError, one line, if the model or its optimiser holds other parameters than when the
+        replica was made, or in other memory, trains one that it did not train then, or has made a buffer: no
+        rank sends that."""
         now = _held(self.model, self.optimizer)
         changed = [name for name in self._held | now if now.get(name) is not self._held.get(name)]
+        moved = [name for name, its in self._held.items() if _memory(its) != self._memory[name]]
         thawed = [name for name, its in self._held.items() if its.requires_grad and name not in self._trained]
         for kind, names, what in (
             ("parameter", changed, "was added, removed or replaced"),
             ("parameter", thawed, "was unfrozen"),
+            ("parameter", moved, "was given other memory (write into it with copy_ instead)"),
             ("buffer", self.buffers.late(), "was made"),
+            ("buffer", self.buffers.reshaped(), "got another shape or type"),
         ):
             if names:
-                raise ModelError(
+                raise OutOfStepError(
                     f"the {kind} {names[0]} {what} after ranks had been put in step, and they would not "
                     "agree on it: change the model and its optimiser before, or put the ranks in step anew"
                 )
 
     def weight_mark(self) -> int:
-        """63 bits of a hash of the trained parameters: equal for equal ones."""
-        return _mark(self.parameters)
+        """63 bits of a hash of all parameters, those that are not trained too: equal for equal ones."""
+        return _mark([*self._held.values()])
+
+    def settings_mark(self) -> int:
+        """63 bits of a hash of the optimiser's settings: equal for equal ones."""
+        return _number(repr(self.settings()).encode())
+
+    def settings(self) -> dict[tuple[int, str], Any]:
+        """What is set in the optimiser's groups, such as rates, by group and name."""
+        return self._state.settings()
 
     def named_weights(self) -> tuple[list[str], list[NDArray[Any]]]:
-        """The trained parameters: their names, and contiguous float64 arrays of their shapes."""
-        values = [p.detach().to(torch.float64).contiguous().numpy() for p in self.parameters]
-        return list(self._trained), values
+        """All parameters: their names, and contiguous float64 arrays of their shapes."""
+        values = [p.detach().to(torch.float64).contiguous().numpy() for p in self._held.values()]
+        return list(self._held), values
 
     def attach(self, part: object) -> None:
         """Keep what a strategy builds on this model, such as hooks; one of each class."""
@@ -177,6 +192,8 @@ class Replica:
 
     def pack(self, tail: int = 0) -> NDArray[np.floating]:
         """The weights as one flat array, with `tail` free places at its end, in the same memory each time."""
+        if self._shares_state:
+            self._state.gather()
         return self._weights.pack(tail)
 
     def unpack(self, flat: NDArray[np.floating]) -> None:
@@ -309,10 +326,18 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
     return held | {f"{number} of the optimiser alone": p for number, p in enumerate(besides)}
 
 
+def _memory(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape
+
+
 def _mark(tensors: Sequence[Tensor]) -> int:
+    return _number(*(_bytes(tensor.detach()) for tensor in tensors))
+
+
+def _number(*parts: bytes) -> int:
     found = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        found.update(_bytes(tensor.detach()))
+    for part in parts:
+        found.update(part)
     return int.from_bytes(found.digest(), "little") >> 1
 
 

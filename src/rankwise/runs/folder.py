@@ -37,6 +37,7 @@ class RunFolder:
         self.last_words = path / "last-words"
         self.beats = path / ".beats"
         self._start = path / ".start"
+        self._claimed = path / ".claim"
         self._mine: str | None = None
         self.launched_at: str | None = None
 
@@ -111,13 +112,22 @@ class RunFolder:
         process ends; None where the file system knows no locks. Raises UsageError if another start holds it.
         """
         try:
-            return claim(self.path / ".claim", f"process {os.getpid()} on {socket.gethostname()}")
+            return claim(self._claimed, f"process {os.getpid()} on {socket.gethostname()}")
         except Claimed as error:
             raise UsageError(
                 f"{self.path} is in use by {error}: wait for its end, or choose another --out"
             ) from None
         except OSError as error:
             raise UsageError(f"cannot write the run folder {self.path}: {error.strerror}") from None
+
+    def clear(self) -> None:
+        """No run came about in a folder that was there before: take away what a start has put there."""
+        for path in (self.plan, self.failure, self.beats, self.progress, self._start, self._claimed):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.last_words, ignore_errors=True)
+        for path in (self.timeline, self.checkpoints):
+            with suppress(OSError):  # what is in it was there before
+                path.rmdir()
 
     def require_no_run(self) -> None:
         """Raises UsageError if the folder holds a run."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import RankLost
-from rankwise.strategies.base import State, Strategy, meet, require_finite
+from rankwise.strategies.base import State, Strategy, is_as_left, leave, meet, require_finite
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.traffic import (
@@ -121,7 +121,7 @@ class Asynchronous(Strategy[CentreState]):
         return CentreState()
 
     def open_epoch(self, state: CentreState, replica: Replica, world: World) -> CentreState:
-        if world.rank and "weights" in state.memory:
+        if world.rank and "weights" in state.memory and is_as_left(replica):
             replica.unpack(state.memory["weights"])
         if world.rank == 0:
             return replace(state, desk=None)
@@ -148,6 +148,7 @@ class Asynchronous(Strategy[CentreState]):
     ) -> CentreState:
         meet(world, stops=world.stopping)
         state = super().close_epoch(state, replica, weights, world)
+        leave(replica)
         return state.remember(weights=replica.pack().copy()) if world.rank else state
 
     def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:

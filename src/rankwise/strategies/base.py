@@ -231,28 +231,49 @@ def _share_extra_state(replica: Replica, world: World, root: int) -> None:
 
 
 def require_same_weights(replica: Replica, epoch: int, world: World) -> None:
-    """Raises OutOfStepError, on all ranks, if they are at the end of different epochs, or their weights
-    differ by more than rounding on processors of several makes; all ranks together."""
+    """Raises OutOfStepError, on all ranks, if they are at the end of different epochs, set different rates
+    and the like in their optimisers, or hold parameters that differ by more than rounding on processors of
+    several makes; all ranks together."""
     if world.size == 1:
         return
-    marks = np.array([replica.weight_mark(), epoch])
+    marks = np.array([replica.weight_mark(), epoch, replica.settings_mark()])
     marks = np.concatenate([marks, -marks])
     world.allreduce(marks, op="max")
-    if marks[1] != -marks[3]:
+    same_weights, same_epoch, same_settings = (marks[:3] == -marks[3:]).tolist()
+    if not same_epoch:
         epochs = world.allgather(np.array([epoch]))[:, 0]
         other = int((epochs != epochs[0]).argmax())
         raise OutOfStepError(
             f"rank {other} is at the end of epoch {epochs[other]} while rank 0 is at that of epoch "
             f"{epochs[0]}: train the same epochs on all ranks"
         )
-    if marks[0] == -marks[2]:
-        return
+    if not same_settings:
+        _refuse_settings(world.allgather_object(replica.settings()))
+    if not same_weights:
+        _require_near(replica, world)
+
+
+def _refuse_settings(settings: Sequence[dict[tuple[int, str], Any]]) -> None:
+    for rank, its in enumerate(settings):
+        for group, name in settings[0].keys() | its.keys():
+            first, other = settings[0].get((group, name)), its.get((group, name))
+            if first != other:
+                raise OutOfStepError(
+                    f"at the end of an epoch the optimiser's group {group} has {name} = {other} on rank "
+                    f"{rank} and {first} on rank 0: what changes it must do so equally often in each rank, "
+                    "and a master runs no turn of a loop (step a schedule by epochs, not by batches)"
+                )
+
+
+def _require_near(replica: Replica, world: World) -> None:
     names, mine = replica.named_weights()
     first = [weights.copy() for weights in mine]
     for weights in first:
         world.broadcast(weights)
     pairs = zip(mine, first, strict=True)
-    off = np.array([np.abs(own - its).max() / max(np.abs(its).max(), TINY) for own, its in pairs])
+    off = np.array(
+        [np.abs(own - its).max(initial=0) / max(np.abs(its).max(initial=0), TINY) for own, its in pairs]
+    )
     rows = world.allgather(np.nan_to_num(off, nan=np.inf))
     for rank, row in enumerate(rows):
         if row.max() > ROUNDING:
@@ -263,9 +284,30 @@ def require_same_weights(replica: Replica, epoch: int, world: World) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Left:
+    """What a replica's parameters were when an epoch was closed, as a hash."""
+
+    mark: int
+
+
+def leave(replica: Replica) -> None:
+    """An epoch is closed, and the replica holds what is evaluated and not what it goes on from."""
+    replica.attach(_Left(replica.weight_mark()))
+
+
+def is_as_left(replica: Replica) -> bool:
+    """Whether nobody has given the replica other weights since; true after a resume."""
+    try:
+        left = replica.attached(_Left)
+    except KeyError:
+        return True
+    return left.mark == replica.weight_mark()
+
+
 def marks_traffic(recovery: Recovery) -> tuple[Exchange, ...]:
     """What `require_same_weights` exchanges where weights are the same."""
-    return (Collective("allreduce", 32),) if recovery.synchronous else ()
+    return (Collective("allreduce", 48),) if recovery.synchronous else ()
 
 
 def buffers_traffic(model: ModelSize) -> tuple[Exchange, ...]:

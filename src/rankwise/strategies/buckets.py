@@ -12,13 +12,10 @@ import numpy as np
 from rankwise.comm import BackgroundExchange, World
 from rankwise.errors import OutOfStepError
 from rankwise.strategies.compression import Flat
+from rankwise.strategies.gradient_watch import GradientWatch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-WATCHED_BATCHES = 8
-"""In which each parameter's gradient is compared with what the backward pass has left there."""
 
 
 @dataclass
@@ -68,12 +65,7 @@ class Buckets:
         self._next = 0
         self._share = 0.0
         self._holds_some = self._sends = False
-        self._made: dict[int, tuple[Tensor, int]] = {}
-        self._watched = [
-            parameter.register_post_accumulate_grad_hook(self._note(place))  # type: ignore[no-untyped-call]
-            for place, parameter in enumerate(self._parameters)
-        ]
-        self._batches = 0
+        self.watch = GradientWatch(self._parameters)
         if len(self._buckets) > 1:
             for bucket in self._buckets:
                 for parameter in self._parameters[bucket.places]:
@@ -86,15 +78,15 @@ class Buckets:
                 parameter.grad = None
             self._given = False
         self._share = share
-        self._made.clear()
+        self.watch.begin()
         self._sends = sends and len(self._buckets) > 1
         for bucket in self._buckets:
             bucket.missing = sum(p.requires_grad for p in self._parameters[bucket.places])
 
     def add(self) -> None:
         """Take in the gradients of the batch that was expected. Raises OutOfStepError if they are not as the
-        backward pass has left them."""
-        self._require_untouched()
+        backward passes have made them."""
+        self.watch.require_untouched()
         if self._sends:
             self._send(len(self._buckets))  # also of parameters that took no part in the backward pass
         else:
@@ -143,30 +135,6 @@ class Buckets:
             for place in np.flatnonzero(self._counts == 0):
                 self._parameters[place].grad = None
         self._given = True
-
-    def _note(self, place: int) -> Callable[[Tensor], None]:
-        def note(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                self._made[place] = (parameter.grad, parameter.grad._version)
-
-        return note
-
-    def _require_untouched(self) -> None:
-        """Of all parameters in the first batches, and then of the first and the last one, which stand for
-        all: a look at each in every step would cost too much."""
-        self._batches += 1
-        if self._batches == WATCHED_BATCHES:
-            for handle in self._watched[1:-1]:
-                handle.remove()
-        for place, (made, version) in self._made.items():
-            found = self._parameters[place].grad
-            if found is made and found._version == version:
-                continue
-            if found is None or found.isfinite().all():  # others are dropped anyway
-                raise OutOfStepError(
-                    "gradients were changed between backward() and step(), where each rank has only its own: "
-                    "clipping is the option clip_norm, scaling belongs to the loss"
-                )
 
     def _hook(self, bucket: _Bucket) -> Callable[[Tensor], None]:
         def came(_: Tensor) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, meet, require_finite
+from rankwise.strategies.base import State, Strategy, is_as_left, leave, meet, require_finite
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.traffic import (
@@ -61,7 +61,7 @@ class Gossip(Strategy[GossipState]):
         return GossipState()
 
     def open_epoch(self, state: GossipState, replica: Replica, world: World) -> GossipState:
-        if "weights" in state.memory:
+        if "weights" in state.memory and is_as_left(replica):
             replica.unpack(state.memory["weights"])
         return state
 
@@ -100,6 +100,7 @@ class Gossip(Strategy[GossipState]):
         squares = np.array([np.sum((mine.astype(np.float64) - mean) ** 2)])
         world.allreduce(squares)
         replica.unpack(mean)
+        leave(replica)
         distance = {"consensus_distance": float(np.sqrt(squares[0] / world.size))}
         return replace(state.remember(weights=mine), measured={**state.measured, **distance})
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
-from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, require_finite
+from rankwise.errors import Interrupted, OutOfStepError
+from rankwise.strategies.base import State, Strategy, is_as_left, leave, require_finite
 from rankwise.strategies.buckets import Buckets, cut
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.exchange import gather_sum, reduction_of
@@ -71,7 +71,14 @@ class GradientAveraging(Strategy[State]):
     def train(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
         if not len(batch):
             return state
-        replica.attached(Buckets).add()
+        buckets = replica.attached(Buckets)
+        buckets.add()
+        # What a worker does to its weights in a turn of its loop, the master's next ones would undo.
+        if self._is_served(world) and buckets.watch.in_first and batch.step > 1 and not is_as_left(replica):
+            raise OutOfStepError(
+                f"rank {world.rank} has changed its weights in a turn of the loop over batches, which only "
+                "the master's step may: change them between epochs on all ranks, or take --topology allreduce"
+            )
         return state.trained(len(batch))
 
     def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> State | Flat:
@@ -101,6 +108,8 @@ class GradientAveraging(Strategy[State]):
             return prepared.commit()
         with world.ledger.phase("pack"):
             replica.unpack(prepared)
+        if self._is_served(world) and replica.attached(Buckets).watch.in_first:
+            leave(replica)
         return state.commit()
 
     def _serve(self, buckets: Buckets, replica: Replica, batch: Batch, world: World) -> Flat:
@@ -136,6 +145,10 @@ class GradientAveraging(Strategy[State]):
         weights = Collective("broadcast", flat_bytes(model.parameters))
         each_round = Collective("gather", traffic.payload_bytes), weights
         return replace(traffic, each_round=each_round, server_steps=True)
+
+    def _is_served(self, world: World) -> bool:
+        """Whether this rank gets its weights from a master."""
+        return self.topology == "master" and self.compress == "none" and world.rank > 0
 
     @property
     def _allreduces_plain(self) -> bool:

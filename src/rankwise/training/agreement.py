@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SIMPLE = (bool, int, float, str, tuple, type(None))
-"""What of an optimiser's groups is compared: rates, momenta and the like."""
-
 NOTHING, UNSAID = "nothing more", "not given"
 
 
@@ -53,6 +50,8 @@ def _parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Model and optimiser in words, one for each part."""
     from torch.nn.parameter import is_lazy
 
+    from rankwise.models.optimizer_state import settings_of
+
     tensors: list[tuple[str, str, torch.Tensor]] = [("parameter", *its) for its in model.named_parameters()]
     tensors += [("buffer", *its) for its in model.named_buffers()]
     parts = []
@@ -60,8 +59,14 @@ def _parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
         shape = SHAPELESS if is_lazy(tensor) else list(tensor.shape)
         frozen = "" if tensor.requires_grad or kind == "buffer" else ", frozen"
         parts.append(f"the {kind} {name} {shape} of {str(tensor.dtype).removeprefix('torch.')}{frozen}")
+    settings = settings_of(optimizer)
+    parts += [
+        f"{name} = {value} in the optimiser's group {group}" for (group, name), value in settings.items()
+    ]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for number, group in enumerate(optimizer.param_groups):
-        settings = {name: value for name, value in sorted(group.items()) if isinstance(value, SIMPLE)}
-        parts += [f"{name} = {value} in the optimiser's group {number}" for name, value in settings.items()]
-        parts.append(f"{len(group['params'])} parameters in the optimiser's group {number}")
+        known = (names.get(id(parameter), "one of its own") for parameter in group["params"])
+        parts += [f"{name} in the optimiser's group {number}" for name in known]
+        begun = sum(bool(optimizer.state.get(parameter)) for parameter in group["params"])
+        parts.append(f"state of {begun} parameters in the optimiser's group {number}")
     return [*parts, f"the optimiser {type(optimizer).__name__}"]

@@ -14,7 +14,7 @@ from rankwise.data import resizing
 from rankwise.data.dataset import Dataset
 from rankwise.data.feed import feed
 from rankwise.data.selection import Selection, at_most, select
-from rankwise.errors import ConfigError, Interrupted
+from rankwise.errors import ConfigError, Interrupted, ModelError
 from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.models.rest import packed, rest_of
@@ -231,6 +231,11 @@ def _make_replica(plan: RunPlan, dataset: Dataset, chosen: Selection) -> Replica
         for tried in (shape, *smaller):
             trial.train(tried)
         needs_pairs = not all(trial.trains_on_one(tried) for tried in (shape, *smaller))
+    if plan.averaged_weights != "none" and not trial.copies:
+        raise ModelError(
+            f"the model {plan.model} cannot be copied, as --averaged-weights {plan.averaged_weights} needs: "
+            "a copy fails, or calls the model itself (keep no functions of its own layers in it)"
+        )
     packed(rest_of(model))  # or the first checkpoint would fail
     return make_replica(plan, model, make_optimizer(plan, model), needs_pairs=needs_pairs)
 

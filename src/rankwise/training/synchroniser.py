@@ -18,7 +18,7 @@ from rankwise.comm import World
 from rankwise.comm.exchanges import nothing_owed
 from rankwise.data.partition import NOTHING, Indices
 from rankwise.data.sampler import Batch, Sampler
-from rankwise.errors import ConfigError, RankLost
+from rankwise.errors import ConfigError, OutOfStepError, RankLost
 from rankwise.models.precision import forget_cast_weights
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
@@ -200,10 +200,10 @@ class Synchroniser:
     def step(self) -> None:
         """Use the gradients of the current batch, and synchronise if the strategy has it due now.
 
-        Raises what `batches` does, RuntimeError without a batch, and OutOfStepError inside torch.autocast.
+        Raises what `batches` does, and OutOfStepError without a batch and inside torch.autocast.
         """
         if self._batch is None:
-            raise RuntimeError("step() stands alone: call it once in each turn of a loop over batches()")
+            raise OutOfStepError("step() stands alone: call it once in each turn of a loop over batches()")
         forget_cast_weights()
         batch, self._batch = self._batch, None
         loop = self._suspended()
@@ -246,6 +246,7 @@ class Synchroniser:
         while True:
             try:
                 result = action()
+                self.world.settle()
                 if self.survives:
                     self.world.confirm()
                 self._goes_on = False
@@ -317,7 +318,7 @@ class Synchroniser:
     def _set_rates(self, epochs_over: float) -> None:
         if self._rate_factor is not None:
             factor = self._rate_factor(epochs_over, self.sampler.workers)
-            for group, rate in zip(self.replica.optimizer.param_groups, self._rates, strict=True):
+            for group, rate in zip(self.replica.optimizer.param_groups, self._rates, strict=False):
                 group["lr"] = rate * factor
 
     def _step(self, batch: Batch, loop: Loop) -> None:
@@ -334,8 +335,7 @@ class Synchroniser:
             self._recovery.drop(f"weights or gradients are not finite {where}: try a smaller learning rate")
             loop.go_back(work.progress.rounds)
             return
-        # A strategy without exchanges commits each step.
-        if self.replica.average is not None and (batch.ends_round or work.state.rounds > rounds):
+        if self.replica.average is not None and work.state.rounds > rounds:
             with self.world.ledger.phase("optimizer"):
                 self.replica.average.follow(work.state.rounds, batch.end)
         if batch.ends_round:
