@@ -14,7 +14,7 @@ from itertools import repeat
 
 import pytest
 
-from rankwise.system.activity import Activity, Doing, look
+from rankwise.system.activity import Activity, Doing, look, threads_of
 
 from .processes import wait_for
 
@@ -130,6 +130,21 @@ def test_cpu_time_moves(code: str) -> None:
 
         wait_for(has_computed, 30)
         assert has_computed()
+
+
+def test_a_thread_that_waits_for_the_network_by_events_is_no_lock() -> None:
+    """A thread that has begun since and waits for an answer by epoll, as event loops do, is waiting; one that
+    was there before serves a library, and a process in a lock beside it is locked."""
+    waits = thread("import select; e = select.epoll(); e.poll(600)")
+    with process(waits) as pid:
+        wait_for(lambda: len(threads_of(pid)) == 2, 30)
+        seen(pid, lambda looks: all(now.doing == "locked" for now in looks))
+        now = look(pid, at_home=frozenset({pid}))
+        assert now is not None
+        assert now.doing == "waiting"
+        now = look(pid, at_home=threads_of(pid))
+        assert now is not None
+        assert now.doing == "locked"
 
 
 def test_the_thread_that_looks_is_left_out() -> None:

@@ -23,7 +23,7 @@ from rankwise.runs.folder import RunFolder
 from rankwise.survival.beats import Beat, Beats, clock_number
 from rankwise.survival.hangs import WAITING, Hang, Limits, Rest, hang, rest
 from rankwise.system import machine
-from rankwise.system.activity import RUNNING, Activity, look
+from rankwise.system.activity import RUNNING, Activity, look, threads_of
 
 LOOK_S = 0.5
 
@@ -46,6 +46,7 @@ class Watchdog:
         self._limits = limits
         self._clock = clock_number()
         self._started = machine.start_ticks(os.getpid()) or 0
+        self._at_home = threads_of(os.getpid())  # MPI's, which wait for events all the time
         self._rests: dict[int, Rest | None] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -84,7 +85,7 @@ class Watchdog:
         me, watcher = os.getpid(), self._thread.native_id or 0
         activity = None
         if math.isfinite(self._limits.hang_s) and _is_quiet(since_ns, now_ns):
-            activity = look(me, apart_from=watcher)
+            activity = look(me, apart_from=watcher, at_home=self._at_home)
         beat = Beat(me, self._started, self._clock, watcher, now_ns, since_ns, phase, activity or RUNNING)
         self._beats.tell(self._rank, beat)
 

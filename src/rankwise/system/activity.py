@@ -15,7 +15,11 @@ Doing = Literal["running", "stopped", "locked", "waiting"]
 
 LOCKS = ("futex",)
 
-IDLE = (*LOCKS, "epoll", "ep_poll", "pipe", "do_wait", "pause")
+EVENTS = ("epoll", "ep_poll")
+
+TASKLESS = (*LOCKS, "pipe", "do_wait", "pause")
+
+IDLE = (*TASKLESS, *EVENTS)
 """Parts of the names of the kernel's functions in which threads sleep that have nothing to do: they wait for
 another thread or process, by a lock, an event, a pipe."""
 
@@ -37,8 +41,16 @@ class Activity:
 RUNNING = Activity("running", 0)
 
 
-def look(pid: int, *, apart_from: int = 0) -> Activity | None:
+def threads_of(pid: int) -> frozenset[int]:
+    """The numbers of a process's threads."""
+    return frozenset(int(thread.path.name) for thread in _threads(pid))
+
+
+def look(pid: int, *, apart_from: int = 0, at_home: frozenset[int] | None = None) -> Activity | None:
     """What a process is doing, apart from its thread of the number `apart_from`; None if it has ended.
+
+    A thread that sleeps until an event comes (epoll) may serve a library, or wait for an answer from the
+    network: where the numbers of those that serve are known, as `at_home`, the others wait.
 
     Where Linux does not tell in what threads sleep (/proc/PID/wchan), none is `locked`.
     """
@@ -63,11 +75,16 @@ def look(pid: int, *, apart_from: int = 0) -> Activity | None:
     except psutil.NoSuchProcess:
         return None
     others = [thread for each in (pid, *(child.pid for child in children)) for thread in _threads(each)]
-    idle = all(thread.state not in "DS" or thread.sleeps_in(IDLE) for thread in others)
+    guests = frozenset() if at_home is None else threads_of(pid) - at_home
+    idle = all(_is_idle(thread, int(thread.path.name) in guests) for thread in others)
     for child in children:
         with suppress(OSError):
             cpu_ns += _thread(Path(f"/proc/{child.pid}")).cpu_ns
     return Activity("locked" if idle else "waiting", cpu_ns)
+
+
+def _is_idle(thread: _Thread, is_guest: bool) -> bool:
+    return thread.state not in "DS" or thread.sleeps_in(TASKLESS if is_guest else IDLE)
 
 
 class _Thread(NamedTuple):

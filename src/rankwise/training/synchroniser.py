@@ -260,8 +260,10 @@ class Synchroniser:
         """Go on from a checkpoint; `worker` is this rank's number among workers, None for a master. Raises
         ResumeError if the checkpoint does not fit."""
         checkpoint.restore(self.replica, 0 if self.shares_optimizer else worker)
-        shared = replicated(checkpoint.memory_of(0), self._strategy)
-        memory = {**shared, **checkpoint.memory_of(self.world.rank)}
+        memory = {
+            **replicated(checkpoint.memory_of(0), self._strategy),
+            **checkpoint.memory_of(self.world.rank),
+        }
         self._work.state = replace(self.state, memory=memory, rounds=checkpoint.notes.get("rounds", 0))
 
     def trained(self) -> Indices:
