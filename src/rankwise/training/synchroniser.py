@@ -177,7 +177,6 @@ class Synchroniser:
     def _leave(self, place: str, *, at_once: bool) -> None:
         """The loop was left at this place. Take part in what others do until they learn of it: `at_once`, or
         before the model is used again or an exchange, as an exception has left it that may end this rank.
-
         Nobody hears what is raised while a generator is closed: it is raised before the next exchange too.
         """
         loop, self._loop, self._batch = self._loop, None, None
@@ -260,10 +259,8 @@ class Synchroniser:
         """Go on from a checkpoint; `worker` is this rank's number among workers, None for a master. Raises
         ResumeError if the checkpoint does not fit."""
         checkpoint.restore(self.replica, 0 if self.shares_optimizer else worker)
-        memory = {
-            **replicated(checkpoint.memory_of(0), self._strategy),
-            **checkpoint.memory_of(self.world.rank),
-        }
+        shared = replicated(checkpoint.memory_of(0), self._strategy)
+        memory = {**shared, **checkpoint.memory_of(self.world.rank)}
         self._work.state = replace(self.state, memory=memory, rounds=checkpoint.notes.get("rounds", 0))
 
     def trained(self) -> Indices:
