@@ -171,10 +171,10 @@ def weights_shrink(
 ) -> None:
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
-    step()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
+    step()
 
 
 def adversarial(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:
@@ -314,7 +314,7 @@ def test_rates_that_a_master_does_not_have_are_found() -> None:
 
 
 def test_weights_that_a_master_would_undo_are_found() -> None:
-    """Weights that a worker changes in its turns would be the master's again after the step: refused."""
+    """Weights that a worker changes before the step would be the master's again after it: refused."""
     with pytest.raises(OutOfStepError, match=r"has changed its weights in a turn.*--topology allreduce"):
         Loop(body=weights_shrink).on_ranks(3, strategy="gradient-server")
 

@@ -161,13 +161,11 @@ class Replica:
         """63 bits of a hash of all parameters, those that are not trained too: equal for equal ones."""
         return _mark([*self._held.values()])
 
-    def settings_mark(self) -> int:
-        """63 bits of a hash of the optimiser's settings: equal for equal ones."""
-        return _number(repr(self.settings()).encode())
-
-    def settings(self) -> dict[tuple[int, str], Any]:
-        """What is set in the optimiser's groups, such as rates, by group and name."""
-        return self._state.settings()
+    def settings(self, *, rates: bool) -> tuple[int, dict[tuple[int, str], Any]]:
+        """What is set in the optimiser's groups, by group and name, with `rates` its rates too; and 63 bits of
+        a hash of it before that."""
+        found = {at: its for at, its in self._state.settings().items() if rates or at[1] != "lr"}
+        return _number(repr(found).encode()), found
 
     def named_weights(self) -> tuple[list[str], list[NDArray[Any]]]:
         """All parameters: their names, and contiguous float64 arrays of their shapes."""

@@ -230,13 +230,15 @@ def _share_extra_state(replica: Replica, world: World, root: int) -> None:
         replica.extra.load(world.broadcast_object(mine, root))
 
 
-def require_same_weights(replica: Replica, epoch: int, world: World) -> None:
+def require_same_weights(replica: Replica, epoch: int, world: World, *, rates: bool) -> None:
     """Raises OutOfStepError, on all ranks, if they are at the end of different epochs, set different rates
     and the like in their optimisers, or hold parameters that differ by more than rounding on processors of
-    several makes; all ranks together."""
+    several makes; all ranks together. Without `rates` the rates are the schedule's, which a rank that came
+    in late has not asked yet."""
     if world.size == 1:
         return
-    marks = np.array([replica.weight_mark(), epoch, replica.settings_mark()])
+    mark, settings = replica.settings(rates=rates)
+    marks = np.array([replica.weight_mark(), epoch, mark])
     marks = np.concatenate([marks, -marks])
     world.allreduce(marks, op="max")
     same_weights, same_epoch, same_settings = (marks[:3] == -marks[3:]).tolist()
@@ -248,7 +250,7 @@ def require_same_weights(replica: Replica, epoch: int, world: World) -> None:
             f"{epochs[0]}: train the same epochs on all ranks"
         )
     if not same_settings:
-        _refuse_settings(world.allgather_object(replica.settings()))
+        _refuse_settings(world.allgather_object(settings))
     if not same_weights:
         _require_near(replica, world)
 

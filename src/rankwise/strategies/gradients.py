@@ -62,7 +62,10 @@ class GradientAveraging(Strategy[State]):
         return State()
 
     def expect(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
-        replica.attached(Buckets).expect(batch.share, sends=batch.ends_round)
+        buckets = replica.attached(Buckets)
+        buckets.expect(batch.share, sends=batch.ends_round)
+        if self._is_served(world) and buckets.watch.in_first:
+            leave(replica)
 
     def recover(self, state: State, replica: Replica, world: World) -> State:
         replica.attached(Buckets).clear()
@@ -74,7 +77,7 @@ class GradientAveraging(Strategy[State]):
         buckets = replica.attached(Buckets)
         buckets.add()
         # What a worker does to its weights in a turn of its loop, the master's next ones would undo.
-        if self._is_served(world) and buckets.watch.in_first and batch.step > 1 and not is_as_left(replica):
+        if self._is_served(world) and buckets.watch.in_first and not is_as_left(replica):
             raise OutOfStepError(
                 f"rank {world.rank} has changed its weights in a turn of the loop over batches, which only "
                 "the master's step may: change them between epochs on all ranks, or take --topology allreduce"
@@ -108,8 +111,6 @@ class GradientAveraging(Strategy[State]):
             return prepared.commit()
         with world.ledger.phase("pack"):
             replica.unpack(prepared)
-        if self._is_served(world) and replica.attached(Buckets).watch.in_first:
-            leave(replica)
         return state.commit()
 
     def _serve(self, buckets: Buckets, replica: Replica, batch: Batch, world: World) -> Flat:

@@ -38,6 +38,8 @@ class Commits:
         world: World,
         recovery: NoRankRecovery,
         faults: NoFaults,
+        *,
+        compares_rates: bool,
     ) -> None:
         self._work = work
         self._replica = replica
@@ -45,6 +47,7 @@ class Commits:
         self._world = world
         self._recovery = recovery
         self._faults = faults
+        self._compares_rates = compares_rates
 
     def commit(self, batch: Batch, loop: Loop) -> None:
         """Exchange and commit the round that ends with this batch."""
@@ -88,4 +91,5 @@ class Commits:
         with self._recovery.exchange():
             work.state = self._strategy.close_epoch(work.state, self._replica, weights, self._world)
             if self._strategy.recovery.synchronous:
-                require_same_weights(self._replica, work.progress.epoch, self._world)
+                epoch, rates = work.progress.epoch, self._compares_rates
+                require_same_weights(self._replica, epoch, self._world, rates=rates)

@@ -54,7 +54,6 @@ class Synchroniser:
 
     Ranks without work (a master, a worker whose shard has run out) take their part in the rounds
     while they iterate, and their loop body is not run.
-
     `rate_factor(epochs_over, workers)` returns the factor of the learning rates that the optimiser came with.
     With `survives` the other ranks go on when one is lost, as long as `min_ranks` are left, and deal anew
     what it had not brought in; `spares` ranks stand by to take the places of lost ones. A spare that does so
@@ -105,7 +104,8 @@ class Synchroniser:
                 observer=observer or NoObserver(),
                 join_state=join_state,
             )
-        self._commits = Commits(self._work, replica, strategy, world, self._recovery, self.faults)
+        parts = (self._work, replica, strategy, world, self._recovery, self.faults)
+        self._commits = Commits(*parts, compares_rates=rate_factor is None)
 
     @property
     def state(self) -> State:
