@@ -162,8 +162,8 @@ class Replica:
         return _mark([*self._held.values()])
 
     def settings(self, *, rates: bool) -> tuple[int, dict[tuple[int, str], Any]]:
-        """What is set in the optimiser's groups, by group and name, with `rates` its rates too; and 63 bits of
-        a hash of it before that."""
+        """63 bits of a hash of what is set in the optimiser's groups, with `rates` its rates too; and that by
+        group and name."""
         found = {at: its for at, its in self._state.settings().items() if rates or at[1] != "lr"}
         return _number(repr(found).encode()), found
 
