@@ -240,6 +240,21 @@ def test_what_the_optimiser_has_besides_is_in_step(strategy: str, ranks: int) ->
             assert np.abs(value - its).max() < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_how_passes_are_rounded_is_no_change(dtype: torch.dtype) -> None:
+    """The sum of two backward passes is rounded in the parameters' type, and goes through."""
+
+    def program(world: World) -> bool:
+        model = copy.deepcopy(FIRST).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        its = synchronise(model, optimizer, world, samples=SAMPLES, strategy="allreduce", batch_size=BATCH)
+        for batch in its.batches(1):
+            twice(model, optimizer, its.step, FEATURES[batch.indices].to(dtype), LABELS[batch.indices])
+        return its.progress.closed
+
+    assert run_in_threads(2, program) == [True, True]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_backward_pass_that_is_forgotten_counts_for_nothing(ranks: int) -> None:
     """Gradients of a first pass that zero_grad() has taken away before the second are no change."""
