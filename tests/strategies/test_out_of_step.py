@@ -397,6 +397,20 @@ def test_weights_set_between_epochs_count(strategy: str) -> None:
     assert all(torch.equal(its[0], torch.ones_like(its[0])) for its in found)
 
 
+def test_an_optimisers_state_that_is_loaded_later_is_averaged() -> None:
+    """An optimiser that is given its own state anew between epochs, in other tensors, trains as if it had not
+    been, also where its state is averaged."""
+
+    def loads(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    options = {"strategy": "local-sgd", "sync_every": 2, "optimizer_state": "average"}
+    found = Loop(before_epoch=loads).on_ranks(2, **options)
+    expected = Loop().on_ranks(2, **options)
+    for (values, _), (others, _) in zip(found, expected, strict=True):
+        assert all(np.array_equal(one, other) for one, other in zip(values, others, strict=True))
+
+
 def test_where_each_rank_steps_by_itself_clipping_is_its_own() -> None:
     """Strategies that send weights let each rank clip its own gradients."""
     found = Loop(body=clipped).on_ranks(2, strategy="local-sgd", sync_every=2)
