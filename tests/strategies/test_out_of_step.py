@@ -48,13 +48,7 @@ class Loop:
     def turn(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, indices: np.ndarray
     ) -> None:
-        x, y = FEATURES[indices], LABELS[indices]
-        if self.body:
-            self.body(model, optimizer, step, x, y)
-        else:
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            step()
+        (self.body or plain)(model, optimizer, step, FEATURES[indices], LABELS[indices])
 
     def on_ranks(self, ranks: int, **options: Any) -> list[tuple[list[np.ndarray], list[list[np.ndarray]]]]:
         """For each rank its tensors at the end, and its batches in each epoch."""

@@ -163,18 +163,20 @@ class Exchanges:
         owed, self.owed = self.owed, nothing_owed
         owed()
 
-    def allgather(self, buffer: Buffer) -> Buffer:
-        """All buffers as rows of one array [size, *shape] in rank order, on every rank."""
+    def _before(self) -> None:
+        """Comes before each collective exchange of the program: what is owed, and logs that are full."""
         self.settle()
         if self.exchange_log.due:
             self.reconcile()
+
+    def allgather(self, buffer: Buffer) -> Buffer:
+        """All buffers as rows of one array [size, *shape] in rank order, on every rank."""
+        self._before()
         return self._allgather(buffer, self.traffic)
 
     def allgather_object(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in rank order. For set-up and farewell, never for weights."""
-        self.settle()
-        if self.exchange_log.due:
-            self.reconcile()
+        self._before()
         return self._allgather_object(value, self.traffic)
 
     @contextmanager
@@ -260,9 +262,7 @@ class Exchanges:
 
     def _meet(self) -> None:
         """Comes before every blocking collective exchange of the program: where ranks must meet anyway."""
-        self.settle()
-        if self.exchange_log.due:
-            self.reconcile()
+        self._before()
         if self.cross_check:
             self._cross_check()
 

@@ -32,15 +32,12 @@ class HeldBuffers:
                     buffer.copy_(now)
                 place[name] = buffer
 
-    def late(self) -> list[str]:
-        """Names of persistent buffers that the model has made since. Others are taken for tables, which each
-        rank makes for itself."""
-        return [name for name in saved_forms(self._model) if name not in self._saved]
-
-    def reshaped(self) -> list[str]:
-        """Names of persistent buffers that have another shape or type than when this was made."""
+    def changed(self) -> tuple[list[str], list[str]]:
+        """Names of persistent buffers that the model has made since, and of those that have another shape or
+        type. Others are taken for tables, which each rank makes for itself."""
         now = saved_forms(self._model)
-        return [name for name, form in self._saved.items() if now.get(name, form) != form]
+        made = [name for name in now if name not in self._saved]
+        return made, [name for name, form in self._saved.items() if now.get(name, form) != form]
 
 
 def saved_forms(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -142,14 +142,15 @@ class Replica:
         rank sends that."""
         now = _held(self.model, self.optimizer)
         changed = [name for name in self._held | now if now.get(name) is not self._held.get(name)]
+        made, reshaped = self.buffers.changed()
         moved = [name for name, its in self._held.items() if _memory(its) != self._memory[name]]
         thawed = [name for name, its in self._held.items() if its.requires_grad and name not in self._trained]
         for kind, names, what in (
             ("parameter", changed, "was added, removed or replaced"),
             ("parameter", thawed, "was unfrozen"),
             ("parameter", moved, "was given other memory (write into it with copy_ instead)"),
-            ("buffer", self.buffers.late(), "was made"),
-            ("buffer", self.buffers.reshaped(), "got another shape or type"),
+            ("buffer", made, "was made"),
+            ("buffer", reshaped, "got another shape or type"),
         ):
             if names:
                 raise OutOfStepError(

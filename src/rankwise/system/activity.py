@@ -74,17 +74,18 @@ def look(pid: int, *, apart_from: int = 0, at_home: frozenset[int] | None = None
         children = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return None
-    others = [thread for each in (pid, *(child.pid for child in children)) for thread in _threads(each)]
-    guests = frozenset() if at_home is None else threads_of(pid) - at_home
-    idle = all(_is_idle(thread, int(thread.path.name) in guests) for thread in others)
+    theirs = [thread for child in children for thread in _threads(child.pid)]
+    idle = all(_is_idle(thread, at_home) for thread in _threads(pid))
+    idle = idle and all(_is_idle(thread, None) for thread in theirs)
     for child in children:
         with suppress(OSError):
             cpu_ns += _thread(Path(f"/proc/{child.pid}")).cpu_ns
     return Activity("locked" if idle else "waiting", cpu_ns)
 
 
-def _is_idle(thread: _Thread, is_guest: bool) -> bool:
-    return thread.state not in "DS" or thread.sleeps_in(TASKLESS if is_guest else IDLE)
+def _is_idle(thread: _Thread, at_home: frozenset[int] | None) -> bool:
+    serves = at_home is None or int(thread.path.name) in at_home
+    return thread.state not in "DS" or thread.sleeps_in(IDLE if serves else TASKLESS)
 
 
 class _Thread(NamedTuple):
