@@ -36,7 +36,7 @@ from rankwise.models.replica import Replica
 from rankwise.plan import resolve
 from rankwise.runs.folder import RunFolder
 from rankwise.strategies import exchange
-from rankwise.training.loop import Losses, train_epoch
+from rankwise.training.loop import UnderWay, train_epoch
 from rankwise.training.rank import _make_job, _make_replica
 
 ROUNDS = 3
@@ -101,9 +101,9 @@ def main(topology: str, *cases: str) -> None:
         )
     )
     chosen = select(config, dataset)
-    replica = _make_replica(config, dataset, chosen)
+    replica = _make_replica(config, dataset, chosen, begins=True)
     job = _make_job(config, dataset, chosen, replica, world, RunFolder(Path(".")))
-    train_epoch(job, 1, Losses())  # warms up
+    train_epoch(job, 1, UnderWay(0.0))  # warms up
     for case in cases:
         kind, rank, length_s = case.split(":")
         before, started_s = told(world), time.monotonic()
@@ -132,9 +132,9 @@ def live(job: rankwise.training.loop.Job, kind: str, length_s: float) -> None:
         epoch = 1
         while not over(world, started_s, length_s):
             epoch += 1
-            train_epoch(job, epoch, Losses())
+            train_epoch(job, epoch, UnderWay(0.0))
     else:
-        train_epoch(job, 2, Losses())
+        train_epoch(job, 2, UnderWay(0.0))
     world.cross_check = False
 
 

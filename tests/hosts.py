@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -32,14 +32,17 @@ class Hosts:
     """Hosts that live while it is entered; afterwards nothing is left of them, nor of what ran there.
 
     `rates` are what each host's link carries in each direction, as tc says it ("100mbit"), None for as much
-    as it can. Programs see the files of this machine, and its cores.
+    as it can. Programs see the files of this machine, and its cores. A host calls itself by its name, or as
+    `called` says, and is reached by that, with `domain` behind it, too.
     """
 
-    def __init__(self, *rates: str | None) -> None:
+    def __init__(self, *rates: str | None, called: Sequence[str] = (), domain: str = "") -> None:
         self._mark = f"{os.getpid() % 100_000:05d}"
         subnet = f"10.{98 + os.getpid() // 250 % 100}.{os.getpid() % 250}"
         self.network = f"{subnet}.0/24"
         self.names = [f"rw{self._mark}{letter}" for letter, _ in zip(LETTERS, rates, strict=False)]
+        self.called = list(called) or self.names
+        self.full_names = [name + domain for name in self.called]
         self.addresses = [f"{subnet}.{number}" for number in range(1, len(rates) + 1)]
         self._rates = rates
         self._scratch = Path(tempfile.mkdtemp())
@@ -88,7 +91,7 @@ class Hosts:
     def on(self, host: int, *words: str) -> list[str]:
         """The command that runs another on a host."""
         name = self.names[host]
-        script = f'hostname {name}; exec "$@"'
+        script = f'hostname {self.called[host]}; exec "$@"'
         return ["ip", "netns", "exec", name, "unshare", "-u", "bash", "-c", script, "bash", *words]
 
     def start(
@@ -122,17 +125,19 @@ class Hosts:
     def _write_agent(self) -> None:
         """What stands for ssh: it drops options, takes the address, and runs the rest there."""
         cases = "\n".join(
-            f"  {address}|{name}) name={name};;"
-            for name, address in zip(self.names, self.addresses, strict=True)
+            f"  {address}|{name}|{called}|{full}) name={name}; called={called};;"
+            for name, address, called, full in zip(
+                self.names, self.addresses, self.called, self.full_names, strict=True
+            )
         )
         agent = self._scratch / "agent"
         agent.write_text(
             "#!/bin/bash\n"
             'while [[ "$1" == -* ]]; do [[ "$1" == -o ]] && shift; shift; done\n'
-            f"case $1 in\n{cases}\n  *) echo no such host: $1 >&2; exit 255;;\nesac\nshift\n"
+            f"case ${{1#*@}} in\n{cases}\n  *) echo no such host: $1 >&2; exit 255;;\nesac\nshift\n"
             "up=$(ip -n $name link show eth0 2>&1 | grep -c 'state UP')\n"
             "[[ $up == 1 ]] || { echo no route to $name >&2; exit 255; }\n"
-            'exec ip netns exec "$name" unshare -u bash -c "hostname $name; $*"\n'
+            'exec ip netns exec "$name" unshare -u bash -c "hostname $called; $*"\n'
         )
         agent.chmod(0o755)
 

@@ -25,7 +25,8 @@ QUANTITY = {"type": "string", "pattern": r"^\d+([KMGT]i?|m)?$"}
 NEEDS = _object("cpu memory", cpu=QUANTITY, memory=QUANTITY)
 CONTAINER = _object(
     "name image command",
-    "securityContext resources volumeMounts",
+    "env securityContext resources volumeMounts",
+    env=_list(_object("name value")),
     command=_list({"type": "string"}),
     securityContext=_object("runAsUser", runAsUser=NUMBER),
     resources=_object("requests limits", requests=NEEDS, limits=NEEDS),

@@ -167,7 +167,7 @@ class Process(subprocess.Popen[str]):
             ) from None
 
 
-def wait_for(happened: Callable[[], Any], timeout_s: float = 60) -> None:
+def wait_for(happened: Callable[[], Any], timeout_s: float = 120) -> None:
     """Wait until it has happened."""
     if not _wait(happened, timeout_s):
         raise AssertionError(f"it did not happen in {timeout_s} s\n\n{where_all_stand()}")

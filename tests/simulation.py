@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,9 +79,9 @@ class SimulatedTransport(ThreadTransport):
 
         return _Held(finish)
 
-    def receive(self, buffer: Any, source: int | None, tag: int = 0) -> Any:
+    def receive(self, buffer: Any, source: int | None, tag: int = 0, *, owing: Sequence[int] = ()) -> Any:
         def finish() -> int:
-            sender, content = self._rendezvous.fetch(self.rank, source, tag)
+            sender, content = self._rendezvous.fetch(self.rank, source, tag, owing)
             sent_ns, value = content
             buffer[...] = value
             self._until(sent_ns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ from . import tiny
 NORMS = "tests.test_training:BatchNormNet"
 """A network that has buffers too."""
 
+PAIRS = "tests.test_modules:rows"
+"""A network that cannot train on one sample."""
+
 
 @given(st.integers(1, 100), st.lists(st.floats(1e-4, 10), min_size=1, max_size=8))
 def test_batches_are_in_proportion_to_speed(batch_size: int, step_s: list[float]) -> None:
@@ -41,6 +45,14 @@ def test_batches_are_in_proportion_to_speed(batch_size: int, step_s: list[float]
     for one, other in zip(range(len(sizes)), range(1, len(sizes)), strict=False):
         if step_s[one] < step_s[other]:
             assert sizes[one] >= sizes[other] - (sizes[other] == 1)
+
+
+@given(st.integers(2, 100), st.lists(st.floats(1e-4, 10), min_size=1, max_size=8))
+def test_no_speed_makes_a_batch_of_one_where_pairs_are_needed(batch_size: int, step_s: list[float]) -> None:
+    """The slowest worker has two samples then, and the sum is that of equal batches."""
+    sizes = sizes_by_speed(batch_size, step_s, least=2)
+    assert sum(sizes) == batch_size * len(step_s)
+    assert min(sizes) >= 2
 
 
 def test_noise_does_not_unbalance() -> None:
@@ -80,7 +92,7 @@ def test_one_line_tells_what_was_measured(monkeypatch: pytest.MonkeyPatch, maste
     lines: list[str] = []
 
     def program(world: World) -> tuple[int, ...]:
-        replica: Any = None
+        replica: Any = SimpleNamespace(needs_pairs=False)
         return choose_batch_sizes(plan, replica, world, image_shape=(1, 8, 8), classes=10, say=lines.append)
 
     for sizes in run_in_threads(plan.ranks, program):
@@ -107,9 +119,8 @@ def test_a_loop_of_ones_own_says_its_batches() -> None:
 
 
 def trained(tmp_path: Path, ranks: int, **options: object) -> Record:
-    plan = make_plan(
-        TrainConfig(dataset=tiny.DATASET, model=tiny.MODEL, ranks=ranks, epochs=2, lr=0.02, **options)
-    )
+    always = {"dataset": tiny.DATASET, "model": tiny.MODEL, "ranks": ranks, "epochs": 2, "lr": 0.02}
+    plan = make_plan(TrainConfig(**always | options))
     folder = RunFolder(tmp_path / "run")
     folder.create()
     folder.begin()
@@ -136,6 +147,46 @@ def test_workers_that_are_not_equally_fast(
     assert resolve(TrainConfig(**record.config)).batch_sizes == tuple(sizes)
     assert record.samples.trained == record.samples.expected > 0
     assert record.samples.lost == record.samples.duplicated == 0
+
+
+@pytest.mark.parametrize("samples", [200, 20])
+def test_a_slow_worker_gets_no_batch_of_one_where_pairs_are_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, samples: int
+) -> None:
+    """However slow a worker is: a network that cannot train on one sample is trained with measured batches,
+    few samples as well."""
+    speeds = iter([0.001, 1.0])
+    monkeypatch.setattr(balancing, "_step_s", lambda *_: next(speeds))
+    options = {"model": PAIRS, "strategy": "allreduce", "train_limit": samples}
+    record = trained(tmp_path, 2, balance="measured", **options)
+    assert sorted(record.config["balance"].split(",")) == ["2", "30"]
+    assert record.samples.trained == record.samples.expected == 2 * samples
+
+
+def test_batches_of_one_that_are_given_are_refused_where_pairs_are_needed(tmp_path: Path) -> None:
+    """The line names the option that asks for them, before training."""
+    told = (
+        "^--balance 31,1 makes a batch of one of the 200 training samples, .* give each worker a batch of 2"
+    )
+    with pytest.raises(ConfigError, match=told):
+        trained(tmp_path, 2, model=PAIRS, strategy="allreduce", balance="31,1")
+
+
+def test_batches_that_shrink_stay_pairs(tmp_path: Path) -> None:
+    """A batch of two does not become one of one where newcomers take places and the global batch stays."""
+    from rankwise.data.sampler import Sampler
+
+    sampler = Sampler(
+        lambda epoch, shares: [np.arange(96) for _ in shares],
+        rank=2,
+        first_worker=0,
+        batch_sizes=[2, 2, 2, 90],
+        sync_every=lambda epoch: 1,
+        keeps_global_batch=True,
+        needs_pairs=True,
+    )
+    sampler.redistribute(1, 0, [None, None, 2, 3], [0] * 4)
+    assert min(sampler.plan(1).batch_sizes) == 2
 
 
 def test_measuring_leaves_the_replica_as_it_is() -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from .processes import wait_for
 from .test_cli import count_epochs
 from .test_mpi import closes, ranks_of
 
-pytestmark = [pytest.mark.mpi, pytest.mark.cold_in_full, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.mpi, pytest.mark.ulfm, pytest.mark.cold_in_full, pytest.mark.timeout(240)]
 
 WAYS = [
     ("parameter-averaging", "master"),
@@ -309,11 +310,24 @@ def test_all_ranks_raise(command: Command, tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "run").read().outcome == "failed"
 
 
-def test_an_error_of_a_sample_hunts_no_rank(command: Command, tmp_path: Path) -> None:
-    """An error that a sample makes ends the rank that has it, and the one to which it is dealt then: the
-    second one ends the run, as the program's error, in one line with code 1, and no further rank is lost."""
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            "raise ValueError(f'a white image in {len(x)}')",
+            "ValueError in brittle.py, line 9: a white image in",
+        ),
+        ("ctypes.string_at(0)", r"Segmentation fault in __init__.py, line \d+, called in brittle.py, line 9"),
+        pytest.param("os.abort()", "Aborted in brittle.py, line 9", marks=pytest.mark.full),
+    ],
+    ids=["exception", "SIGSEGV", "SIGABRT"],
+)
+def test_an_error_of_a_sample_hunts_no_rank(command: Command, tmp_path: Path, error: str, line: str) -> None:
+    """An error that a sample makes, an exception or a crash of what is not Python, ends the rank that has it,
+    and the one to which it is dealt then: the second one ends the run, as the program's error, in one line
+    with code 1, and no further rank is lost."""
     (tmp_path / "brittle.py").write_text(
-        "from torch import nn\n"
+        "import ctypes, os; from torch import nn\n"
         "from tests import tiny\n"
         "class Brittle(nn.Module):\n"
         "    def __init__(self, shape, classes):\n"
@@ -321,7 +335,7 @@ def test_an_error_of_a_sample_hunts_no_rank(command: Command, tmp_path: Path) ->
         "        self.net = tiny.net(shape, classes)\n"
         "    def forward(self, x):\n"
         "        if self.training and (x > 0.999).all(dim=(1, 2, 3)).any():\n"
-        "            raise ValueError(f'a white image in {len(x)}')\n"
+        f"            {error}\n"
         "        return self.net(x)\n"
         "def images():\n"
         "    train, labels, *validation = tiny.images()\n"
@@ -334,10 +348,13 @@ def test_an_error_of_a_sample_hunts_no_rank(command: Command, tmp_path: Path) ->
     )
     assert done.code == 1, done
     (told,) = done.told
-    assert "ValueError in brittle.py, line 9: a white image in" in told
+    assert re.search(line, told), told
     assert "one rank after the other" in told
     assert "starting again" not in done.err
-    assert len(list((tmp_path / "run" / "last-words").iterdir())) == 2
+    assert "Traceback" not in done.err
+    assert "*** Process received signal" not in done.err
+    left = RunFolder(tmp_path / "run").read_all_words()
+    assert len(left) == 2, left
     assert RunFolder(tmp_path / "run").read().outcome == "failed"
     assert ranks_of(tmp_path / "run") == []
 

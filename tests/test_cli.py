@@ -275,7 +275,7 @@ def test_of_two_starts_at_once_one_trains(command: Command, tmp_path: Path) -> N
 
 def test_resume_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """--resume alone takes the stored options; on a completed run it says so and exits with 0; more
-    --epochs go on; another model is refused."""
+    --epochs go on; fewer than are trained, and another model, are refused."""
     assert call("train", *QUICK, "--out", "run", "--batch-size", "8") == 0
     capsys.readouterr()
     assert call("train", "--resume", "run") == 0
@@ -285,6 +285,13 @@ def test_resume_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert [row.epoch for row in record.epochs] == [1, 2, 3]
     assert (record.config["batch_size"], record.resumed_from_epoch) == (8, 2)
     capsys.readouterr()
+    before = Path("run/record.json").read_bytes()
+    assert call("train", "--resume", "run", "--epochs", "2") == 2
+    assert capsys.readouterr().err == (
+        "rankwise: run has trained 3 epochs already, but --epochs 2 was given: give 3 or more, or start a "
+        "new run\n"
+    )
+    assert Path("run/record.json").read_bytes() == before
     assert call("train", "--resume", "run", "--epochs", "4", "--model", "paper-cnn") == 2
     assert f"--model {tiny.MODEL}" in capsys.readouterr().err
 
@@ -338,7 +345,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_stopping_one_rank(command: Command, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C, SIGTERM and SIGUSR1 end a run of one rank with code 130, a valid record and a checkpoint to
     resume."""
-    words = ["train", "--dataset", "digits", "--model", "mlp", "--epochs", "1000", "--out", "run"]
+    words = ["train", *tiny.WORDS, "--epochs", "1000", "--out", "run"]
     process = command.start(sys.executable, "-m", "rankwise", *words)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 2)
     os.kill(process.pid, number)

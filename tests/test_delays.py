@@ -16,7 +16,7 @@ LENGTH_S = 0.35
 ROUNDS = 3
 TOTAL_S = ROUNDS * LENGTH_S
 STOP_S = 1.0
-MOMENT_S = 0.2
+MOMENT_S = 0.3
 """How late a busy machine may stop a process, or find it stopped."""
 
 

@@ -116,6 +116,41 @@ def test_records(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.Da
     assert code == 0 or err.count("\n") == 1
 
 
+@anywhere
+@given(data=st.data(), format=st.sampled_from(["talp", "mlperf", "csv", "extrap"]))
+def test_records_that_are_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject, format: str
+) -> None:
+    """A record with anything in any place is exported, or answered with one line and code 2."""
+    epochs = [
+        row.model_copy(update={"evaluation_s": 0.5, "since_launch_s": 2.0 * row.epoch})
+        for row in records.epochs(2)
+    ]
+    plain, other = (
+        json.loads(
+            records.record(ranks, epochs=epochs, launched_at="2026-11-22T16:18:00.5+00:00").model_dump_json()
+        )
+        for ranks in (3, 2)
+    )
+    path = data.draw(st.sampled_from(list(places(plain))))
+    changed = replaced(plain, path, data.draw(LEAVES))
+    for name, content in (("run", changed), ("other", other)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "record.json").write_text(json.dumps(content))
+    runs = [str(tmp_path / name) for name in (["run", "other"] if format == "extrap" else ["run"])]
+    output = tmp_path / "output"
+    output.unlink(missing_ok=True)
+    try:
+        cli.main(["export", *runs, "--format", format, "--output", str(output)])
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    err = capsys.readouterr().err
+    assert code in (0, 2), (path, err)
+    assert output.exists() == (code == 0)
+    assert code == 0 or err.count("\n") == 1
+
+
 def whole_timeline(tmp_path: Path) -> bytes:
     """The bytes of a timeline that can be read."""
     folder = records.run_folder(tmp_path / "whole", records.record(), steps=3)

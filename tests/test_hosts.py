@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.comm.mpi_environment import Mpiexec
+from rankwise.comm.mpi_environment import Mpiexec, find_mpiexec, mpi_environment
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, LaunchError, SupersededError, TrainingError
+from rankwise.launch import command_line as commands
 from rankwise.launch import hosts as launching
+from rankwise.launch.command_line import command_line
 from rankwise.launch.hosts import fit
-from rankwise.launch.mpiexec import command_line
 from rankwise.plan import resolve
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
+from rankwise.submit.kubernetes import SETTINGS
 from rankwise.system.hosts import Host, parse_hosts, read_hostfile
 
 from .hosts import Hosts, why_not
@@ -49,7 +51,10 @@ def test_a_hostfile_is_that_of_mpiexec(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("a:2,a:3", "host a was given with 2 slots and with 3"),
+        ("me@a:2,you@a:3", "host a was given as me@a and as you@a: give it one user"),
+        ("me@:2", "'me@' is no name of a host"),
+        ("@a:2", "'@a' is no name of a host"),
+        ("-x@a:2", "'-x' is no name of a user"),
         ("a:0", "host a has '0' slots, expected a number of 1 or more"),
         ("a:two", "'two' slots"),
         ("a:2,,b:2", "'' is no name of a host"),
@@ -57,11 +62,94 @@ def test_a_hostfile_is_that_of_mpiexec(tmp_path: Path) -> None:
     ],
 )
 def test_what_are_no_hosts_is_told_in_one_line(text: str, told: str) -> None:
-    """A host twice with different slots, no slots, no name, and a name that ssh would take for an option."""
+    """A host as two users, no slots, no name, and names that ssh would take for an option."""
     with pytest.raises(ConfigError) as error:
         resolve(TrainConfig(hosts=text))
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "hosts"),
+    [
+        ("n1\nn1\nn2\nn1\n", "n1:3,n2:1"),  # PBS, LSF: a line for each slot
+        ("n1:4\nn2:2  # fast\nn3\n", "n1:4,n2:2,n3:1"),  # MPICH
+        ("n1 user=me slots = 2\nyou@n2:3 binding=user:0\n", "me@n1:2,you@n2:3"),
+        ("n1 4 all.q@n1 UNDEFINED\nn2 2 all.q@n2 <NULL>\n", "n1:4,n2:2"),  # Grid Engine
+        ("n1 cpu=2 max-slots=3\n", "n1:2"),
+    ],
+)
+def test_hostfiles_of_all_kinds(tmp_path: Path, written: str, hosts: str) -> None:
+    """What PBS, LSF, Grid Engine, MPICH and Open MPI write says the same hosts and slots as to mpiexec."""
+    path = tmp_path / "hosts"
+    path.write_text(written)
+    assert ",".join(map(str, read_hostfile(path))) == hosts
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("n1 slot2=4\n", "unknown word 'slot2=4': did you mean 'slots=N'?"),
+        ("n1 slots=2\nn1\n", "line 2: host n1 stands in several lines, some with a number of slots"),
+        ("n1 user=-o\n", "'-o' is no name of a user"),
+    ],
+)
+def test_a_wrong_line_of_a_hostfile_is_named(tmp_path: Path, written: str, told: str) -> None:
+    """A word wrong by a letter, and a host with slots in one line and a line for each slot, which mpiexec
+    refuses, too."""
+    path = tmp_path / "hosts"
+    path.write_text(written)
+    with pytest.raises(ConfigError) as error:
+        read_hostfile(path)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@given(st.lists(st.tuples(NAMES, st.integers(1, 9)), min_size=1, max_size=8))
+def test_slots_add_up(asked: list[tuple[str, int]]) -> None:
+    """A host that was given several times has the sum of its slots, as for mpiexec, in the order of its first
+    place."""
+    found = parse_hosts(",".join(f"{name}:{slots}" for name, slots in asked))
+    assert [host.name for host in found] == list(dict.fromkeys(name for name, _ in asked))
+    assert {host.name: host.slots for host in found} == {
+        name: sum(slots for other, slots in asked if other == name) for name, _ in asked
+    }
+    assert parse_hosts("a,a,b") == (Host("a", 2), Host("b", 1))
+
+
+def test_hosts_of_one_first_name_stay_two() -> None:
+    """Open MPI, which looks at names up to the first dot, is told to look at all of them where two hosts
+    would be one; addresses are no names."""
+    mpiexec = Mpiexec(Path("/bin/mpiexec"), "mpiexec (Open MPI) 5.0.11")
+    for text, told in (("n.rack1:1,n.rack2:1", True), ("n1.a:1,n2.a:1", False), ("10.0.0.1,10.0.0.2", False)):
+        words = command_line(mpiexec, 2, ["program"], hosts=parse_hosts(text))
+        assert ("prte_keep_fqdn_hostnames" in words) == told, text
+
+
+def test_a_user_of_another_host_goes_to_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`user@host` reaches mpiexec and ssh as it was given; of this host the user is left out, since no ssh
+    goes there."""
+    monkeypatch.setattr(commands, "is_here", lambda name: name == "here")
+    hosts = parse_hosts("me@here:2,me@there:1")
+    words = command_line(Mpiexec(Path("m"), "mpiexec (Open MPI) 5.0.11"), 3, ["program"], hosts=hosts)
+    assert words[words.index("--host") + 1] == "here:2,me@there:1"
+    words = command_line(Mpiexec(Path("m"), "HYDRA build details: Version: 5.0.2"), 3, ["p"], hosts=hosts)
+    assert words == ["m", "-n", "3", "-hosts", "me@here:2,me@there:1", "-launcher", "ssh", "p"]
+
+
+def test_two_machines_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Machines that call themselves the same would be one for MPI: one line with both. One machine under two
+    names is none of that."""
+    for machine, refused in (("other", True), ("", False)):
+        answers(monkeypatch, machine=machine)
+        if not refused:
+            assert launching.check([Host("a", 1), Host("b", 1)], tmp_path) == {"a": "me", "b": "me"}
+            continue
+        with pytest.raises(LaunchError) as error:
+            launching.check([Host("a", 1), Host("b", 1)], tmp_path)
+        assert str(error.value).startswith(
+            "hosts a and b both call themselves me, so that MPI would take them"
+        )
 
 
 @pytest.mark.parametrize("content", [None, "", "# nobody\n", "node1 slots=many\n"])
@@ -102,7 +190,9 @@ def test_flags_for_several_hosts() -> None:
     mpiexec = Mpiexec(Path("/bin/mpiexec"), "mpiexec (Open MPI) 5.0.11")
     words = command_line(mpiexec, 5, ["program"], survives=True, hosts=[Host("a", 2), Host("b", 2)])
     line = " ".join(words)
-    assert line.startswith("/bin/mpiexec -n 5 --with-ft ulfm --host a:2,b:2 --map-by slot:OVERSUBSCRIBE ")
+    assert line.startswith(
+        "/bin/mpiexec -n 5 --output tag --with-ft ulfm --host a:2,b:2 --map-by slot:OVERSUBSCRIBE "
+    )
     assert "--mca coll ^han,cuda,hcoll,portals4" in line
     assert "--mca btl self,sm,tcp" in line
     assert "oob_tcp_keepalive_time" in line
@@ -208,6 +298,7 @@ def train(hosts: Hosts, slots: int, tmp_path: Path, *words: str) -> tuple[Record
     return record, err
 
 
+@pytest.mark.ulfm
 @pytest.mark.mpi
 @pytest.mark.parametrize("hosts", [(None, None, "100mbit")], indirect=True, ids=["three"])
 def test_three_hosts_lose_ranks(hosts: Hosts, tmp_path: Path) -> None:
@@ -235,6 +326,43 @@ def test_a_host_is_dropped(hosts: Hosts, tmp_path: Path) -> None:
     assert {fault.action for fault in record.faults} == {"restart"}
     assert len(record.ranks) == 2
     assert f"host {hosts.names[1]} was lost; starting again" in err
+
+
+def hostnames(made: Hosts, words: Sequence[str], cwd: Path, **environment: str) -> list[str]:
+    """On which hosts the ranks of a command were that print it."""
+    process = made.start(*words, environment=mpi_environment() | environment, cwd=cwd)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return sorted(line.split()[-1].strip("\0") for line in out.splitlines())
+
+
+@pytest.mark.mpi
+def test_hosts_of_one_first_name_get_a_rank_each(tmp_path: Path) -> None:
+    """Two hosts that differ behind the first dot only are two for Open MPI, as another user, too."""
+    if reason := why_not():
+        pytest.skip(reason)
+    names = ["n1.rack1", "n1.rack2"]
+    with Hosts(None, None, called=names) as made:
+        for asked in (",".join(names), f"{names[0]}:1,root@{names[1]}:1"):
+            words = command_line(find_mpiexec(), 2, ["hostname"], hosts=parse_hosts(asked))
+            assert hostnames(made, words, tmp_path) == names
+
+
+@pytest.mark.mpi
+def test_pods_get_a_rank_each(tmp_path: Path) -> None:
+    """Pods, which call themselves by the first part of their names: by rankwise with the hostfile that an
+    operator writes, and by an mpirun of one's own with the settings that the launcher gets."""
+    if reason := why_not():
+        pytest.skip(reason)
+    names = ["job-0", "job-1"]
+    with Hosts(None, None, called=names, domain=".job.ns.svc") as made:
+        hostfile = tmp_path / "hostfile"
+        hostfile.write_text("".join(f"{name} slots=1\n" for name in made.full_names))
+        settings = SETTINGS | {"PRTE_MCA_prte_default_hostfile": str(hostfile)}
+        mpiexec = find_mpiexec()
+        words = command_line(mpiexec, 2, ["hostname"], hosts=read_hostfile(hostfile))
+        assert hostnames(made, words, tmp_path, **settings) == names
+        assert hostnames(made, [str(mpiexec.path), "-n", "2", "hostname"], tmp_path, **settings) == names
 
 
 @pytest.mark.mpi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,11 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.comm.mpi_environment import Mpiexec, allocated_hosts
+from rankwise.comm.mpi_environment import Mpiexec
+from rankwise.errors import Interrupted, LaunchError, TrainingError
 from rankwise.launch import supervision
-from rankwise.launch.mpiexec import SURVIVING_BETWEEN_HOSTS, RestartBackoff, command_line
-from rankwise.launch.supervision import supervise
+from rankwise.launch.command_line import SURVIVING_BETWEEN_HOSTS, command_line
+from rankwise.launch.mpiexec import RestartableError, RestartBackoff, _judge
+from rankwise.launch.supervision import Line, MpiexecResult, supervise
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.record import Outcome
 from rankwise.system import machine
+
+from . import records
 
 OPEN_MPI = Mpiexec(Path("mpiexec"), "mpiexec (Open MPI) 5.0.11")
 MPICH = Mpiexec(Path("mpiexec"), "HYDRA build details: Version: 5.0.2")
@@ -24,8 +31,9 @@ MPICH = Mpiexec(Path("mpiexec"), "HYDRA build details: Version: 5.0.2")
 def _four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
     monkeypatch.setattr(machine, "cpu_quota", lambda: None)
-    for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES", "PBS_NODEFILE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith(("SLURM_", "PBS_", "LSB_", "PE_HOSTFILE")):
+            monkeypatch.delenv(name)
 
 
 def test_ranks_with_cores_of_their_own_stay_near_their_memory() -> None:
@@ -49,20 +57,18 @@ def test_a_containers_share_binds_nobody(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--bind-to none" in " ".join(command_line(OPEN_MPI, 2, ["program"]))
 
 
-def test_a_batch_job_of_several_hosts_is_left_to_mpiexec(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Where a batch system gave several hosts, nothing confines ranks to this one's memory or cores."""
-    plain = ["mpiexec", "-n", "8", "program"]
-    assert allocated_hosts() == 1
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    assert command_line(OPEN_MPI, 8, ["program"]) == plain
+def test_a_batch_job_of_several_hosts_is_left_to_mpiexec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a batch system gave several hosts, nothing confines ranks to this one's memory; a node may have
+    more slots than cores, and a job of few tasks more ranks than slots."""
+    monkeypatch.setattr(Mpiexec, "reads_hosts_of", lambda self, job: True)
+    for name, value in {"JOB_ID": "7", "JOB_NUM_NODES": "2", "TASKS_PER_NODE": "4(x2)"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    start, bound = ["mpiexec", "-n", "8", "--output", "tag"], ["--bind-to", "numa:overload-allowed"]
+    assert command_line(OPEN_MPI, 8, ["program"]) == [*start, *bound, "program"]
     tolerant = command_line(OPEN_MPI, 8, ["program"], survives=True)
-    assert tolerant == [*plain[:3], "--with-ft", "ulfm", *SURVIVING_BETWEEN_HOSTS, "program"]
-    monkeypatch.delenv("SLURM_JOB_NUM_NODES")
-    (tmp_path / "nodes").write_text("a\na\nb\n")
-    monkeypatch.setenv("PBS_NODEFILE", str(tmp_path / "nodes"))
-    assert command_line(OPEN_MPI, 8, ["program"]) == plain
+    assert tolerant == [*start, "--with-ft", "ulfm", *SURVIVING_BETWEEN_HOSTS, *bound, "program"]
+    assert "slot:OVERSUBSCRIBE" in command_line(OPEN_MPI, 9, ["program"])
+    assert command_line(MPICH, 8, ["program"]) == ["mpiexec", "-n", "8", "program"]
 
 
 def test_other_mpis_get_no_options_of_open_mpi() -> None:
@@ -83,10 +89,27 @@ def test_banners_are_held_back_and_the_ranks_words_shown() -> None:
     that nothing else explains."""
     ruler = "-" * 60
     script = f"print('one\\n{ruler}\\nMPI_ABORT was invoked\\n{ruler}\\ntwo'); raise SystemExit(3)"
-    shown: list[str] = []
+    shown: list[Line] = []
     ending = supervise([sys.executable, "-c", script], shown.append)
-    assert shown == ["one", "two"]
+    assert shown == [Line("one", None, False), Line("two", None, False)]
     assert (ending.code, ending.interrupted, ending.last_words) == (3, False, "MPI_ABORT was invoked")
+
+
+def test_what_is_marked_as_a_ranks_is_no_banner() -> None:
+    """A rank's own line of dashes is shown, and hides nothing, while a banner that MPI prints in a rank is
+    held back; what two ranks left without an end is shown as two lines."""
+    words = [
+        f"[1,2]<stdout>: {'-' * 60}",
+        "[1,2]<stdout>: d",
+        "[1,0]<stdout>: a",
+        "[1,1]<stdout>: b[1,0]<stdout>: c",
+    ]
+    words += [f"[1,0]<stderr>: {line}" for line in ("-" * 74, "MPI_ABORT was invoked on rank 0", "-" * 74)]
+    shown: list[Line] = []
+    supervise([sys.executable, "-c", f"print({chr(10).join(words)!r})"], shown.append)
+    assert shown == [
+        Line(text, rank, False) for text, rank in (("-" * 60, 2), ("d", 2), ("a", 0), ("b", 1), ("c", 0))
+    ]
 
 
 def test_an_mpiexec_that_does_not_end_its_ranks_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +127,77 @@ def test_a_rank_without_a_plan_says_so_in_its_folder(tmp_path: Path) -> None:
     failure = json.loads((tmp_path / "failure.json").read_bytes())
     assert "plan.json" in failure["message"]
     assert failure["exit_code"] == 2
+
+
+def test_what_ranks_ended_by_before_they_began(tmp_path: Path) -> None:
+    """Ranks that end before there is a record are a launch that failed, with mpiexec's words; where one is
+    known to have hung, a failure of its own."""
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(LaunchError, match=r"with code 5 before the ranks had begun: no such host$"):
+        _judge(MpiexecResult(5, False, "no such\nhost"), folder, 2, None)
+    folder.leave_words(1, "hang", "stopped in data")
+    with pytest.raises(RestartableError, match=r"with code 137 before .* begun: rank 1: stopped in data$"):
+        _judge(MpiexecResult(137, False, "no such\nhost"), folder, 2, None)
+
+
+@pytest.mark.parametrize("outcome", ["completed", "interrupted", "failed", "running"])
+def test_the_record_of_an_earlier_start_is_no_result(tmp_path: Path, outcome: Outcome) -> None:
+    """Ranks that end before they have written anything have done nothing, whatever an earlier start of the
+    run has come to: it is not shown as what this one came to."""
+    folder = records.run_folder(tmp_path / "run", records.record(outcome=outcome))
+    before = folder.record.read_bytes()
+    with pytest.raises(RestartableError, match=r"mpiexec ended with code 137 before the ranks had begun: "):
+        _judge(MpiexecResult(137, False, ""), folder, 3, before)
+    with pytest.raises(Interrupted, match="stopped before the ranks had begun"):
+        _judge(MpiexecResult(0, True, ""), folder, 3, before)
+    assert folder.record.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", '{"rank": 1, "mess', "[1]"], ids=["empty", "cut off", "no object"])
+def test_a_failure_that_could_not_be_written_is_one(tmp_path: Path, content: str) -> None:
+    """A rank that fails on a full disk leaves a file that says nothing: the run has failed, in one line, and
+    is not started again, which would need room too."""
+    folder = records.run_folder(tmp_path / "run", records.record(outcome="running"))
+    folder.failure.write_text(content)
+    with pytest.raises(
+        TrainingError, match=r"^a rank failed, and could not write down why .* disk full\?$"
+    ) as told:
+        _judge(MpiexecResult(1, False, ""), folder, 3, b"")
+    assert not isinstance(told.value, RestartableError)
+    assert folder.read().outcome == "failed"
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_a_stopped_run_says_by_which_command_it_goes_on(tmp_path: Path, command: str) -> None:
+    """A run whose ranks could not say how it goes on names the command that started it."""
+    stopped = records.record(outcome="running")
+    if command == "run":
+        stopped = stopped.model_copy(update={"config": {**stopped.config, "program": ["loop.py"]}})
+    folder = records.run_folder(tmp_path / "run", stopped)
+    with pytest.raises(Interrupted, match=f"go on with: rankwise {command} --resume"):
+        _judge(MpiexecResult(1, True, ""), folder, 3, b"")
+
+
+HYDRA = """
+===================================================================================
+=   BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES
+=   PID 28993 RUNNING AT vm
+=   EXIT CODE: 9
+=   CLEANING UP REMAINING PROCESSES
+=   YOU CAN IGNORE THE BELOW CLEANUP MESSAGES
+===================================================================================
+YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Killed (signal 9)
+This typically refers to a problem with your application.
+Please see the FAQ page for debugging suggestions
+"""
+
+
+def test_a_signal_is_one_on_mpich_too() -> None:
+    """Of a rank that was killed MPICH's mpiexec gives the signal's number as code: it becomes what Open MPI's
+    and shells say, and eleven lines become one."""
+    shown: list[Line] = []
+    code = f"import sys; print('mine'); print({HYDRA.strip()!r}); print('===='); sys.exit(9)"
+    result = supervise([sys.executable, "-c", code], shown.append)
+    assert [line.text for line in shown] == ["mine", "===="]
+    assert (result.code, result.last_words) == (137, "a rank was ended by signal 9 (Killed)")

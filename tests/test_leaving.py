@@ -13,6 +13,7 @@ from .conftest import Command
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
 
 ALLREDUCE = json.dumps({"strategy": "allreduce"})
+BOUNDED = json.dumps({"strategy": "easgd", "sync_every": 1, "max_staleness": 0})
 PROGRAM = Path(__file__).parent / "strategies" / "leaves.py"
 
 
@@ -32,9 +33,11 @@ def test_one_rank_that_leaves_ends_all(command: Command, how: str) -> None:
     assert "Traceback" not in done.err
 
 
-def test_one_rank_that_stops_early_ends_all(command: Command) -> None:
-    """A rank that ends its program after an epoch ends all with code 1 and the line of its loop."""
-    done = command.mpiexec(2, "-m", "tests.strategies.leaves", "stop-early", "1", ALLREDUCE)
+@pytest.mark.parametrize(("ranks", "options"), [(2, ALLREDUCE), (3, BOUNDED)], ids=["allreduce", "easgd"])
+def test_one_rank_that_stops_early_ends_all(command: Command, ranks: int, options: str) -> None:
+    """A rank that ends its program after an epoch ends all with code 1 and the line of its loop, also where a
+    master holds another back for it."""
+    done = command.mpiexec(ranks, "-m", "tests.strategies.leaves", "stop-early", "1", options)
     assert done.code == 1, done
     place = (
         rf"rank 1 has come to the end of its program, after the loop .* at \S*{PROGRAM.name}:\d+ in epoch 2"

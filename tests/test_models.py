@@ -261,3 +261,69 @@ def test_resnet9_learns_at_the_usual_rates() -> None:
         losses.append(loss.item())
     assert losses[0] < 4
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_makes_torchs_steps(momentum: float, nesterov: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SGD of `--optimizer sgd` steps as torch's fused one does, to the bit, with parameters that get no
+    gradient in a step, or are in a group of their own; after the first step by the kernel alone."""
+    from rankwise.models import optimizers
+
+    kernel, calls = optimizers._FUSED_SGD, []
+
+    def counted(*tensors: object, **settings: object) -> None:
+        calls.append(settings)
+        kernel(*tensors, **settings)
+
+    monkeypatch.setattr(optimizers, "_FUSED_SGD", counted)
+    # What a `Run` hangs on every optimiser of its process is there once its module is loaded.
+    monkeypatch.setattr(optimizers, "_global_optimizer_pre_hooks", {})
+
+    def trained(kind: type[torch.optim.SGD]) -> list[torch.Tensor]:
+        drawn = torch.Generator().manual_seed(1)
+        parameters = [torch.nn.Parameter(torch.randn(size, generator=drawn)) for size in (1, 17, 1003)]
+        groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.3, "weight_decay": 0.1}]
+        optimizer = kind(groups, lr=0.1, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
+        for step in range(6):
+            for number, parameter in enumerate(parameters):  # torch wants all of a group to begin at once
+                parameter.grad = torch.randn(parameter.shape, generator=drawn)
+                if step and (step + number) % 3 == 0:
+                    parameter.grad = None
+            optimizer.step()
+        return [
+            *parameters,
+            *(its for state in optimizer.state.values() for its in state.values() if its is not None),
+        ]
+
+    expected, found = trained(torch.optim.SGD), trained(optimizers.SGD)
+    assert len(expected) == len(found)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert calls
+
+
+def test_sgd_calls_hooks_and_closures() -> None:
+    """Hooks of a step, a user's own or all optimisers', and closures are called as torch's SGD calls them."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    from rankwise.models.optimizers import SGD
+
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = SGD([parameter], lr=0.1, momentum=0.9, fused=True)
+    optimizer.step()
+    seen: list[str] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: seen.append("before")),
+        optimizer.register_step_post_hook(lambda *_: seen.append("after")),
+        register_optimizer_step_pre_hook(lambda *_: seen.append("any")),
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == ["any", "before", "after"]
+    optimizer.step()
+    assert len(seen) == 3
+    assert optimizer.step(lambda: 7.0) == 7.0

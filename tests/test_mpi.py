@@ -19,7 +19,7 @@ import pytest
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
-from . import tiny
+from . import effort, tiny
 from .conftest import MPI_SIZES, SURROUNDINGS, Command, mpiexec_words, read_weights
 from .processes import wait_for
 from .test_cli import count_epochs
@@ -69,7 +69,7 @@ def test_our_own_launcher(command: Command, tmp_path: Path, ranks: int) -> None:
     assert len([line for line in done.err.splitlines() if line.startswith("epoch")]) == 2
 
 
-@pytest.mark.parametrize("ranks", MPI_SIZES)
+@pytest.mark.parametrize("ranks", effort.daily(MPI_SIZES, [1, 5]))
 def test_a_given_mpiexec(command: Command, tmp_path: Path, ranks: int) -> None:
     """Under the user's own mpiexec the ranks that are given are used, and rank 0 alone speaks."""
     topology = "allreduce" if ranks == 1 else "master"
@@ -82,7 +82,7 @@ def test_a_given_mpiexec(command: Command, tmp_path: Path, ranks: int) -> None:
     assert done.err.count("epoch 2/2") == 1
 
 
-@pytest.mark.parametrize("topology", ["master", "allreduce"])
+@pytest.mark.parametrize("topology", effort.daily(["master", "allreduce"], ["master"]))
 def test_mpi_and_threads_give_the_same(command: Command, tmp_path: Path, topology: str) -> None:
     """Twice the same run gives the same bits under MPI too; a master's sums are those of threads."""
     words = [*SMALL, "--ranks", "3", "--topology", topology, "--threads", "1"]
@@ -156,6 +156,7 @@ def test_a_ranks_command_line_shows_its_run_folder(command: Command, tmp_path: P
 
 FAULTY = """
 import os
+from rankwise.comm.mpi_environment import placement
 from torch import nn
 
 class Net(nn.Sequential):
@@ -164,17 +165,18 @@ class Net(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(64, classes))
     def forward(self, x):
         Net.steps += self.training
-        if Net.steps == 10 and os.environ["OMPI_COMM_WORLD_RANK"] == os.environ["FAULTY_RANK"]:
+        if Net.steps == 10 and placement().rank == int(os.environ["FAULTY_RANK"]):
             raise ValueError("on purpose")
         return super().forward(x)
 """
 
 
 @pytest.mark.parametrize(
-    ("ranks", "faulty", "topology"),
-    [(3, 1, "master"), (3, 2, "master"), (2, 0, "allreduce"), (5, 4, "allreduce")],
+    ("ranks", "faulty", "topology", "launcher"),
+    effort.rotating(
+        [(3, 1, "master"), (3, 2, "master"), (2, 0, "allreduce"), (5, 4, "allreduce")], ["ours", "given"]
+    ),
 )
-@pytest.mark.parametrize("launcher", ["ours", "given"])
 def test_a_rank_that_raises_ends_the_job(
     command: Command, tmp_path: Path, ranks: int, faulty: int, topology: str, launcher: str
 ) -> None:
@@ -245,7 +247,7 @@ def test_stopping_several_ranks(
 ) -> None:
     """Ctrl-C, SIGTERM and SIGUSR1 end all ranks in order, in the middle of an epoch too: code 130, one
     message, the record `interrupted` with closed ledgers, and a checkpoint from which the run goes on."""
-    words = ["--dataset", "synthetic:20000", "--epochs", "100", "--ranks", str(ranks), "--topology", topology]
+    words = ["--dataset", "synthetic:5000", "--epochs", "100", "--ranks", str(ranks), "--topology", topology]
     process = command.start(command.python, *train(*words, "--strategy", strategy, "--out", "run"))
     wait_for(lambda: (tmp_path / "run/.progress").exists())
     time.sleep(0.5)
@@ -260,7 +262,7 @@ def test_stopping_several_ranks(
     assert closes(run)
     assert len(run.ranks) == ranks
     assert ranks_of(tmp_path / "run") == []
-    again = command.rankwise("train", "--resume", "run", "--epochs", "1", "--train-limit", "500")
+    again = command.rankwise("train", "--resume", "run", "--epochs", str(len(run.epochs) + 1))
     assert again.code == 0, again
     assert record(tmp_path / "run").outcome == "completed"
 
@@ -311,7 +313,7 @@ def test_wrong_use_is_told_once(command: Command, tmp_path: Path, launcher: str)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("ranks", effort.daily([1, 2, 5], [1, 2]))
 def test_the_example_runs_on_any_number_of_ranks(command: Command, ranks: int) -> None:
     """examples/own_loop.py, a PyTorch loop put in step by five lines, learns on any number of ranks."""
     example = Path(__file__).parents[1] / "examples" / "own_loop.py"
@@ -338,10 +340,12 @@ def test_the_example_of_own_images(command: Command, tmp_path: Path) -> None:
 
 
 def test_an_error_in_a_users_own_loop_ends_all_ranks(command: Command, tmp_path: Path) -> None:
-    """An uncaught exception in one rank of a user's own script ends the others instead of hanging them."""
+    """An uncaught exception in one rank of a user's own script ends the others instead of hanging them, and
+    each part of the script that joins gets the same world."""
     (tmp_path / "own.py").write_text(
         "import rankwise\n"
         "world = rankwise.join()\n"
+        "assert rankwise.join() is world\n"
         "if world.rank == 1: raise ValueError('on purpose')\n"
         "world.barrier()\n"
     )
@@ -388,7 +392,7 @@ def test_a_live_bar_on_a_terminal(command: Command, tmp_path: Path) -> None:
         assert word in screen.decode(errors="replace")
 
 
-@pytest.mark.parametrize("ranks", MPI_SIZES)
+@pytest.mark.parametrize("ranks", effort.daily(MPI_SIZES, [5]))
 def test_every_strategy_under_mpi(command: Command, ranks: int) -> None:
     """Each strategy with each compression that it takes does under MPI what it does on threads: all samples
     are committed, replicas agree, the ledger closes."""

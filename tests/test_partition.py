@@ -25,14 +25,19 @@ def labels_and_workers(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     return np.random.default_rng(draw(st.integers(0, 99))).integers(0, classes, samples), workers
 
 
-@given(labels_and_workers(), modes, seeds, st.integers(1, 50))
-def test_every_sample_once(case: tuple[np.ndarray, int], mode: str, seed: int, epoch: int) -> None:
-    """In every epoch each sample stands in exactly one shard, once, and every worker has one."""
+@given(labels_and_workers(), modes, seeds, st.integers(1, 50), st.integers(1, 2))
+def test_every_sample_once(
+    case: tuple[np.ndarray, int], mode: str, seed: int, epoch: int, least: int
+) -> None:
+    """In every epoch each sample stands in exactly one shard, once, and every worker has one, or as many as
+    are needed, if there are enough."""
     labels, workers = case
-    shards = deal(parse_shards(mode), labels=labels, shares=[1] * workers, epoch=epoch, seed=seed)
+    shards = deal(
+        parse_shards(mode), labels=labels, shares=[1] * workers, epoch=epoch, seed=seed, least=least
+    )
     assert len(shards) == workers
     assert sorted(np.concatenate(shards).tolist()) == list(range(len(labels)))
-    assert all(len(shard) for shard in shards)
+    assert all(len(shard) >= (least if len(labels) >= least * workers else 1) for shard in shards)
     if not mode.startswith("dirichlet"):
         sizes = [len(shard) for shard in shards]
         assert max(sizes) - min(sizes) <= 1

@@ -15,6 +15,7 @@ from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 from rankwise.system import machine
 
+from . import effort
 from .conftest import stopped
 
 Make = Callable[..., TrainConfig]
@@ -33,8 +34,9 @@ def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
     return float(sum((one[name] - two[name]).square().sum() for name in one)) ** 0.5
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("strategy", ["allreduce", "gradient-server"])
+@pytest.mark.parametrize(
+    ("strategy", "precision"), effort.rotating(["allreduce", "gradient-server"], ["bf16", "fp32"])
+)
 def test_ranks_are_one_rank_with_the_large_batch(
     config: Make, train_in_threads: Train, strategy: str, precision: str
 ) -> None:

@@ -31,7 +31,7 @@ from rankwise.plan import AVERAGE_DECAYS, make_plan
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
-from . import tiny
+from . import effort, tiny
 from .conftest import stopped
 from .strategies import loops
 
@@ -413,7 +413,7 @@ def average_in(folder: RunFolder) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(max(folder.checkpoints.glob("epoch-*")) / "average.safetensors")
 
 
-@pytest.mark.parametrize("team", TEAMS, ids=str)
+@pytest.mark.parametrize("team", effort.daily(TEAMS, TEAMS[2:]), ids=str)
 def test_resume_to_the_bit_with_everything_on(
     config: Make, train_in_threads: Train, team: dict[str, Any]
 ) -> None:
@@ -513,8 +513,10 @@ def test_what_is_evaluated_is_the_average(config: Make, train_in_threads: Train)
     assert record.epochs[-1].val_loss != pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("spares", [0, 1])
-@pytest.mark.parametrize(("strategy", "kind"), [("allreduce", "lookahead"), ("local-sgd", "ema")])
+@pytest.mark.parametrize(
+    ("strategy", "kind", "spares"),
+    effort.rotating([("allreduce", "lookahead"), ("local-sgd", "ema")], [0, 1]),
+)
 def test_a_rank_is_lost_with_everything_on(
     config: Make, train_in_threads: Train, strategy: str, kind: str, spares: int
 ) -> None:

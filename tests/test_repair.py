@@ -11,6 +11,7 @@ from rankwise.comm import Traffic, World
 from rankwise.comm.threads import Killed, run_in_threads
 from rankwise.errors import RankLost
 
+from . import effort
 from .world_contract import check
 
 
@@ -42,6 +43,7 @@ def survive(world: World, turns: int) -> list[int]:
             assert len(standings) == world.size
 
 
+@effort.examples(10, 100)
 @given(st.integers(2, 6), st.data())
 def test_ranks_go_on_without_those_that_are_lost(size: int, data: st.DataObject) -> None:
     """Whichever ranks are killed at whichever of their calls, also while others repair, those that are left

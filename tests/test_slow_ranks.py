@@ -16,7 +16,7 @@ from .test_mpi import closes
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(240)]
 
 MODEL = """
-import os, subprocess, threading, time
+import os, signal, subprocess, threading, time
 import torch
 from tests import tiny
 
@@ -37,12 +37,14 @@ class Odd(torch.nn.Module):
         return x
 
 def net(*shape):
+    exec(DOING.pop((RANK, 0), ""), globals())
     return torch.nn.Sequential(Odd(), tiny.net(*shape))
 """
 
 
 def words(tmp_path: Path, doing: dict[tuple[int, int], str]) -> list[str]:
-    """The command line of a small run in which ranks do something else in one of their forward passes."""
+    """The command line of a small run in which ranks do something else in one of their forward passes, by
+    number from 1, or when they build the network (0)."""
     (tmp_path / "odd.py").write_text(f"{MODEL}\nDOING = {doing}\n")
     small = ("odd:net" if word == tiny.MODEL else word for word in tiny.WORDS)
     return ["train", *small, "--strategy", "allreduce", "--out", "run"]
@@ -85,3 +87,38 @@ def test_ranks_that_hang_are_ended(command: Command, tmp_path: Path) -> None:
     assert done.out.splitlines()[-1] == (
         "lost rank 1 (hang) in epoch 1, and went on; rank 2 (hang) in epoch 2, and went on"
     )
+
+
+@pytest.mark.parametrize(
+    ("building", "found"),
+    [
+        ("threading.Event().wait()", "asleep in a lock in startup; waiting for it: rank 0, 2"),
+        pytest.param("os.kill(os.getpid(), signal.SIGSTOP)", "stopped in startup", marks=pytest.mark.full),
+    ],
+    ids=["locked", "stopped"],
+)
+@pytest.mark.parametrize(
+    "on_failure", ["continue", pytest.param("stop", marks=pytest.mark.full)], ids=lambda word: word
+)
+def test_a_rank_that_hangs_before_training_is_ended(
+    command: Command, tmp_path: Path, building: str, found: str, on_failure: str
+) -> None:
+    """A rank that hangs while it builds its network is ended after --hang-timeout too; the run, which has
+    nothing yet to go on from, ends with what it was at."""
+    options = ["--ranks", "3", "--epochs", "1", "--hang-timeout", "2", "--on-failure", on_failure]
+    done = command.rankwise(*words(tmp_path, {(1, 0): building}), *options, timeout=90)
+    assert done.code == 1, done
+    assert re.search(rf"rank 1: no sign of life for \d+ s, {found}", done.err), done
+    assert "Traceback" not in done.err
+
+
+def test_ranks_that_are_slow_to_start_live(command: Command, tmp_path: Path) -> None:
+    """Ranks that take longer than --hang-timeout to build their networks, by computing and by waiting for a
+    child, are waited for."""
+    child = "subprocess.run(['sleep', '3'], check=True)"
+    options = ["--ranks", "3", "--epochs", "1", "--hang-timeout", "1"]
+    done = command.rankwise(*words(tmp_path, {(1, 0): "compute(3)", (2, 0): child}), *options)
+    assert done.code == 0, done
+    run = RunFolder(tmp_path / "run").read()
+    assert (run.outcome, run.faults, len(run.ranks)) == ("completed", [], 3)
+    assert run.samples.trained == run.samples.expected

@@ -218,6 +218,19 @@ def test_the_rate_that_did_best_is_the_finals(
     assert run_the_study(only_easgd(monkeypatch), capsys) == best
 
 
+def test_a_strategy_that_never_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If no rate of an entrant trains, the study ends with code 1 and the words of those runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "_train", lambda *_: "it diverged")
+    only_easgd(monkeypatch)
+    assert call("reproduce", "strategies", "--quick", "--dataset", "digits", "--output", "study") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "2 of 2 runs failed" in last
+    assert "it diverged" in last
+
+
 @only_in_full
 @pytest.mark.mpi
 @pytest.mark.timeout(300)

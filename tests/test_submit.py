@@ -22,10 +22,13 @@ from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 from rankwise.launch.order import to_arguments
 from rankwise.submit import Kubernetes, Slurm, Work, work_of
+from rankwise.submit.kubernetes import SETTINGS
 
 from .conftest import Finished
+from .effort import only_in_full
 from .mpijob import SCHEMA
 from .processes import wait_for
+from .readers import ask, find_or_install
 from .test_cli import call
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -41,9 +44,11 @@ SLURM = [
     "--setup",
     "module load openmpi/5",
 ]
+KUBERNETES = ["kubernetes", "--workers", "3", "--namespace", "team"]
 JOBS = {
     "slurm.sh": ["slurm", *SLURM, *WORDS, "--out", "$SCRATCH/first"],
-    "mpijob.yaml": ["kubernetes", "--workers", "3", "--namespace", "team", *WORDS, "--out", "/shared/first"],
+    "trainjob.yaml": [*KUBERNETES, *WORDS, "--out", "/shared/first"],
+    "mpijob.yaml": [*KUBERNETES, "--operator", "v2beta1", *WORDS, "--out", "/shared/first"],
 }
 
 
@@ -85,7 +90,8 @@ def every_option() -> dict[str, Any]:
         "lr_scaling": "sqrt", "threads": "all", "on_failure": "restart", "on_shrink": "keep-global-batch",
         "fault": ("kill:rank=1", "nan:p=0.5"), "track": "mlflow", "balance": "24,8", "flip": "random",
         "tta": "flip", "averaged_weights": "ema", "precision": "bf16", "resize": "24:1", "freeze": "1:2",
-        "compile": "on", "memory_format": "contiguous",
+        "compile": "on", "memory_format": "contiguous", "background": "black", "keep": "best",
+        "init": "/runs/it is@best",
     }  # fmt: skip
     for name, field in TrainConfig.model_fields.items():
         if name in values or name in ("hosts", "hostfile", "out"):
@@ -126,8 +132,10 @@ def parsed(words: list[str]) -> TrainConfig:
 
 def given_in(work: Work, folder: Path) -> list[list[str]]:
     """The command lines that both batch systems make of the work."""
-    manifest = yaml.safe_load(Kubernetes().manifest(work))
+    manifest = yaml.safe_load(Kubernetes(operator="v2beta1").manifest(work))
     container = manifest["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]
+    _, job = yaml.safe_load_all(Kubernetes().manifest(work))
+    assert job["spec"]["trainer"]["command"] == container["command"]
     assert container["command"][:2] == ["/bin/bash", "-c"]
     environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job"}
     scripts = (Slurm().script(work), container["command"][2])
@@ -158,13 +166,56 @@ def test_no_text_is_changed_on_its_way(text: str) -> None:
 def test_a_manifest_is_what_kubernetes_takes() -> None:
     """It fits the MPIJob of kubeflow.org/v2beta1; ranks are spread evenly, and each has what it asked for."""
     work = work_of(TrainConfig(ranks=7, dataset="digits"), 3)
-    job = yaml.safe_load(Kubernetes(workers=3, cpus_per_rank=2, namespace="team").manifest(work))
+    cluster = Kubernetes(workers=3, cpus_per_rank=2, namespace="team", operator="v2beta1")
+    job = yaml.safe_load(cluster.manifest(work))
     jsonschema.validate(job, SCHEMA)
     assert job["spec"]["slotsPerWorker"] == 3
     worker = job["spec"]["mpiReplicaSpecs"]["Worker"]
     assert worker["replicas"] == 3
     needs = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert needs == {"cpu": "6", "memory": "3Gi"}
+
+
+def test_a_train_job_has_a_runtime_of_its_own() -> None:
+    """The job refers to the runtime beside it; nodes, slots and needs are those of the work, the launcher
+    runs the command, and Open MPI 5 gets settings that it reads."""
+    work = work_of(TrainConfig(ranks=7, dataset="digits"), 3)
+    runtime, job = yaml.safe_load_all(Kubernetes(workers=3, cpus_per_rank=2).manifest(work))
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert job["spec"]["runtimeRef"]["kind"] == runtime["kind"] == "TrainingRuntime"
+    policy, trainer = runtime["spec"]["mlPolicy"], job["spec"]["trainer"]
+    assert (policy["numNodes"], policy["mpi"]["numProcPerNode"]) == (3, 3)
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 3)
+    node, launcher = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    container = node["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == {"cpu": "6", "memory": "3Gi"}
+    for its in (node, launcher):
+        pod = its["template"]["spec"]["template"]["spec"]
+        assert [container["name"] for container in pod["containers"]] == ["node"]  # what Trainer looks for
+    names = [its["name"] for its in trainer["env"]]
+    assert names == list(SETTINGS)
+    assert all(name.startswith("PRTE_MCA_") for name in names)
+
+
+CHECK = """
+import json, sys, yaml
+from kubeflow_trainer_api import models
+kinds = {"TrainingRuntime": models.TrainerV1alpha1TrainingRuntime, "TrainJob": models.TrainerV1alpha1TrainJob}
+given = list(yaml.safe_load_all(open(sys.argv[1])))
+print(json.dumps([[its, kinds[its["kind"]].from_dict(its).to_dict()] for its in given]))
+"""
+
+
+@only_in_full
+def test_a_train_job_is_what_kubeflow_trainer_takes(tmp_path: Path) -> None:
+    """Kubeflow's own models of Trainer's API take every key of it, with its type, and drop none."""
+    readers = find_or_install()
+    if readers is None:
+        pytest.skip("kubeflow-trainer-api cannot be installed from the package index")
+    path = tmp_path / "job.yaml"
+    path.write_text(Kubernetes(namespace="team").manifest(work_of(TrainConfig(ranks=4, dataset="digits"), 2)))
+    for written, kept in ask(readers, CHECK, path):
+        assert kept == written
 
 
 def test_a_job_that_began_goes_on(tmp_path: Path) -> None:

@@ -61,9 +61,10 @@ def _logs_are_compared_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synchroniser, "RECONCILE_ROUNDS", 2)
 
 
-@pytest.mark.parametrize("call", [63, 101])
-@pytest.mark.parametrize("lost", [0, 1, 2])
-@pytest.mark.parametrize(("strategy", "topology"), SYNCHRONOUS + OUT_OF_STEP)
+@pytest.mark.parametrize(
+    ("strategy", "topology", "lost", "call"),
+    effort.rotating(SYNCHRONOUS + OUT_OF_STEP, [0, 1, 2], [63, 101], daily_each=2),
+)
 def test_a_rank_is_lost_and_no_sample(
     config: Make, train_in_threads: Train, strategy: str, topology: str, lost: int, call: int
 ) -> None:
@@ -89,7 +90,10 @@ def test_a_rank_is_lost_and_no_sample(
         assert (row.died_at_s is not None) == (row.rank in {fault.rank for fault in record.faults})
 
 
-@pytest.mark.parametrize("strategy", ["parameter-averaging", "allreduce", "local-sgd", "slowmo"])
+@pytest.mark.parametrize(
+    "strategy",
+    effort.daily(["parameter-averaging", "allreduce", "local-sgd", "slowmo"], ["parameter-averaging"]),
+)
 def test_a_loss_costs_no_accuracy(config: Make, train_in_threads: Train, strategy: str) -> None:
     """A run that loses two of its four ranks ends within a point of one that loses none."""
     options = {"ranks": 4, "epochs": 15, "strategy": strategy, "topology": "allreduce", "batch_size": 16}
@@ -297,7 +301,7 @@ def test_rounds_are_counted_alike_after_a_loss(lost: int, call: int) -> None:
         "downpour",
     ],
 )
-@effort.examples(20, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@effort.examples(6, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(2, 5), data=st.data())
 def test_ranks_are_lost_at_any_call(strategy: str, shrink: str, size: int, data: st.DataObject) -> None:
     """Whichever ranks are killed, at whichever calls, also inside a recovery: those that are left come to the
@@ -316,8 +320,7 @@ def test_ranks_are_lost_at_any_call(strategy: str, shrink: str, size: int, data:
         assert all((trained == 1).all() for trained in counts)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-@pytest.mark.parametrize(("strategy", "topology"), SYNCHRONOUS)
+@pytest.mark.parametrize(("strategy", "topology", "rank"), effort.rotating(SYNCHRONOUS, [0, 1, 2]))
 def test_what_is_no_number_is_not_averaged_in(
     config: Make, train_in_threads: Train, strategy: str, topology: str, rank: int
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
 from rankwise.data.dataset import Split
 from rankwise.errors import ConfigError, DivergedError, Interrupted, ResumeError, StorageError
-from rankwise.ledger.phases import PHASES
+from rankwise.ledger.phases import RECORDED
 from rankwise.runs import checkpoint
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
@@ -30,7 +31,7 @@ from rankwise.training.agreement import require_same_options
 from rankwise.training.loop import count_samples
 from rankwise.training.rank import run
 
-from . import tiny
+from . import effort, tiny
 from .conftest import stopped
 
 Make = Callable[..., TrainConfig]
@@ -74,7 +75,8 @@ def test_a_record_tells_the_run(config: Make, train_in_threads: Train, team: dic
     }
     assert [row.role for row in record.ranks].count("worker") == workers
     for row in record.ranks:
-        assert set(row.phases_ns) == set(PHASES)
+        assert set(row.phases_ns) == set(RECORDED)
+        assert row.phases_ns["compute"] == 0  # of a program that trains in no loop that is known
         assert sum(row.phases_ns.values()) == row.wall_ns
         assert sum(row.wait_on_ns.values()) == row.phases_ns["wait"]
         assert str(row.rank) not in row.wait_on_ns
@@ -154,14 +156,15 @@ def test_what_is_cut_back_is_what_a_stop_leaves(
     copy = stopped(train_in_threads(config(**options), folder="whole")[1])
     real = loop.train_epoch
 
-    def stop_in_the_second(job: loop.Job, epoch: int, losses: loop.Losses) -> None:
+    def stop_in_the_second(job: loop.Job, epoch: int, under_way: loop.UnderWay, *more: Any) -> None:
         job.synchroniser.world.stopping = epoch == 2
-        real(job, epoch, losses)
+        real(job, epoch, under_way, *more)
 
     monkeypatch.setattr(loop, "train_epoch", stop_in_the_second)
     with pytest.raises(Interrupted):
         train_in_threads(config(**options), folder="stopped")
     left = RunFolder(copy.path.with_name("stopped"))
+    shutil.rmtree(left.checkpoints / "epoch-0001-part-0001")  # tests/test_stops.py is about it
     files = {path.relative_to(copy.path) for path in copy.path.rglob("*") if path.is_file()}
     assert files == {path.relative_to(left.path) for path in left.path.rglob("*") if path.is_file()}
     tensors = [name for name in files if name.suffix == ".safetensors"]
@@ -172,6 +175,7 @@ def test_what_is_cut_back_is_what_a_stop_leaves(
         mine, theirs = (json.loads((folder.path / name).read_bytes()) for folder in (copy, left))
         for manifest in (mine, theirs):
             manifest["notes"]["epochs"] = [without_times(row) for row in manifest["notes"]["epochs"]]
+            assert manifest["notes"].pop("saved_at")
         assert mine == theirs
     assert [without_times(row) for row in copy.read_metrics()] == [
         without_times(row) for row in left.read_metrics()
@@ -187,9 +191,14 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if not key.endswith("_s")}
 
 
-@pytest.mark.parametrize("optimizer_state", ["keep", "average", "reset"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("team", [{"ranks": 1}, {"ranks": 3}, {"ranks": 2, "topology": "allreduce"}], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer", "optimizer_state", "team"),
+    effort.rotating(
+        [(optimizer, state) for optimizer in ("sgd", "adam") for state in ("keep", "average", "reset")],
+        [{"ranks": 1}, {"ranks": 3}, {"ranks": 2, "topology": "allreduce"}],
+    ),
+    ids=str,
+)
 def test_resume_to_the_bit(
     config: Make, train_in_threads: Train, team: dict[str, Any], optimizer: str, optimizer_state: str
 ) -> None:
@@ -211,8 +220,8 @@ def test_resume_to_the_bit(
 
 COMPRESSED = [
     {"strategy": name, "compress": compress}
-    for name in ("allreduce", "gradient-server", "local-sgd", "slowmo")
     for compress in ("bf16", "int8", "topk:0.05", "sign", "powersgd:2")
+    for name in ("allreduce", "gradient-server", "local-sgd", "slowmo")
 ]
 IN_STEP = [
     {"strategy": name} | ({"local_after": 1.0} if name == "post-local-sgd" else {})
@@ -221,7 +230,10 @@ IN_STEP = [
 ]
 
 
-@pytest.mark.parametrize("options", [*IN_STEP, *COMPRESSED], ids=str)
+# Every day each compression has its turn, with one strategy after the other.
+@pytest.mark.parametrize(
+    "options", effort.daily([*IN_STEP, *COMPRESSED], [*IN_STEP, *COMPRESSED[::5]]), ids=str
+)
 def test_every_strategy_resumes_to_the_bit(
     config: Make, train_in_threads: Train, options: dict[str, Any]
 ) -> None:
@@ -434,3 +446,13 @@ def test_batchnorm_runs_resume_to_the_bit(config: Make, train_in_threads: Train)
     parts = train_in_threads(config(**options), folder="parts", resume=True)
     assert same(whole[2], parts[2])
     assert whole[2]["1.num_batches_tracked"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_no_other_can_end_is_told_of(
+    config: Make, train_in_threads: Train, capsys: pytest.CaptureFixture[str], ranks: int
+) -> None:
+    """--step-timeout says so where it does nothing: on a rank that is alone on its host."""
+    train_in_threads(config(ranks=ranks, epochs=1, step_timeout=60))
+    line = r"^--step-timeout 60 ends no rank that is alone on its host, as on \S+: only the others"
+    assert len(re.findall(line, capsys.readouterr().out, re.MULTILINE)) == (ranks == 1)

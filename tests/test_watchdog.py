@@ -205,6 +205,7 @@ def test_locks_of_one_phase_after_another_are_no_hang(pair: Pair) -> None:
 
 def test_a_step_without_an_end_is_ended(pair: Pair) -> None:
     """With a limit for steps a rank that computes is ended after it, and one that goes on is not."""
+    pair.watching.steps_begin()
 
     def step(turn: int) -> None:
         if turn < 3000 and turn % 1000 == 0:
@@ -216,6 +217,16 @@ def test_a_step_without_an_end_is_ended(pair: Pair) -> None:
     assert rank == 1
     assert words == "no end of backward after 1000 s, with --step-timeout 1000; waiting for it: rank 0"
     assert pair.process.wait(10) == -signal.SIGKILL
+
+
+def test_what_is_built_before_training_is_no_step(pair: Pair) -> None:
+    """Before steps begin, a rank that reads its dataset is waited for, but not one that is stopped in it."""
+    pair.watched._ledger.enter("data")
+    pair.watch(6000, lambda turn: pair.tell("running", turn))
+    assert pair.is_left_alone()
+    pair.stop()
+    pair.watch(120, lambda _: None)
+    assert [rank for rank, *_ in pair.found] == [1]
 
 
 def test_a_number_that_is_another_process_by_now_is_left_alone(pair: Pair) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from rankwise.comm import World
 from rankwise.comm.half_precision import from_words, to_words
+from rankwise.ledger.stalls import NO_STALLS
 
 
 def check(world: World) -> None:
@@ -39,6 +40,12 @@ def check(world: World) -> None:
         started = [world.start_allreduce(np.full(length, rank + turn)) for turn in range(3)]
         for exchange in started:
             exchange.wait()
+    counts, asked = np.arange(size) % 3 + rank % 2, rank % 3 + np.arange(size) % 2
+    swapped = np.empty(asked.sum(), np.int64)
+    world._transport.swap(np.repeat(100 * np.arange(size) + rank, counts), counts, swapped, asked).wait(
+        NO_STALLS
+    )
+    assert np.array_equal(swapped, np.repeat(100 * rank + np.arange(size), asked))
     empty = np.empty(0)
     world.allreduce(empty)
     world.broadcast(empty)

@@ -9,6 +9,7 @@ all layers (preset, file, stored run, command line) lie on top of each other.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,11 @@ _PathAsText = Annotated[Path, PlainSerializer(str, return_type=str)]
 def _flip_of_old(value: object) -> object:
     """Records and files from when there was one way to flip say yes or no."""
     return {True: "random", False: "none"}[value] if isinstance(value, bool) else value
+
+
+def _whole_number(value: object) -> object:
+    """A number that is written as text, as on a command line."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class CheckedOptions(BaseModel):
@@ -69,6 +75,16 @@ class TrainConfig(CheckedOptions):
     )
     cache_dir: _PathAsText | None = Field(
         None, description="Where decoded images are kept; otherwise the user's cache folder."
+    )
+    image_size: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="folder: cut the largest square out of the middle of each image, and scale it to this "
+        "many pixels (bilinear, over all pixels that become one). Otherwise all must have one size.",
+    )
+    background: str = Field(
+        "white", description="folder: the colour behind what is transparent, by name or as #rrggbb."
     )
     classes: int | None = Field(
         None, ge=2, description="Refuse a dataset with another number of classes, for which a recipe is not."
@@ -233,6 +249,11 @@ class TrainConfig(CheckedOptions):
         description="Make the first convolution whiten its patches, as found in this many training images, "
         "and do not train it; 0 leaves it alone.",
     )
+    init: str | None = Field(
+        None,
+        description="Begin with trained weights in place of random ones: those of a run folder's newest "
+        "checkpoint, of RUN@best or RUN@EPOCH, or of a file (.safetensors, .pt). Names and shapes must fit.",
+    )
     freeze: str = Field(
         "none",
         description="NAME:EPOCH,...: from this epoch on parameters whose names begin so stay as they are, "
@@ -321,7 +342,8 @@ class TrainConfig(CheckedOptions):
         0.0,
         ge=0,
         description="End a rank that is still in the same forward pass, backward pass, optimiser's step or "
-        "batch of an evaluation after this many seconds, whatever it does; 0 never.",
+        "batch of an evaluation after this many seconds, whatever it does, if another one is on its host; "
+        "0 never.",
     )
     on_shrink: Literal["keep-local-batch", "keep-global-batch"] = Field(
         "keep-local-batch",
@@ -361,7 +383,16 @@ class TrainConfig(CheckedOptions):
         description="Write metrics where you look for them too: tensorboard (in the run folder) or mlflow "
         "(where its environment variables say).",
     )
-    checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints.")
+    checkpoint_every: Annotated[int | str, BeforeValidator(_whole_number)] = Field(
+        1,
+        description="Between checkpoints: N or Nepochs, Nsteps or Ns (seconds). Those inside an epoch are "
+        "written behind the next synchronisation.",
+    )
+    keep: Literal["newest", "best"] = Field(
+        "newest",
+        description="best: beside the newest checkpoints also that of the epoch with the highest validation "
+        "accuracy, which is written even if --checkpoint-every leaves it out.",
+    )
     checkpoint_keep: int = Field(2, ge=2, description="Checkpoints kept, the newest ones.")
     out: _PathAsText | None = Field(None, description="Run folder; otherwise runs/<time>-<name>.")
 
@@ -382,13 +413,45 @@ class TrainConfig(CheckedOptions):
         return TrainConfig(**{**merged, **self.given()})
 
 
+LOOP_OPTIONS = (
+    *(
+        "strategy",
+        "sync_every",
+        "sync_across_hosts",
+        "optimizer_state",
+        "compress",
+        "outer_lr",
+        "outer_momentum",
+    ),
+    *("epochs", "seed", "threads", "on_failure", "on_shrink", "min_ranks", "spares"),
+    *("hang_timeout", "step_timeout"),
+    *("checkpoint_every", "checkpoint_keep", "keep", "target_accuracy", "track", "out", "cross_check"),
+)
+"""Options that a training loop of a user's own can have."""
+
+PROGRAM_OPTIONS = (
+    *("ranks", "hosts", "hostfile", "max_restarts", "fail_on_lost_rank", "fault"),
+    *LOOP_OPTIONS,
+)
+"""Options with which a program with such a loop is started."""
+
 GROUPS: dict[str, tuple[str, ...]] = {
     "Data": (
-        *("dataset", "data_dir", "cache_dir", "classes", "train_limit", "val_limit", "validation_split"),
+        *(
+            "dataset",
+            "data_dir",
+            "cache_dir",
+            "image_size",
+            "background",
+            "classes",
+            "train_limit",
+            "val_limit",
+            "validation_split",
+        ),
         *("flip", "translate", "cutout", "resize"),
     ),
     "Model": (
-        *("model", "whitening", "freeze", "averaged_weights", "average_decay"),
+        *("model", "init", "whitening", "freeze", "averaged_weights", "average_decay"),
         *("precision", "compile", "memory_format", "onednn"),
     ),
     "Optimiser": (
@@ -413,7 +476,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "fail_on_lost_rank",
             "fault",
         ),
-        *("checkpoint_every", "checkpoint_keep"),
+        *("checkpoint_every", "checkpoint_keep", "keep"),
     ),
     "Evaluation and output": (
         *("evaluate_every", "tta", "tta_from_epoch", "tta_below", "target_accuracy"),
@@ -450,12 +513,14 @@ def read_table(path: Path, kind: str) -> dict[str, Any]:
         raise ConfigError(f"cannot read the {kind} file {path}: {error}") from None
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The options in a TOML file, unchecked (TrainConfig checks them). Dashes and underscores are one."""
+def read_toml(path: Path, known: Collection[str] | None = None) -> dict[str, Any]:
+    """The options in a TOML file, unchecked (TrainConfig checks them). Dashes and underscores are one. Raises
+    ConfigError for a name that is not `known`, by default as an option of `train`."""
     options = {key.replace("-", "_"): value for key, value in read_table(path, "configuration").items()}
+    known = TrainConfig.model_fields if known is None else known
     for key in options:
-        if key not in TrainConfig.model_fields:
-            raise ConfigError(f"{path}: {unknown_name('option', key, TrainConfig.model_fields)}")
+        if key not in known:
+            raise ConfigError(f"{path}: {unknown_name('option', key, known)}")
     return options
 
 

@@ -13,6 +13,7 @@
     ├── TrainingError             exit code 1: a failure after training began
     │   ├── DivergedError         a loss that is no number
     │   ├── ProgramError          an error that ends one rank after the other
+    │   ├── ProgramEnded          a program that has ended itself, with an exit code of its own
     │   ├── StorageError          a record or checkpoint that cannot be written
     │   │   └── SupersededError   a run that was started again without this rank
     │   └── RankLost              another rank has ended while this one waited for it
@@ -79,6 +80,14 @@ class DivergedError(TrainingError):
 
 class ProgramError(TrainingError):
     """An error of the program's own has ended two ranks in one epoch, and would end one after the other."""
+
+
+class ProgramEnded(TrainingError):
+    """A program has ended itself with an exit code that is not 0, or with words for the user."""
+
+    def __init__(self, code: object) -> None:
+        self.exit_code = code if isinstance(code, int) else 1
+        super().__init__(f"the program ended with exit code {code}" if isinstance(code, int) else str(code))
 
 
 class StorageError(TrainingError):

@@ -8,17 +8,23 @@ stands in ``plan.json``, from which each rank takes it as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import Field
 
 from rankwise import data, models
 from rankwise.comm.mpi_environment import survives_failures
-from rankwise.config import TrainConfig
+from rankwise.config import PROGRAM_OPTIONS, TrainConfig
 from rankwise.data.partition import Shards, parse_shards
 from rankwise.data.resizing import Resizing, parse_resize
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, ResumeError
 from rankwise.models.freezing import Freezing, parse_freeze
 from rankwise.runs import trackers
+from rankwise.runs.cadence import Every, parse_every
+from rankwise.runs.weights import Weights, Which, find_weights
 from rankwise.strategies import OPTIONS, STRATEGIES, Entry, compression, entry_of
+from rankwise.strategies.recovery import Stop
 from rankwise.survival.fault_injection import OF_HOSTS, PlannedFault, parse_fault
 from rankwise.system import machine
 from rankwise.system.hosts import Host, hosts_asked_for, parse_hosts
@@ -48,6 +54,26 @@ class RunPlan(TrainConfig):
     strategy: str
     on_failure: Literal["continue", "restart", "stop"]
     hostfile: None = None
+    program: tuple[str, ...] = Field((), exclude=True)
+    """A program whose own loop trains, and its arguments; empty for `rankwise train`. It is no option."""
+    said: tuple[str, ...] = Field((), exclude=True)
+    """Options that the program's loop has said itself, such as its batch."""
+
+    @property
+    def label(self) -> str:
+        """What the run is called."""
+        return Path(self.program[0]).stem if self.program else self.model
+
+    def recorded(self) -> dict[str, Any]:
+        """The options as a record keeps them. Of those that a program says itself, such as its model and its
+        learning rate, nothing is known: None."""
+        known = self.model_dump(mode="json")
+        if not self.program:
+            return known
+        kept = {*PROGRAM_OPTIONS, *self.said, "topology"}
+        own = {name: value if name in kept else None for name, value in known.items()}
+        program = list(self.program)
+        return {**own, "model": Path(self.program[0]).name, "dataset": "its own", "program": program}
 
     @property
     def entry(self) -> Entry:
@@ -90,6 +116,11 @@ class RunPlan(TrainConfig):
         return tuple(map(parse_fault, self.fault))
 
     @property
+    def checkpoints(self) -> Every:
+        """How often checkpoints are written."""
+        return parse_every(self.checkpoint_every)
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Samples in a step of each worker, equal ones while its speed is yet to be measured."""
         if self.balance in ("none", "measured"):
@@ -98,7 +129,7 @@ class RunPlan(TrainConfig):
 
     def with_options(self, **changes: Any) -> RunPlan:
         """This plan with other values in force; no rule is looked at."""
-        return RunPlan(**{**self.model_dump(), **changes})
+        return RunPlan(**{**self.model_dump(), "program": self.program, "said": self.said, **changes})
 
 
 def make_plan(
@@ -112,10 +143,29 @@ def make_plan(
     """
     plan = resolve(config)
     models.check(plan.model)
-    data.check(plan.dataset, plan.data_dir)
+    data.check_of(plan)
     trackers.check(plan.track)
-    _check_faults(plan, resumes)
-    return _choose_on_failure(plan, config.on_failure, mpi_survives or survives_failures)
+    if plan.init is not None and not resumes:
+        plan = plan.with_options(init=str(initial_weights(plan.init).path.absolute()))
+    check_faults(plan, resumes)
+    return choose_on_failure(plan, config.on_failure, mpi_survives or survives_failures)
+
+
+def initial_weights(spec: str) -> Weights:
+    """What ``--init`` names: RUN, RUN@best, RUN@EPOCH or FILE. Raises ConfigError, one line."""
+    path, at, which = spec.rpartition("@")
+    chosen: Which = "newest"
+    if at and not Path(spec).exists():
+        if which in ("newest", "best"):
+            chosen = cast(Which, which)
+        elif which.isdecimal():
+            chosen = int(which)
+        else:
+            raise ConfigError(f"--init {spec}: expected RUN, RUN@best, RUN@EPOCH, or a file of weights")
+    try:
+        return find_weights(Path(path if at and not Path(spec).exists() else spec).expanduser(), chosen)
+    except ResumeError as error:
+        raise ConfigError(f"--init {spec}: {error}") from None
 
 
 def resolve(config: TrainConfig) -> RunPlan:
@@ -124,7 +174,7 @@ def resolve(config: TrainConfig) -> RunPlan:
     A lost rank stops it unless `config` says otherwise.
     """
     hosts = hosts_asked_for(config.hosts, config.hostfile)
-    ranks = _ranks(config, hosts)
+    ranks = ranks_of(config, hosts)
     name = config.strategy or ("single" if ranks == 1 else "parameter-averaging")
     if config.sync_across_hosts and not config.strategy and ranks > 1:
         name = "two-level"
@@ -154,12 +204,15 @@ def resolve(config: TrainConfig) -> RunPlan:
     parse_resize(plan.resize)
     _check_freezing(plan)
     _check_balance(plan)
+    _check_checkpoints(plan)
     return plan
 
 
 def recorded_plan(options: Mapping[str, Any]) -> RunPlan:
     """The plan of a run by the options in its record, of an older version too. Raises ConfigError."""
     known = {name: value for name, value in options.items() if name in TrainConfig.model_fields}
+    if options.get("program"):  # which says itself what is None here
+        known = {name: value for name, value in known.items() if value is not None}
     return RunPlan(**{**known, "hostfile": None, "on_failure": known.get("on_failure") or "stop"})
 
 
@@ -168,7 +221,7 @@ def strategy_anew(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **OPTIONS, **dict.fromkeys(("strategy", "topology", "sync_every"))}
 
 
-def _ranks(config: TrainConfig, hosts: tuple[Host, ...]) -> int:
+def ranks_of(config: TrainConfig, hosts: tuple[Host, ...]) -> int:
     """As many as the hosts have slots, spares set apart, unless it was said how many."""
     if not hosts or "ranks" in config.model_fields_set:
         return config.ranks
@@ -294,6 +347,16 @@ def _check_freezing(plan: RunPlan) -> None:
         )
 
 
+def _check_checkpoints(plan: RunPlan) -> None:
+    strategy = plan.entry.strategy
+    meets = strategy.recovery.synchronous or strategy.stop is Stop.LATER
+    if plan.checkpoints.unit != "epochs" and not meets:
+        raise ConfigError(
+            f"--checkpoint-every {plan.checkpoint_every} was given, but the ranks of --strategy "
+            f"{plan.strategy} meet at the end of epochs only: give a number of epochs"
+        )
+
+
 def _check_balance(plan: RunPlan) -> None:
     if plan.balance == "none":
         return
@@ -313,7 +376,7 @@ def _check_balance(plan: RunPlan) -> None:
         raise ConfigError(f"{what} there are {plan.workers} workers, and it names {len(words)} batches")
 
 
-def _check_faults(plan: RunPlan, resumes: bool) -> None:
+def check_faults(plan: RunPlan, resumes: bool) -> None:
     for text, fault in zip(plan.fault, plan.planned_faults, strict=True):
         if fault.kind in OF_HOSTS and plan.hosts is None:
             raise ConfigError(f"--fault {text}: expected a run on several --hosts")
@@ -321,7 +384,7 @@ def _check_faults(plan: RunPlan, resumes: bool) -> None:
             raise ConfigError(f"--fault {text}: the run has ranks 0 to {plan.processes - 1}")
 
 
-def _choose_on_failure(plan: RunPlan, asked: str | None, mpi_survives: Callable[[], bool]) -> RunPlan:
+def choose_on_failure(plan: RunPlan, asked: str | None, mpi_survives: Callable[[], bool]) -> RunPlan:
     """Fill in what a lost rank means, by what strategy and MPI can."""
     if plan.min_ranks > plan.ranks:
         raise ConfigError(f"--min-ranks {plan.min_ranks} was given, but there are {plan.ranks} ranks")

@@ -252,11 +252,18 @@ def test_an_unwritable_home_falls_back_to_a_private_temp_folder(
     prepare("synthetic:10", on_progress=lambda *_: pytest.fail("decoded again"))
 
 
-def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_home(*_: object, **__: object) -> Path:
+    raise RuntimeError("could not determine the home directory")  # as platformdirs 4.11 does
+
+
+@pytest.mark.parametrize("told", [_no_home, lambda *_, **__: Path("~/.cache/rankwise")])
+def test_a_user_without_a_home_has_a_cache(
+    told: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the system knows no home, the private folder in the temp folder stands in, and no folder named ~
     appears."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: Path("~/.cache/rankwise"))
+    monkeypatch.setattr("platformdirs.user_cache_path", told)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     prepare("synthetic:10")
     assert [path.name for path in tmp_path.iterdir()] == [f"rankwise-{os.getuid()}"]

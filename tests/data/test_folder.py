@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rankwise.config import TrainConfig
 from rankwise.data import Dataset, check, prepare
-from rankwise.data.sources import folder as folder_module
-from rankwise.errors import DataError
+from rankwise.data.selection import select
+from rankwise.data.sources import trees
+from rankwise.errors import ConfigError, DataError
 
 
 def encoded(mode: str = "RGB", size: tuple[int, int] = (6, 4), seed: int = 0, form: str = "PNG") -> bytes:
     numbers = np.random.default_rng(seed)
-    channels = {"RGB": (3,), "RGBA": (4,), "L": (), "P": (), "I;16": ()}[mode]
-    pixels = numbers.integers(
-        0, 256, (size[1], size[0], *channels), np.uint16 if mode == "I;16" else np.uint8
+    channels = {"RGB": (3,), "RGBA": (4,), "L": (), "P": (), "F": ()}[mode]
+    pixels = numbers.integers(0, 256, (size[1], size[0], *channels)).astype(
+        np.float32 if mode == "F" else np.uint8
     )
     picture = Image.fromarray(pixels)
     if mode == "P":
@@ -150,15 +152,18 @@ def _without(start: str) -> dict[str, bytes]:
     [
         ({}, ["no folder train/"]),
         (_without("train/"), ["no folder train/"]),
-        (_without("test/"), ["no folder test/"]),
         (_without("test/cat"), ["class 'cat'", "is in train/ and not in test/"]),
         (_without("train/ant"), ["class 'ant'", "is in test/ and not in train/"]),
         (_without("train/ant") | {"train/ant/.hidden": b""}, ["class 'ant'"]),
-        (standard() | {"train/cat/a.png": encoded(size=(6, 5))}, ["cat/a.png", "6x5", "6x4"]),
+        (standard() | {"train/cat/a.png": encoded(size=(6, 5))}, ["cat/a.png", "6x5", "6x4", "--image-size"]),
         (standard() | {"train/cat/notes.txt": b"hello"}, ["train/cat/notes.txt", "cannot be decoded"]),
         (standard() | {"test/cat/y.png": encoded()[:-30]}, ["test/cat/y.png", "cannot be decoded"]),
         (standard() | {"test/cat/y.png": b""}, ["test/cat/y.png", "cannot be decoded"]),
-        (standard() | {"test/cat/y.png": encoded("I;16")}, ["test/cat/y.png", "more than 8 bits"]),
+        (standard() | {"test/cat/y.png": encoded("F", form="TIFF")}, ["test/cat/y.png", "more than 16 bits"]),
+        (
+            _without("test/") | {"val/cat/z.png": b"", "valid/cat/z.png": b""},
+            ["val/ and valid/", "call one test/"],
+        ),
         (
             standard() | {"test/cat/y.png": b"%!PS-Adobe-3.0 EPSF-3.0\n"},
             ["test/cat/y.png", "cannot be decoded"],
@@ -190,10 +195,11 @@ def test_an_empty_class_folder_is_told(tmp_path: Path, cache_dir: Path) -> None:
 def test_the_check_needs_no_decoding(tmp_path: Path) -> None:
     """A missing split is found by the check alone, broken images are not looked at."""
     path = in_folder(_without("test/") | {"train/cat/a.png": b"broken"}, tmp_path / "data")
-    with pytest.raises(DataError, match="no folder test/"):
-        check(f"folder:{path}")
-    (path / "test").mkdir()
+    with pytest.raises(DataError, match=r"no folder test/, .*--validation-split"):
+        check(f"folder:{path}", needs_test=True)
     check(f"folder:{path}")
+    (path / "test").mkdir()
+    check(f"folder:{path}", needs_test=True)
 
 
 def test_a_decompression_bomb_is_an_error(
@@ -211,6 +217,37 @@ def test_a_pipe_among_the_images_is_no_hang(tmp_path: Path, cache_dir: Path) -> 
     path = in_folder(standard(), tmp_path / "data")
     os.mkfifo(path / "train/cat/pipe.png")
     require_error(path, cache_dir, "pipe.png", "is no file")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+@pytest.mark.parametrize("pack", [in_folder, in_zip])
+def test_the_images_to_validate_on_may_have_other_names(
+    pack: Callable[[dict[str, bytes], Path], Path], name: str, tmp_path: Path, cache_dir: Path
+) -> None:
+    """val/, valid/ and validation/ are taken where there is no test/, in small or large letters."""
+    files = {each.replace("test/", f"{name}/"): content for each, content in standard().items()}
+    dataset = opened(pack(files, tmp_path / "data"), cache_dir)
+    assert (len(dataset.train), len(dataset.test)) == (3, 2)
+    assert f"{name}/" in dataset.source
+    both = standard() | {each: content for each, content in files.items() if each.startswith(f"{name}/x")}
+    assert "test/" in opened(pack(both, tmp_path / "both"), cache_dir).source
+
+
+@pytest.mark.parametrize("top", ["train/", ""])
+@pytest.mark.parametrize("pack", [in_folder, in_zip])
+def test_images_without_a_test_set_are_held_out_of_the_others(
+    pack: Callable[[dict[str, bytes], Path], Path], top: str, tmp_path: Path, cache_dir: Path
+) -> None:
+    """Classes in train/, or in the folder itself, are a dataset; without --validation-split one line says
+    what is missing."""
+    files = {name.replace("train/", top): each for name, each in _without("test/").items()}
+    path = pack(files, tmp_path / "data")
+    dataset = opened(path, cache_dir)
+    assert (dataset.classes, len(dataset.train), len(dataset.test)) == (("ant", "cat"), 3, 0)
+    with pytest.raises(ConfigError, match="--validation-split"):
+        select(TrainConfig(dataset=dataset.name), dataset)
+    chosen = select(TrainConfig(dataset=dataset.name, validation_split=0.4), dataset)
+    assert (len(chosen.train_pool), len(chosen.val_pool)) == (2, 1)
 
 
 # ── hostile zips ──────────────────────────────────────────────────────────────────────────────────
@@ -242,7 +279,7 @@ def test_a_huge_file_is_refused_before_it_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A size over the limit is an error, without reading."""
-    monkeypatch.setattr(folder_module, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(trees, "FILE_BYTES", 100_000)
     (tmp_path / "data").mkdir()
     files = standard() | {"train/cat/bomb.png": bytes(100_001)}
     path = pack(files, tmp_path / "data" if pack is in_folder else tmp_path / "data/images.zip")

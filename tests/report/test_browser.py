@@ -13,9 +13,12 @@ from rankwise.report.run_page import write_report
 from rankwise.report.summary import group_seconds
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Efficiency, Record
+from rankwise.studies.language import Task
+from rankwise.studies.language_page import judge as judge_language
+from rankwise.studies.language_page import language_page
 from rankwise.studies.strategy_comparison import COURSES
 from rankwise.studies.strategy_comparison_page import contest_page, judge
-from tests import effort
+from tests import effort, test_language
 from tests.records import epochs, rank, record, run_folder
 from tests.test_strategy_comparison import VAL_SAMPLES, made, scored
 
@@ -55,6 +58,19 @@ def contest_of_all(base: Path) -> Path:
     return path
 
 
+def language_of_all(base: Path) -> Path:
+    """The page on which all take part that train a language model, here and over a link."""
+    task = Task()
+    runs = {
+        one.name: [test_language.made([3.0, 2.0 + n / 100])] * 2
+        for n, one in enumerate(task.entrants, start=1)
+    }
+    scores = test_language.scored(runs, {name: its[0] for name, its in runs.items()})
+    path = base / "language.html"
+    language_page(task, scores, judge_language(scores, quick=False), "command", quick=False).write(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A page of each kind."""
@@ -73,7 +89,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     chosen["several"] = [runs["single"], runs["one"], runs["failed"]]
     for name, folders in chosen.items():
         write_report([folder.path for folder in folders], base / f"{name}.html")
-    return {name: base / f"{name}.html" for name in chosen} | {"contest": contest_of_all(base)}
+    found = {"contest": contest_of_all(base), "language": language_of_all(base)}
+    return {name: base / f"{name}.html" for name in chosen} | found
 
 
 def chart(browser: Browser, caption: str, then: str) -> Any:
@@ -86,7 +103,7 @@ def chart(browser: Browser, caption: str, then: str) -> Any:
     return browser.run(f"{script} return {then};", caption)
 
 
-KINDS = ["one", "single", "failed", "many", "several", "contest"]
+KINDS = ["one", "single", "failed", "many", "several", "contest", "language"]
 LOOKS = [(PHONE, False), (DESKTOP, True)]
 # Every day each page is looked at, on a telephone and on a screen in turn.
 EVERY_DAY = [(kind, *LOOKS[turn % 2]) for turn, kind in enumerate(KINDS)]

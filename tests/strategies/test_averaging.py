@@ -19,6 +19,7 @@ from rankwise.strategies.base import State
 from rankwise.strategies.exchange import PlainSum
 from rankwise.training.options import LoopOptions
 
+from .. import effort
 from ..matrix.cells import Cell, run
 from ..matrix.ways import WAYS, averaging
 from .loops import FEATURES, LABELS, SAMPLES, assert_alike, make, step_on, train, train_all
@@ -27,9 +28,12 @@ TEAMS = [("allreduce", 1), *((topology, n) for topology in ("master", "allreduce
 """A master alone has nobody to train and is refused: see test_config."""
 
 
-@pytest.mark.parametrize(("topology", "ranks"), TEAMS)
-@pytest.mark.parametrize("optimizer_state", ["keep", "average", "reset"])
-@pytest.mark.parametrize("strategy", ["parameter-averaging", "replication"])
+@pytest.mark.parametrize(
+    ("topology", "ranks", "optimizer_state", "strategy"),
+    effort.rotating(
+        TEAMS, ["keep", "average", "reset"], ["parameter-averaging", "replication"], daily_each=2
+    ),
+)
 def test_averaging_is_written_out(
     monkeypatch: pytest.MonkeyPatch, topology: str, optimizer_state: str, strategy: str, ranks: int
 ) -> None:

@@ -54,7 +54,11 @@ def check(record: Record) -> None:
         assert sum(row.wait_on_ns.values()) == row.phases_ns["wait"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SETTINGS = {"paper-stopwatch", "post-local-sgd", "diloco"}
+"""Names that are another one with other settings, and learn like it."""
+
+
+@pytest.mark.parametrize("name", effort.daily(RECIPES, RECIPES.keys() - SETTINGS))
 def test_every_strategy_learns(config: Make, train_in_threads: Train, name: str) -> None:
     """Each strategy takes 3 ranks on digits to 95%, loses no sample, and its ledgers close."""
     made = config(**SMALL, strategy=name, **RECIPES[name])

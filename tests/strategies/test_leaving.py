@@ -26,6 +26,7 @@ from ..effort import only_in_full
 from .test_out_of_step import FEATURES, FIRST, LABELS, SAMPLES
 
 EPOCHS, BATCH = 3, 5
+BOUNDED = [{"strategy": its, "sync_every": 1, "max_staleness": 0} for its in ("easgd", "downpour")]
 Indices = np.ndarray
 LOCK_STEP = [
     {"strategy": "allreduce"},
@@ -273,7 +274,7 @@ def test_gradients_without_their_step_are_dropped() -> None:
     ("options", "word"),
     [
         pytest.param(options, word, marks=[only_in_full] * (word not in ("break", "exit") and number > 0))
-        for number, options in enumerate(LOCK_STEP + AVERAGING + OTHERS)
+        for number, options in enumerate(LOCK_STEP + AVERAGING + OTHERS + BOUNDED)
         for word in (*BREAKS, "exit")
     ],
     ids=lambda value: name(value) if isinstance(value, dict) else value,
@@ -473,6 +474,53 @@ def test_two_loops_at_once_are_refused() -> None:
         on_ranks(2, epoch, strategy="allreduce")
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("samples", [60, 61])
+@pytest.mark.parametrize("options", [LOCK_STEP[0], LOCK_STEP[3], *AVERAGING[1:3], OTHERS[0]], ids=name)
+@pytest.mark.parametrize("inside", [False, True], ids=["in turn", "inside"])
+def test_loops_of_two_synchronisers_at_once_are_refused(
+    options: dict[str, Any], samples: int, inside: bool
+) -> None:
+    """Batches of two synchronisers in turn, as for the two networks of a GAN, or the whole loop of one inside
+    of that of another, are refused with both lines: exchanges of one would meet those of the other where
+    ranks have batches of different number. One after the other they train."""
+
+    def program(world: World) -> None:
+        parts = []
+        for features in (6, 4):
+            model = nn.Linear(features, 3).double()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            its = synchronise(model, optimizer, world, samples=samples, batch_size=BATCH, **options)
+            parts.append((model, its, FEATURES[:, :features]))
+
+        def turn(number: int, indices: Indices) -> None:
+            model, its, features = parts[number]
+            model.zero_grad()
+            model(features[indices % SAMPLES]).sum().backward()
+            its.step()
+
+        first, second = (its for _, its, _ in parts)
+        for number, its in enumerate((first, second)):
+            for batch in its.batches(1):
+                turn(number, batch.indices)
+        if not inside:
+            for one, other in zip(first.batches(2), second.batches(2), strict=False):
+                turn(0, one.indices)
+                turn(1, other.indices)
+            return
+        for batch in first.batches(2):
+            turn(0, batch.indices)
+            for other in second.batches(2):
+                turn(1, other.indices)
+
+    with pytest.raises(
+        OutOfStepError,
+        match=r"batches\(2\) was asked of a second synchroniser at \S*test_leaving.py:\d+, while a loop "
+        r"over batches of another one is open at \S*test_leaving.py:\d+: take one loop to its end",
+    ):
+        run_in_threads(3, program)
+
+
 @pytest.mark.parametrize("options", [LOCK_STEP[1], AVERAGING[2]], ids=name)
 def test_evaluation_in_the_middle_changes_nothing(options: dict[str, Any]) -> None:
     """Evaluating, with exchanges of one's own, in the middle of an epoch leaves the training as it is."""
@@ -516,7 +564,8 @@ def test_step_forgotten_is_refused() -> None:
         on_ranks(2, loop(lambda part, epoch, step: "continue"), strategy="parameter-averaging")
 
 
-@pytest.mark.parametrize("options", [LOCK_STEP[0], LOCK_STEP[3], *AVERAGING[:3], *OTHERS], ids=name)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("options", [LOCK_STEP[0], LOCK_STEP[3], *AVERAGING[:3], *OTHERS, *BOUNDED], ids=name)
 def test_ending_on_one_rank_ends_all(options: dict[str, Any]) -> None:
     """A program that one rank ends after an epoch, as early stopping does, ends all ranks, with its line."""
     whole = loop(lambda part, epoch, step: None)

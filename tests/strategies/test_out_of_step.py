@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from rankwise import synchronise
 from rankwise.comm import World, run_in_threads
 from rankwise.errors import ConfigError, ModelError, OutOfStepError, RankwiseError
+from rankwise.strategies import gradient_watch
 
 SAMPLES, EPOCHS, BATCH = 60, 3, 5
 RNG = torch.Generator().manual_seed(5)
@@ -297,8 +298,9 @@ def test_hooks_that_change_gradients_are_refused(kind: str) -> None:
             Loop(optimizer_of=hooked).on_ranks(2, **options)
 
 
-def test_gradients_that_are_changed_late_are_found() -> None:
+def test_gradients_that_are_changed_late_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clipping that begins after many batches is found by one of those that are looked at now and then."""
+    monkeypatch.setattr(gradient_watch, "EVERY", 64)
     turns = {"n": 0}
 
     def late(model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, x: Tensor, y: Tensor) -> None:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rankwise.cli.options import (
     app,
 )
+from rankwise.cli.programs import split_program
 from rankwise.config import explain
 from rankwise.errors import Interrupted, RankwiseError, UsageError, one_line
 
@@ -20,9 +21,13 @@ from rankwise.errors import Interrupted, RankwiseError, UsageError, one_line
 def main(tokens: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 wrong use, 1 a failure in training, 130 interrupted."""
     tokens = sys.argv[1:] if tokens is None else tokens
+    words, rest = tokens, tokens[1:]
     try:
-        command, bound, left = app.parse_args(tokens, exit_on_error=False, print_error=False)
-        command(*bound.args, **bound.kwargs, **dict.fromkeys(left, tokens[1:]))
+        if tokens[:1] == ["run"]:
+            words, rest = split_program(tokens[1:])
+            words = ["run", *words]
+        command, bound, left = app.parse_args(words, exit_on_error=False, print_error=False)
+        command(*bound.args, **bound.kwargs, **dict.fromkeys(left, rest))
         sys.stdout.flush()
     except CycloptsError as error:
         _exit(UsageError(_one_line_of(error)), tokens)

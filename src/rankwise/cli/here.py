@@ -11,11 +11,13 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from rankwise.cli.options import (
+    Background,
     CacheDir,
     DataDir,
     DatasetName,
     Debug,
     Format,
+    ImageSize,
     app,
     data_app,
     stdout,
@@ -46,12 +48,15 @@ def prepare(
     *,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
+    image_size: ImageSize = None,
+    background: Background = "white",
     refresh: Annotated[bool, Parameter(negative="", help="Decode anew what stands in the cache.")] = False,
     format: Format = "text",
     debug: Debug = False,
 ) -> None:
     """Fetch, check and decode a dataset into the cache, so that runs start at once."""
-    _show_dataset(_prepare(dataset, data_dir, cache_dir, refresh), format)
+    found = _prepare(dataset, data_dir, cache_dir, image_size, background, refresh)
+    _show_dataset(found, format)
 
 
 @data_app.command
@@ -62,13 +67,15 @@ def show(
     output: Annotated[Path | None, Parameter(help="PNG to draw a sheet of samples into.")] = None,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
+    image_size: ImageSize = None,
+    background: Background = "white",
     format: Format = "text",
     debug: Debug = False,
 ) -> None:
-    """Tell about a dataset, and draw a sheet of its samples, a row a class."""
+    """Tell about a dataset, and draw a sheet of its samples as the network sees them, a row a class."""
     from rankwise import data
 
-    found = _prepare(dataset, data_dir, cache_dir)
+    found = _prepare(dataset, data_dir, cache_dir, image_size, background)
     target = output or Path(re.sub(r"[^A-Za-z0-9]+", "-", dataset).strip("-") + ".png")
     data.draw_sheet(found, target)
     _show_dataset(found, format, sheet=target)
@@ -128,13 +135,26 @@ def doctor(
         stdout().print(shown)
 
 
-def _prepare(dataset: str, data_dir: Path | None, cache_dir: Path | None, refresh: bool = False) -> Dataset:
+def _prepare(
+    dataset: str,
+    data_dir: Path | None,
+    cache_dir: Path | None,
+    image_size: int | None,
+    background: str,
+    refresh: bool = False,
+) -> Dataset:
     from rankwise import data
     from rankwise.report.progress_bar import showing_progress
 
     with showing_progress(Console(stderr=True)) as on_progress:
         return data.prepare(
-            dataset, data_dir=data_dir, cache_dir=cache_dir, refresh=refresh, on_progress=on_progress
+            dataset,
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            image_size=image_size,
+            background=background,
+            refresh=refresh,
+            on_progress=on_progress,
         )
 
 

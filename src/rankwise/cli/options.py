@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.help import DefaultFormatter, HelpPanel
+from cyclopts.validators import Number
 from rich.console import Console, ConsoleOptions
 
 from rankwise.config import GROUPS, TrainConfig, preset_names, read_preset, read_toml
+from rankwise.errors import TrainingError
+
+if TYPE_CHECKING:
+    from rankwise.runs.record import Record
 
 app = App(
     name="rankwise",
@@ -29,6 +34,14 @@ Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an er
 DatasetName = Annotated[str, Parameter(help="Its name, as in train's --dataset.")]
 DataDir = Annotated[Path | None, Parameter(help="Archive or folder that holds the dataset.")]
 CacheDir = Annotated[Path | None, Parameter(help="Where decoded images are kept.")]
+ImageSize = Annotated[
+    int | None,
+    Parameter(
+        help="folder: cut and scale all images to squares of so many pixels.",
+        validator=Number(gte=1, lte=4096),
+    ),
+]
+Background = Annotated[str, Parameter(help="folder: the colour behind what is transparent.")]
 Options = Annotated[TrainConfig, Parameter(name="*", negative_iterable="")]
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="TOML file with options under the same names.")
@@ -64,3 +77,19 @@ def layered(config: TrainConfig, config_file: Path | None, preset: str | None) -
     layers = [read_toml(config_file)] if config_file else []
     layers += [read_preset(preset)] if preset else []
     return config.over(*layers)
+
+
+def tell_result(record: Record, folder: Path, format: Literal["text", "json"]) -> None:
+    """Show how a run ended. Raises TrainingError if ranks were lost, and that was to be a failure."""
+    from rankwise.report import words
+    from rankwise.report.summary import summary
+
+    losses = words.losses(record.losses)
+    if format == "json":
+        print(record.model_dump_json(indent=1))
+    else:
+        stdout().print(summary(record, str(folder)))
+        if losses:
+            stdout().print(losses, soft_wrap=True)  # one line, however many were lost
+    if losses and record.config.get("fail_on_lost_rank"):
+        raise TrainingError(f"{losses}: --fail-on-lost-rank was given")

@@ -83,6 +83,40 @@ def trace(
 
 
 @app.command
+def export(
+    runs: Annotated[
+        list[Path],
+        Parameter(negative="", help="Run folders. otf2 and mlperf take one, extrap two or more."),
+    ],
+    /,
+    *,
+    format: Annotated[
+        Literal["talp", "extrap", "otf2", "mlperf", "csv"],
+        Parameter(
+            help="talp: efficiencies, as JSON for talp-pages. extrap: seconds of epochs over numbers of "
+            "ranks, as JSON lines for Extra-P. otf2: what each rank did when, for tools that read OTF2. "
+            "mlperf: lines of mlperf-logging. csv: a table of run, rank, epoch, phase and seconds."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        Parameter(help="File to write, not there yet; a folder for otf2, and for talp with several runs."),
+    ],
+    debug: Debug = False,
+) -> None:
+    """Write runs in the format of another tool; docs/formats.md says what is in each.
+
+    Perfetto's is `rankwise trace`.
+    """
+    from rankwise.export import export as write
+
+    written = write(runs, format, output)
+    for remark in written.remarks:
+        print(f"rankwise: {remark}", file=sys.stderr)
+    print(written.about)
+
+
+@app.command
 def predict(
     *,
     wishes: Annotated[PredictionOptions, Parameter(name="*")] = PredictionOptions(),  # noqa: B008

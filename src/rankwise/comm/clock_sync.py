@@ -37,6 +37,11 @@ class CommonClock:
         self.error_bound_ns = 0
 
     @property
+    def readings(self) -> list[tuple[int, int]]:
+        """When this rank's clock was read, on itself, and how far it was ahead of rank 0's; in ns."""
+        return self._readings
+
+    @property
     def several(self) -> bool:
         """Whether ranks read different clocks."""
         return bool(self._leaders)

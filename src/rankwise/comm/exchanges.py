@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,28 @@ from rankwise.comm.clock_sync import CommonClock
 from rankwise.comm.transport import Buffer, Op, Pending, Transport
 from rankwise.ledger.exchange_log import ExchangeLog, OpenExchange
 from rankwise.ledger.phases import Ledger
+from rankwise.ledger.regions import collect_in
+from rankwise.ledger.shares import Asks, Collect, Highest, Swap
 from rankwise.ledger.timeline import Timeline
 from rankwise.ledger.waits import Pattern, Times
 
 NOTHING = np.empty(0, np.uint8)
 
+MANY_RANKS = 16
+"""Ranks from which on each compares a share of the logs. A few have all of them with fewer exchanges."""
+
 
 def nothing_owed() -> None:
     """A rank owes the others nothing."""
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    """What a rank owes that has met an error where nobody could hear of it: to raise it."""
+
+    def owed() -> None:
+        raise error
+
+    return owed
 
 
 @dataclass
@@ -92,6 +107,7 @@ class Exchanges:
         self.under_way: set[Pending] = set()
         self._clock = self._measured_clock()
         self.exchange_log = ExchangeLog(self.rank, self.size, ledger, self.timeline, self._clock)
+        collect_in(self.exchange_log.regions)
 
     def allreduce(self, buffer: Buffer, op: Op = "sum") -> None:
         """Sum (or maximum) over all ranks, element by element, in place."""
@@ -145,12 +161,13 @@ class Exchanges:
         logged = self.exchange_log.open(Pattern.SEND, dest, buffer.nbytes)
         return self._start(logged, lambda: self._transport.send(buffer, dest))
 
-    def receive(self, buffer: Buffer, source: int | None = None) -> int:
+    def receive(self, buffer: Buffer, source: int | None = None, *, owing: Sequence[int] = ()) -> int:
         """Overwrite the buffer with the next message from `source`, by default from the rank whose message
-        comes first; returns that rank."""
+        comes first; returns that rank. Raises OutOfStepError if the programs of all that could send one have
+        ended, or that of any rank still `owing` one."""
         self.traffic.received(buffer.nbytes)
         logged = self.exchange_log.open(Pattern.RECEIVE, 0, buffer.nbytes)
-        return self.finish(logged, lambda: self._transport.receive(buffer, source))
+        return self.finish(logged, lambda: self._transport.receive(buffer, source, owing=owing))
 
     def start_receive(self, buffer: Buffer, source: int | None = None) -> BackgroundExchange:
         """The same in the background. Wait for several from one rank in the order in which they started."""
@@ -212,8 +229,15 @@ class Exchanges:
             self._allgather_object(None, self.overhead)
         with self.ledger.phase("instrument"):
             self._clock.measure()
-            chunks = self._allgather_object(self.exchange_log.chunk(), self.overhead)
-            self.exchange_log.compare(chunks)
+            chunk = self.exchange_log.chunk()
+            if self.size < MANY_RANKS:
+                self.exchange_log.compare(self._allgather_object(chunk, self.overhead))
+                return
+            standings = self._allgather(chunk.standing, self.overhead)
+            if standings[:, 1].any():  # messages are matched, and replayed, with the logs of all ranks
+                self.exchange_log.compare(self._allgather_object(chunk, self.overhead))
+            else:
+                self._go_through(self.exchange_log.compare_shares(chunk, standings))
 
     def since_start(self, times_ns: Times) -> Times:
         """Times of this rank's clock in ns since the start of rank 0's process."""
@@ -259,6 +283,26 @@ class Exchanges:
         lengths = self._allgather(np.array([len(mine)]), traffic)[:, 0]
         rows = self._allgather(np.pad(mine, (0, lengths.max() - len(mine))), traffic)
         return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+    def _go_through(self, asks: Asks) -> None:
+        """Hand the other ranks what each of them asks for."""
+        answer: Any = None
+        with suppress(StopIteration):
+            while True:
+                asked = asks.send(answer)
+                match asked:
+                    case Swap(rows, counts, counts_in):
+                        answer = np.empty(counts_in.sum(), rows.dtype)
+                        start = partial(self._transport.swap, rows, counts, answer, counts_in)
+                    case Highest(values):
+                        answer = values
+                        start = partial(self._transport.allreduce, answer, "max")
+                    case Collect(values):
+                        answer = np.empty((self.size, *values.shape), values.dtype)
+                        start = partial(self._transport.allgather, values, answer)
+                self.finish(self.exchange_log.open(Pattern.ALL_TO_ALL, -1, answer.nbytes), start)
+                self.overhead.sent(answer.nbytes)
+                self.overhead.received(answer.nbytes)
 
     def _meet(self) -> None:
         """Comes before every blocking collective exchange of the program: where ranks must meet anyway."""

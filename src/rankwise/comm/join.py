@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import traceback
+from functools import cache
 from types import TracebackType
 
 from rankwise.comm.mpi import mpi_world
@@ -18,10 +19,15 @@ def join() -> World:
     """The ranks that mpiexec or srun started together with this process, or this one alone.
 
     Alone no MPI is needed. From here on an uncaught exception in one rank ends all of them: left to
-    itself it would hang the others.
+    itself it would hang the others. Each call under MPI returns the same world, which knows all exchanges.
     """
     if not started_as_rank():
         return solo_world()
+    return _joined()
+
+
+@cache
+def _joined() -> World:
     world = mpi_world()
 
     def end_all_ranks(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

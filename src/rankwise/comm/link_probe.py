@@ -30,6 +30,19 @@ take twice as long, the more the longer this goes on: so ranks meet before, as i
 counts."""
 
 
+MOST_RANKS = 16
+"""Ranks of which all pairs are measured."""
+
+
+def pairs_of(ranks: int) -> list[tuple[int, int]]:
+    """The pairs whose links are measured: all of a few ranks, of many those a power of two apart, by which
+    sums over all ranks go."""
+    pairs = itertools.combinations(range(ranks), 2)
+    if ranks <= MOST_RANKS:
+        return [*pairs]
+    return [(first, second) for first, second in pairs if (second - first).bit_count() == 1]
+
+
 @dataclass(frozen=True)
 class Message:
     """Mean times of messages of `bytes`: `one_way_s` in the slower direction, and `both_ways_s` of each of
@@ -71,8 +84,9 @@ def measure_links(
     timer: Callable[[], float] = time.perf_counter,
     wall_ns: Callable[[], int] = time.time_ns,
 ) -> Iterator[Link]:
-    """The links of all pairs, one pair at a time so that none has to share; all ranks go through it."""
-    for pair in itertools.combinations(range(transport.size), 2):
+    """The links of pairs of ranks (`pairs_of`), one at a time so that none has to share; all ranks go through
+    it."""
+    for pair in pairs_of(transport.size):
         found = np.zeros(3 + 2 * len(SIZES))
         times_s = found[3:].reshape(-1, 2)  # a view, so that all goes in one exchange
         if transport.rank in pair:

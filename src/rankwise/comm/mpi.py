@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,11 +14,13 @@ import numpy as np
 
 from rankwise.comm.half_precision import Words, add_bf16, add_fp16
 from rankwise.comm.mpi_pending import CROWDED_SPIN_NS, MpiPending, translated
+from rankwise.comm.mpi_shared import shared_sums
 from rankwise.comm.transport import Buffer, Op, Pending, ended_before
 from rankwise.comm.world import World
 from rankwise.errors import LaunchError, RankLost, one_line
 from rankwise.ledger.phases import Ledger
 from rankwise.ledger.stalls import NO_STALLS
+from rankwise.ledger.waits import Times
 from rankwise.system import machine
 
 if TYPE_CHECKING:
@@ -52,7 +55,8 @@ class MpiTransport:
     """MPI_COMM_WORLD, or what is left of it, by exchanges that do not block until all ranks are there.
 
     Open MPI's Iallreduce takes two to four times as long as its Allreduce, and a barrier in the background
-    2 us on one host. So where all wait for all anyway, they meet at a barrier, and then block.
+    2 us on one host. So where all wait for all anyway, they meet at a barrier, and then block. Ranks that are
+    all on one host add up in memory that they share.
 
     `_comm` holds the ranks that work, `_all` also those that stand by; it is the same where none do.
     """
@@ -78,6 +82,8 @@ class MpiTransport:
         self._live = self._members = list(range(self._comm.Get_size()))
         self._strength = len(self._members)
         self._take_place()
+        one_host = len({(place.clock, place.host) for place in self._places}) == 1
+        self._sums, self.why_no_sharing = shared_sums(mpi, self._all, one_host=one_host)
 
     def _take_place(self) -> None:
         """Take the place among `_members`, or none."""
@@ -86,8 +92,8 @@ class MpiTransport:
         self.clock_of = [clocks.index(name) for name in clocks]
         self.host_of = [hosts.index(name) for name in hosts]
         here = [place.cores for place in places if place.clock == self._places[self._number].clock]
-        crowded = len(here) > machine.usable_cores(frozenset().union(*here), machine.cpu_quota())
-        self._spin_ns = CROWDED_SPIN_NS if crowded else SPIN_NS
+        self._crowded = len(here) > machine.usable_cores(frozenset().union(*here), machine.cpu_quota())
+        self._spin_ns = CROWDED_SPIN_NS if self._crowded else SPIN_NS
         self.size = len(self._members)
         self.rank = self._members.index(self._number) if self._number in self._members else -1
 
@@ -95,6 +101,17 @@ class MpiTransport:
         arguments = self._mpi.IN_PLACE, buffer, self._ops[op]
         if background:
             return self._pending(lambda: self._comm.Iallreduce(*arguments), buffer)
+        if self._sums is not None and self._sums.takes(buffer):
+            return self._sums.begin(
+                self._comm,
+                self._members,
+                self.rank,
+                buffer,
+                op,
+                spin_ns=self._spin_ns,
+                crowded=self._crowded,
+                look=self._look_for_all_ends,
+            )
         return self._meet(lambda: self._comm.Allreduce(*arguments))
 
     def gather(self, buffer: Buffer, root: int, into: Buffer | None) -> Pending:
@@ -106,16 +123,25 @@ class MpiTransport:
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
         return self._meet(lambda: self._comm.Allgather(buffer, into))
 
+    def swap(self, buffer: Buffer, counts: Times, into: Buffer, counts_in: Times) -> Pending:
+        size, byte = buffer.itemsize, self._mpi.BYTE
+        mine = [buffer.view(np.uint8), (counts * size, None), byte]
+        theirs = [into.view(np.uint8), (counts_in * size, None), byte]
+        return self._meet(lambda: self._comm.Alltoallv(mine, theirs))
+
     def send(self, buffer: Buffer, dest: int, tag: int = 0) -> Pending:
         return self._pending(
             lambda: self._comm.Isend(buffer, dest, tag), buffer, look=lambda: self._look_for_ends([dest])
         )
 
-    def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
+    def receive(
+        self, buffer: Buffer, source: int | None, tag: int = 0, *, owing: Sequence[int] = ()
+    ) -> Pending:
         sender = self._mpi.ANY_SOURCE if source is None else source
         needed = [rank for rank in range(self.size) if rank != self.rank] if source is None else [source]
 
         def look() -> None:
+            self._look_for_ends(owing)
             self._look_for_ends(needed, all)
 
         return self._pending(lambda: self._comm.Irecv(buffer, sender, tag), buffer, receives=True, look=look)
@@ -128,8 +154,11 @@ class MpiTransport:
             self._mpi,
             post,
             *buffers,
-            **{"spin_ns": self._spin_ns, "look": lambda: self._look_for_ends(range(self.size)), **options},
+            **{"spin_ns": self._spin_ns, "look": self._look_for_all_ends, **options},
         )
+
+    def _look_for_all_ends(self) -> None:
+        self._look_for_ends(range(self.size))
 
     def _look_for_ends(
         self, needed: Sequence[int], how_many: Callable[[Iterable[object]], bool] = any
@@ -149,6 +178,8 @@ class MpiTransport:
     def set_aside(self, ranks: int) -> None:
         self._strength, self._members = ranks, self._members[:ranks]
         self._take_place()
+        if self._sums is not None:
+            self._sums.leave()
         self._comm = self._split(self._all)
 
     def stand_by(self, alive: Callable[[], None]) -> bool:
@@ -177,6 +208,8 @@ class MpiTransport:
         worked = self._members
         while True:
             before = self._all
+            if self._sums is not None:
+                self._sums.repaired()
             self._all = cast("MPI.Intracomm", before.Shrink())
             group = self._all.Get_group()
             left = group.Translate_ranks(range(group.Get_size()), before.Get_group())
@@ -222,10 +255,13 @@ class MpiTransport:
         sys.stdout.flush()
         sys.stderr.flush()
         self._all.Abort(code)
+        os._exit(code)  # MPICH's returns, and its mpiexec ends the others a moment later
 
     def close(self, whereabouts: str = "") -> None:
         if self._mpi.Is_finalized():
             return
+        if self._sums is not None:
+            self._sums.leave()
         is_whole = self._all is self._mpi.COMM_WORLD
         try:
             waiting = [number for number in self._live if number not in self._members]
@@ -294,6 +330,12 @@ def library_version(mpi: Any) -> str:
     """The MPI library's own name and version, on one line."""
     first_line = str(mpi.Get_library_version()).strip("\0").splitlines()[0]
     return " ".join(first_line.split(",")[0].split())
+
+
+def may_vanish() -> bool:
+    """Whether this process may be gone at once when MPI has ended. MPICH's mpiexec waits for what its library
+    does at the process's exit."""
+    return "mpi4py.MPI" not in sys.modules or library_version(load_mpi()).startswith("Open MPI")
 
 
 def mpi_transport() -> MpiTransport:

@@ -4,36 +4,88 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.errors import LaunchError
+from rankwise.system.batch import Allocation
+from rankwise.system.home import has_home, private_folder
 
 _MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "MPI_LOCALRANKID")
 """What Open MPI, PMIx, PMI (MPICH, Intel MPI, srun) and MVAPICH set for the processes they start."""
 
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+"""Where those say of how many; a step of Slurm's before its job."""
+
+_OF_A_RANK = re.compile(
+    r"PMIX_(?!MCA_|PREFIX$)|PMI_|HYDI_|MPI_LOCAL|OMPI_(COMM_)?WORLD_|OMPI_UNIVERSE_|OMPI_MCA_num_procs$|"
+    r"OMPI_MCA_initial_wdir$|OMPI_(ARGV|COMMAND|FILE_LOCATION|NUM_APP_CTX|FIRST_RANKS|APP_CTX_NUM_PROCS)$|"
+    r"PRTE_LAUNCHED$"
+)
+"""Variables by which a rank finds the mpiexec that started it, which mean nothing to another one."""
 
 _FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
 """What mpiexec --with-ft ulfm gives its ranks."""
 
 
 def started_as_rank() -> bool:
-    """Whether mpiexec, mpirun or srun (with PMI) started this process."""
-    return any(mark in os.environ for mark in _MARKS)
+    """Whether mpiexec, mpirun or srun (with PMI) started this process as one of several.
+
+    The only rank of a world is none: it may as well be a shell in which somebody types (`mpiexec -n 1 bash`,
+    an interactive job), whose variables every program in it inherits, and from which ranks can be started.
+    """
+    return any(mark in os.environ for mark in _MARKS) and _number(*_SIZES) != 1
 
 
-def allocated_hosts() -> int:
-    """Hosts that a batch system has given to this job, over which mpiexec would spread ranks; else 1."""
-    for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"):
+@dataclass(frozen=True)
+class Placement:
+    """Which of how many ranks this process is, in the job and on its host, as what started it says."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def placement() -> Placement:
+    """The place of this process, without MPI; alone where nothing started it as a rank. Raises LaunchError if
+    what started it does not say."""
+    if not started_as_rank():
+        return Placement(0, 1, 0, 1)
+    rank, size = (
+        _number("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"),
+        _number(*_SIZES),
+    )
+    if rank is None or size is None:
+        raise LaunchError(
+            "what started this rank does not say which of how many it is: expected the variables of Open "
+            "MPI, PMI or Slurm; start it with rankwise run --ranks N SCRIPT.py instead"
+        )
+    local_rank = _number("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+    local_size = _number("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
+    return Placement(
+        rank, size, rank if local_rank is None else local_rank, size if local_size is None else local_size
+    )
+
+
+def job_name() -> str:
+    """Names the job of which this process is a rank, the same on all of them and no other job's."""
+    for names in (("PMIX_NAMESPACE",), ("SLURM_JOB_ID", "SLURM_STEP_ID"), ("PMI_JOBID",)):
+        if all(name in os.environ for name in names):
+            return "-".join(os.environ[name] for name in names).replace("/", "-")
+    return f"{socket.gethostname()}-{os.getppid()}"  # of one host, whose ranks have one parent
+
+
+def _number(*names: str) -> int | None:
+    for name in names:
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
-    try:
-        return len(set(Path(os.environ["PBS_NODEFILE"]).read_text().split())) or 1
-    except (KeyError, OSError):
-        return 1
+    return None
 
 
 @dataclass(frozen=True)
@@ -47,6 +99,27 @@ class Mpiexec:
     def is_open_mpi(self) -> bool:
         """Whether it takes Open MPI's options."""
         return "open mpi" in self.version.lower() or "prte" in self.version.lower()
+
+    @property
+    def is_hydra(self) -> bool:
+        """Whether it is MPICH's, Intel MPI's or MVAPICH's launcher."""
+        return any(name in self.version.lower() for name in ("hydra", "intel"))
+
+    @property
+    def marks_output(self) -> bool:
+        """Whether it can put the rank in front of each line, by the option of Open MPI 5."""
+        return self.is_open_mpi and "(Open MPI) 4" not in self.version
+
+    def reads_hosts_of(self, batch: Allocation) -> bool:
+        """Whether it finds out by itself which hosts a batch system gave to the job. Open MPI does where its
+        runtime was built for that system; the others know all of them."""
+        if not self.is_open_mpi:
+            return True
+        for name in ("prte_info", "ompi_info"):
+            info = self.path.with_name(name)
+            if info.exists():
+                return re.search(rf"MCA ras: ({'|'.join(batch.components)})\b", _ask(str(info))) is not None
+        return True
 
     def survives_failures(self) -> bool:
         """Whether its MPI has ULFM, so that ranks can go on when another dies."""
@@ -86,12 +159,19 @@ def survives_failures() -> bool:
 
 
 def mpi_environment() -> dict[str, str]:
-    """The environment in which to call mpiexec."""
+    """The environment in which to call mpiexec: without what is left of another one, in a shell that it
+    started."""
     environment = dict(os.environ)
+    if not started_as_rank():
+        environment = {name: its for name, its in environment.items() if not _OF_A_RANK.match(name)}
     if os.geteuid() == 0:
         # Open MPI refuses to start as root unless two variables say that this is meant, as in containers.
         environment["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
         environment["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    if not has_home() and (home := private_folder()) is not None:
+        environment["HOME"] = str(home)  # without which Open MPI does not begin
+    # Nor shall it print thirty lines of addresses for each rank that crashes, which ranks say in one.
+    environment.setdefault("OMPI_MCA_opal_signal", "")
     return environment
 
 

@@ -24,6 +24,26 @@ PATIENCE_NS = 1_000_000_000
 """How long a rank waits before it asks whether the program of another has ended, or tells it of its own."""
 
 
+def poll_until(
+    is_over: Callable[[], bool], stalls: StallDetector, *, spin_ns: int, look: Callable[[], None]
+) -> None:
+    """Ask until something is over: at once, for `spin_ns` yielding in between, and then with short naps;
+    `look` is called once a second meanwhile."""
+    started_ns = stalls.look()
+    nap_ns, next_look_ns = 0, PATIENCE_NS
+    while not is_over():
+        waited_ns = stalls.look(nap_ns) - started_ns
+        if waited_ns < spin_ns:
+            os.sched_yield()
+            continue
+        nap_ns = min(2 * nap_ns, LONGEST_NAP_NS) or 50_000
+        time.sleep(nap_ns / 1e9)
+        if waited_ns > next_look_ns:
+            look()
+            next_look_ns = waited_ns + PATIENCE_NS
+    stalls.look(nap_ns)
+
+
 class MpiPending:
     """An exchange of MPI's that is polled: at once, then yielding, then with short naps.
 
@@ -63,20 +83,11 @@ class MpiPending:
             raise translated(self._mpi, error) from None
 
     def wait(self, stalls: StallDetector) -> int:
-        started_ns = stalls.look()
-        nap_ns, next_look_ns = 0, PATIENCE_NS
+        def is_over() -> bool:
+            return self._is_over or self._request.Test(self._status)
+
         try:
-            while not (self._is_over or self._request.Test(self._status)):
-                waited_ns = stalls.look(nap_ns) - started_ns
-                if waited_ns < self._spin_ns:
-                    os.sched_yield()
-                    continue
-                nap_ns = min(2 * nap_ns, LONGEST_NAP_NS) or 50_000
-                time.sleep(nap_ns / 1e9)
-                if waited_ns > next_look_ns:
-                    self._look()
-                    next_look_ns = waited_ns + PATIENCE_NS
-            stalls.look(nap_ns)
+            poll_until(is_over, stalls, spin_ns=self._spin_ns, look=self._look)
             self._then()
         except self._mpi.Exception as error:
             raise translated(self._mpi, error) from None

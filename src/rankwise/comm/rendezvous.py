@@ -59,9 +59,9 @@ class Rendezvous:
             self.messages[dest, tag].append((source, value))
             self.changed.notify_all()
 
-    def fetch(self, rank: int, source: int | None, tag: int) -> tuple[int, Any]:
-        """The first message for a rank with a tag, from `source` or, if that is None, from any rank. Raises
-        RankLost."""
+    def fetch(self, rank: int, source: int | None, tag: int, owing: Sequence[int] = ()) -> tuple[int, Any]:
+        """The first message for a rank with a tag, from `source` or, if that is None, from any rank, as long
+        as none of those `owing` one has ended. Raises RankLost."""
         with self.changed:
             inbox = self.messages[rank, tag]
             senders = self.working[:rank] + self.working[rank + 1 :]
@@ -76,7 +76,7 @@ class Rendezvous:
                 cut = source is None or self.called_off or senders[0] not in self.live
                 return cut and not self.is_whole
 
-            self._until(rank, senders, ready, lost, all)
+            self._until(rank, senders, ready, lost, all, owing=[self.working[other] for other in owing])
             place = next(place for place, (sender, _) in enumerate(inbox) if source in (None, sender))
             return inbox.pop(place)
 
@@ -180,17 +180,21 @@ class Rendezvous:
         ready: Callable[[], bool],
         lost: Callable[[], object] | None = None,
         how_many: Callable[[Iterable[object]], bool] = any,
+        owing: Sequence[int] = (),
     ) -> None:
         lost = lost or (lambda: not self.is_whole)
 
+        def has_ended(member: int) -> bool:
+            return member in self.ended and member not in self.live
+
         def ended() -> bool:
-            return how_many(member in self.ended and member not in self.live for member in needed)
+            return any(map(has_ended, owing)) or how_many(map(has_ended, needed))
 
         self.changed.wait_for(lambda: self.broken or lost() or ended() or ready())
         # As under MPI an exchange may succeed on one rank and fail on another; but one to which all have come
         # is no longer lost, also where one of them was first out of it and has failed by now.
         if not ready():
             if ended() and not self.broken:
-                member = next(member for member in needed if member in self.ended)
+                member = next(member for member in (*owing, *needed) if has_ended(member))
                 raise ended_before(self.working.index(member), self.ended[member], rank)
             raise RankLost(f"rank {rank} waited for a rank that has ended")

@@ -8,12 +8,15 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from rankwise.comm.rendezvous import Rendezvous
 from rankwise.comm.transport import COMBINE, Buffer, Op, Pending
 from rankwise.comm.world import World
 from rankwise.errors import RankLost
 from rankwise.ledger.phases import Ledger
 from rankwise.ledger.stalls import StallDetector
+from rankwise.ledger.waits import Times
 
 T = TypeVar("T")
 
@@ -39,6 +42,8 @@ class _Pending:
 
 class ThreadTransport:
     """One thread's place at the rendezvous. After `calls` calls it is killed, for tests."""
+
+    why_no_sharing = ""
 
     def __init__(self, rank: int, size: int, rendezvous: Rendezvous, calls: float = math.inf) -> None:
         self._calls_left = calls
@@ -77,16 +82,24 @@ class ThreadTransport:
 
         return self._collective(buffer.copy(), range(self.size), finish)
 
+    def swap(self, buffer: Buffer, counts: Times, into: Buffer, counts_in: Times) -> _Pending:
+        def finish(parts: dict[int, list[Buffer]]) -> None:
+            into[...] = np.concatenate([parts[rank][self.rank] for rank in range(self.size)])
+
+        return self._collective(np.split(buffer, np.cumsum(counts)[:-1]), range(self.size), finish)
+
     def send(self, buffer: Buffer, dest: int, tag: int = 0) -> _Pending:
         self._count_down()
         self._rendezvous.post(self.rank, dest, tag, buffer.copy())
         return _Pending(lambda: -1)
 
-    def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> _Pending:
+    def receive(
+        self, buffer: Buffer, source: int | None, tag: int = 0, *, owing: Sequence[int] = ()
+    ) -> _Pending:
         self._count_down()
 
         def finish() -> int:
-            sender, content = self._rendezvous.fetch(self.rank, source, tag)
+            sender, content = self._rendezvous.fetch(self.rank, source, tag, owing)
             buffer[...] = content
             return sender
 
@@ -131,7 +144,7 @@ class ThreadTransport:
     def close(self, whereabouts: str = "") -> None:
         self._rendezvous.end(self._member, whereabouts)
 
-    def _collective(self, mine: Any, needed: range, finish: Callable[[dict[int, Buffer]], None]) -> _Pending:
+    def _collective(self, mine: Any, needed: range, finish: Callable[[dict[int, Any]], None]) -> _Pending:
         self._count_down()
         number, self._number = self._number, self._number + 1
         self._rendezvous.bring(number, self.rank, mine)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rankwise.comm.half_precision import add_bf16, add_fp16
 from rankwise.errors import OutOfStepError
 from rankwise.ledger.stalls import StallDetector
+from rankwise.ledger.waits import Times
 from rankwise.system.call_sites import here
 
 Buffer = NDArray[Any]
@@ -49,7 +50,7 @@ class Pending(Protocol):
 class Transport(Protocol):
     """What carries bytes between ranks.
 
-    Collective calls are made by all ranks in the same order. Every call up to `allgather` starts
+    Collective calls are made by all ranks in the same order. Every call up to `swap` starts
     an exchange and returns at once.
     """
 
@@ -63,6 +64,9 @@ class Transport(Protocol):
 
     host_of: list[int]
     """For each rank the lowest rank on a host of the same name."""
+
+    why_no_sharing: str
+    """Why ranks of one host do not add up in memory that they share, where that was to be expected."""
 
     def allreduce(self, buffer: Buffer, op: Op, *, background: bool = False) -> Pending:
         """Combine the buffers of all ranks element by element, in place on every rank.
@@ -79,12 +83,19 @@ class Transport(Protocol):
     def send(self, buffer: Buffer, dest: int, tag: int = 0) -> Pending:
         """Send to one rank."""
 
-    def receive(self, buffer: Buffer, source: int | None, tag: int = 0) -> Pending:
+    def receive(
+        self, buffer: Buffer, source: int | None, tag: int = 0, *, owing: Sequence[int] = ()
+    ) -> Pending:
         """Overwrite the buffer with the next message with this tag from `source`, or from the rank whose
-        message comes first if that is None."""
+        message comes first if that is None. It then fails if the programs of all others have ended, or that
+        of any rank `owing` one."""
 
     def allgather(self, buffer: Buffer, into: Buffer) -> Pending:
         """Put rank k's buffer into row k of `into` on every rank."""
+
+    def swap(self, buffer: Buffer, counts: Times, into: Buffer, counts_in: Times) -> Pending:
+        """Hand each rank its part of `buffer`, `counts` [ranks] elements of it in rank order, and put what
+        the others have for this one into `into`, `counts_in` of each."""
 
     def set_aside(self, ranks: int) -> None:
         """From now on the ranks from this number on stand by: their `rank` is -1, and only `stand_by` and

@@ -20,7 +20,8 @@ class World(Exchanges):
     with the next synchronisation, so that all of them stop at the same point. It is True too while this rank
     is `irregular`: it has left its loop or made no step, of which the others are to hear in the same way.
 
-    `at_end` is called, and `whereabouts` says how far this rank has come, when its program ends.
+    `at_end` is called, and `whereabouts` says how far this rank has come, when its program ends. `open_loop`
+    says where a loop stands that has the exchanges to itself, empty if none does.
 
     `members` are the numbers that the ranks began with, `number` this one's: they stay when ranks are lost
     and `rank` changes. With `survives` the others go on if this rank ends.
@@ -31,6 +32,7 @@ class World(Exchanges):
         self.asked_to_stop = self.irregular = False
         self.at_end: Callable[[], None] = nothing_owed
         self.whereabouts: Callable[[], str] = str
+        self.open_loop: Callable[[], str] = str
         self.number = transport.rank
         self.members = list(range(transport.size))
         self.in_threads = transport.in_threads
@@ -142,6 +144,12 @@ class World(Exchanges):
         """The ranks of each host, the host of rank 0 first."""
         host_of = self._transport.host_of
         return [[rank for rank, its in enumerate(host_of) if its == first] for first in sorted({*host_of})]
+
+    @property
+    def why_no_sharing(self) -> str:
+        """Why ranks of one host do not add up in memory that they share; empty where they do, and where that
+        is not to be expected."""
+        return self._transport.why_no_sharing
 
     def describe(self) -> str:
         """The library behind this world, with its version."""

@@ -31,19 +31,27 @@ class Shards:
 
 
 def deal(
-    how: Shards, *, labels: NDArray[np.int64], shares: Sequence[int], epoch: int, seed: int
+    how: Shards,
+    *,
+    labels: NDArray[np.int64],
+    shares: Sequence[int],
+    epoch: int,
+    seed: int,
+    least: int = 1,
 ) -> list[Indices]:
     """The samples of each worker in one epoch, in the order of training.
 
     Every index of `labels` [n] stands in exactly one shard, once. `shares` [workers] say how large the
-    shards are to each other, where `how` leaves that open.
+    shards are to each other, where `how` leaves that open. None has fewer than `least` samples, as long as
+    there are enough; otherwise none is empty, if that is possible.
     """
+    least = least if len(labels) >= least * len(shares) else 1
     if how.kind == "dirichlet":
-        shards = _deal_unevenly(labels, len(shares), how.alpha, np.random.default_rng([seed, 1]))
+        shards = _deal_unevenly(labels, len(shares), how.alpha, np.random.default_rng([seed, 1]), least)
     elif how.kind == "fixed":
-        shards = _deal_by(shares, len(labels), np.random.default_rng([seed, 2]))
+        shards = _deal_by(shares, len(labels), np.random.default_rng([seed, 2]), least)
     else:
-        return _deal_by(shares, len(labels), np.random.default_rng([seed, 3, epoch]))
+        return _deal_by(shares, len(labels), np.random.default_rng([seed, 3, epoch]), least)
     return [
         np.random.default_rng([seed, 4, epoch, worker]).permutation(shard)
         for worker, shard in enumerate(shards)
@@ -140,13 +148,25 @@ def join(parts: Iterable[Indices]) -> Indices:
     return np.concatenate([NOTHING, *parts])
 
 
-def _deal_by(shares: Sequence[int], samples: int, rng: np.random.Generator) -> list[Indices]:
-    sizes = apportion(samples, shares, least=int(samples >= len(shares)))
+def without(samples: Indices, taken: Indices) -> Indices:
+    """These samples, in their order, without the first of each that is `taken`, as often as it is."""
+    if not len(taken):
+        return samples
+    order = np.argsort(samples, kind="stable")
+    ordered = samples[order]
+    nth = np.empty_like(samples)  # of its kind, from 0
+    nth[order] = np.arange(len(samples)) - np.searchsorted(ordered, ordered)
+    often = np.bincount(taken, minlength=int(samples.max(initial=0)) + 1)
+    return samples[nth >= often[samples]]
+
+
+def _deal_by(shares: Sequence[int], samples: int, rng: np.random.Generator, least: int) -> list[Indices]:
+    sizes = apportion(samples, shares, least=least if samples >= len(shares) else 0)
     return np.split(rng.permutation(samples), np.cumsum(sizes)[:-1])
 
 
 def _deal_unevenly(
-    labels: NDArray[np.int64], workers: int, alpha: float, rng: np.random.Generator
+    labels: NDArray[np.int64], workers: int, alpha: float, rng: np.random.Generator, least: int
 ) -> list[Indices]:
     pieces: list[list[Indices]] = [[] for _ in range(workers)]
     for label in np.unique(labels):
@@ -156,10 +176,12 @@ def _deal_unevenly(
         for piece, part in zip(pieces, np.split(members, cuts), strict=True):
             piece.append(part)
     shards = [np.concatenate(piece) for piece in pieces]
-    # A small ALPHA can leave a worker with nothing: the richest gives it one sample, so that all train.
-    for worker, shard in enumerate(shards):
-        if len(shard) == 0:
+    # A small ALPHA can leave a worker with nothing: the richest gives it a sample, so that all train.
+    for worker in range(workers):
+        while len(shards[worker]) < least:
             richest = max(range(workers), key=lambda w: len(shards[w]))
-            if len(shards[richest]) > 1:
-                shards[worker], shards[richest] = shards[richest][:1], shards[richest][1:]
+            if len(shards[richest]) <= least:
+                break
+            given, shards[richest] = shards[richest][:1], shards[richest][1:]
+            shards[worker] = np.concatenate([shards[worker], given])
     return shards

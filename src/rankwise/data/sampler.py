@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.data.partition import NOTHING, Indices, deal_more, join
+from rankwise.data.partition import NOTHING, Indices, deal_more, join, without
 
 N = TypeVar("N", int, NDArray[np.int64])
 
@@ -22,7 +22,8 @@ class Batch:
     master's being 0, and `share` is this batch's own. `position` is how many epochs are over in the
     middle of this step, `end` how many after it (at the end of a round both are alike on all ranks),
     `rounds_left` the number of rounds of the epoch after this one, and `step` that of the worker that has the
-    most, from 1.
+    most, from 1. A rank without samples that must make the turn all the same is `lent` another's, which does
+    not count. Where each rank reads for itself, `content` is a hash of all that it has read.
     """
 
     epoch: int
@@ -34,9 +35,16 @@ class Batch:
     end: float
     rounds_left: int
     step: int
+    lent: Indices = field(default_factory=lambda: NOTHING)
+    content: int = 0
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the rank makes the turn."""
+        return bool(len(self.indices) or len(self.lent))
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,59 @@ class Plan:
     epoch: int
     rounds: list[Round]
     credited: Indices
+
+
+class RoundSampler(Protocol):
+    """Cuts epochs into rounds and batches, alike on all ranks, and anew when ranks are lost."""
+
+    @property
+    def workers(self) -> int:
+        """Ranks that train."""
+
+    def is_over(self, epoch: int, rounds: int) -> bool:
+        """Whether an epoch has no more rounds than these."""
+
+    def steps(self, epoch: int) -> int:
+        """Steps in an epoch of the worker that has the most."""
+
+    def samples(self, epoch: int) -> int:
+        """Samples that all ranks train in an epoch, those that were lost included."""
+
+    def weights(self, epoch: int) -> NDArray[np.float64]:
+        """The share of each rank [ranks] in the samples of an epoch."""
+
+    def batches(self, epoch: int, first_round: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one epoch, from a round on."""
+
+    def known(self, epoch: int, first_round: int = 0) -> Iterator[Batch]:
+        """Those of `batches` that are known by now, which are not all of a stream."""
+
+    def redistribute(
+        self,
+        epoch: int,
+        number: int,
+        before: Sequence[int | None],
+        done: Sequence[int],
+        ahead: Sequence[int] | None = None,
+        *,
+        left_out: Collection[int] = (),
+    ) -> None:
+        """Go on without ranks that were lost, and with newcomers."""
+
+    def plan(self, epoch: int) -> Any:
+        """What a newcomer needs."""
+
+    def follow(self, plan: Any, rank: int) -> None:
+        """Go on, as this rank, where the sampler was that made the plan."""
+
+    def credited(self, epoch: int) -> Indices:
+        """What ranks that were lost had committed in an epoch."""
+
+    def shard(self, epoch: int) -> Indices:
+        """The samples of this rank in the order of training."""
+
+    def least_batch(self, epoch: int) -> int:
+        """Samples in the smallest batch of an epoch, of all ranks."""
 
 
 class Sampler:
@@ -200,6 +261,14 @@ class Sampler:
                     step=int(steps[number + 1] if ends else steps[number] + turn + 1),
                 )
 
+    def is_over(self, epoch: int, rounds: int) -> bool:
+        """Whether an epoch has no more rounds than these."""
+        return rounds == len(self.rounds(epoch))
+
+    def known(self, epoch: int, first_round: int = 0) -> Iterator[Batch]:
+        """The same."""
+        return self.batches(epoch, first_round)
+
     def redistribute(
         self,
         epoch: int,
@@ -207,6 +276,8 @@ class Sampler:
         before: Sequence[int | None],
         done: Sequence[int],
         ahead: Sequence[int] | None = None,
+        *,
+        left_out: Collection[int] = (),
     ) -> None:
         """Go on without ranks that were lost, and with newcomers, when `number` rounds of an epoch were
         committed by all.
@@ -217,7 +288,8 @@ class Sampler:
         all these become one round, in which they are done. What lost ranks had in this round, and what a
         worker had left that becomes the master, is dealt to the workers and trained in it, so that they have
         as even shares as can be; what lost ranks had in later rounds is dealt too, and later rounds are cut
-        anew. What they had in the rounds before is `credited` [samples], as it was committed.
+        anew. What they had in the rounds before is `credited` [samples], as it was committed, but for rounds
+        that were `left_out` by all.
         """
         rounds = self.rounds(epoch)
 
@@ -225,7 +297,8 @@ class Sampler:
             return join(its.part(rank) for its in rounds[first:until])
 
         lost = [rank for rank in range(self._size) if rank not in before]
-        credited = join([self.credited(epoch), *(had(rank, 0, number) for rank in lost)])
+        held = [at for at in range(number) if at not in left_out]
+        credited = join([self.credited(epoch), *(rounds[at].part(rank) for rank in lost for at in held)])
         workers = range(min(self._first_worker, len(before) - 1), len(before))
         sizes = self._batches_of([before[rank] for rank in workers])
         reached = [number + rounds_more for rounds_more in ahead or [0] * len(before)]
@@ -264,6 +337,44 @@ class Sampler:
         self._planned = (plan.epoch, plan.rounds)
         self._credited = (plan.epoch, plan.credited)
 
+    def follow_alike(self, plan: Plan) -> bool:
+        """Go on where the sampler of this rank's number was that made the plan, if this one is alike; returns
+        whether it is."""
+        alike = (plan.first_worker, plan.batch_sizes) == (self._first_worker, self._batch_sizes)
+        if alike:
+            self.follow(plan, self._rank)
+        return alike
+
+    def deal_rest(self, plan: Plan, trained: Sequence[Indices], kept: Sequence[Indices]) -> int:
+        """Deal what is left of an epoch that ranks of another number, or with other rounds, have begun by
+        `plan`. Returns how many rounds are over, which is one.
+
+        Of the ranks so far [ranks] all have committed what they have `trained`, and what they have `kept` of
+        their round is in their weights. What those had that are not there any more is `credited`, or dealt to
+        the others where it was not committed.
+        """
+        ranks, before = self._size, len(trained)
+        parts = [join(its.parts[rank] for its in plan.rounds) for rank in range(before)]
+        kept = [its if rank < ranks else NOTHING for rank, its in enumerate(kept)]
+        used = [join([*its]) for its in zip(trained, kept, strict=True)]
+        left = [without(part, its) for part, its in zip(parts, used, strict=True)]
+        there = [[*its[:ranks], *[NOTHING] * (ranks - before)] for its in (trained, kept)]
+        over, shards = there
+        done = [len(its) for its in shards]
+        workers = range(self._first_worker, ranks)
+        tails = deal_more(left, shards, workers, self._batch_sizes, done=done if self._needs_pairs else None)
+        rounds = [Round(tuple(over), tuple(map(len, over)))]
+        if any(map(len, tails)):
+            begun = np.zeros(ranks, np.int64)
+            for its in self._cut(tails, plan.epoch):
+                sizes = np.array([len(part) for part in its.parts])
+                so_far = (np.array(done) - begun).clip(0, sizes)
+                rounds.append(Round(its.parts, tuple(so_far.tolist())))
+                begun += sizes
+        self._planned = (plan.epoch, rounds)
+        self._credited = (plan.epoch, join([plan.credited, *trained[ranks:]]))
+        return 1
+
     def credited(self, epoch: int) -> Indices:
         """What ranks that were lost had committed in an epoch."""
         return self._credited[1] if self._credited[0] == epoch else NOTHING
@@ -272,8 +383,12 @@ class Sampler:
         """The batch sizes of these ranks, by their numbers so far, as workers that go on without others."""
         sizes = [self._usual_batch if rank is None else self._batch_size(rank) for rank in ranks]
         if self._global_batch is not None:
-            # Rounded for each alike, so that equal ones stay equal.
-            sizes = [max(1, round(self._global_batch * size / sum(sizes))) for size in sizes]
+            # Rounded for each alike, so that equal ones stay equal; no pair becomes a single sample.
+            total = sum(sizes)
+            sizes = [
+                max(2 if self._needs_pairs and size > 1 else 1, round(self._global_batch * size / total))
+                for size in sizes
+            ]
         return tuple(sizes)
 
     @property

@@ -25,6 +25,10 @@ def select(config: TrainConfig, dataset: Dataset, *, workers: int = 1) -> Select
     """What the options choose. Raises ConfigError if one of the `workers` would go without a sample."""
     everything = np.arange(len(dataset.train))
     if config.validation_split is None:
+        if not len(dataset.test):
+            raise ConfigError(
+                f"{dataset.name} has no images to validate on: hold some out with --validation-split 0.1"
+            )
         train_pool, validation, val_pool = everything, dataset.test, np.arange(len(dataset.test))
     else:
         train_pool, val_pool = _hold_out(everything, config.validation_split, config.seed)

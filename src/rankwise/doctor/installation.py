@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from rankwise import data
-from rankwise.comm.mpi_environment import find_mpiexec
-from rankwise.errors import LaunchError, one_line
-from rankwise.system import machine
+from rankwise.doctor.mpi import examine_mpi
+from rankwise.system import limits, machine
 
 LIBRARIES = ("rankwise", "torch", "mpi4py", "numpy")
-
-_LOAD_MPI = "from rankwise.comm.mpi import library_version, load_mpi; print(library_version(load_mpi()))"
 
 
 def examine(cache_dir: Path | None = None) -> dict[str, Any]:
@@ -29,42 +24,22 @@ def examine(cache_dir: Path | None = None) -> dict[str, Any]:
     """
     problems: list[str] = []
     prepared = data.prepared(cache_dir)
+    cores = machine.usable_cores()
+    if line := limits.shared_memory_short(cores):
+        problems.append(line)
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
-        "mpi": _mpi(problems),
+        "mpi": examine_mpi(problems),
         "host": machine.host_name(),
         "cpu_model": machine.cpu_model(),
         "allowed_cpus": len(machine.allowed_cpus()),
-        "usable_cores": machine.usable_cores(),
+        "usable_cores": cores,
         "container_quota_cpus": machine.cpu_quota(),
-        "threads_auto": {str(n): max(1, machine.usable_cores() // n) for n in (1, 2, 4, 8)},
+        "shared_memory_bytes": limits.shared_memory_bytes(),
+        "threads_auto": {str(n): max(1, cores // n) for n in (1, 2, 4, 8)},
         "datasets": [{"name": item.name, "bytes": item.size, "path": str(item.path)} for item in prepared],
         "problems": problems,
     }
-
-
-def _mpi(problems: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {"mpiexec": None, "mpiexec_version": None, "library": None, "survives": False}
-    try:
-        mpiexec = find_mpiexec()
-    except LaunchError as error:
-        problems.append(one_line(error))
-        return found
-    found |= {"mpiexec": str(mpiexec.path), "mpiexec_version": mpiexec.version}
-    answer = subprocess.run(
-        [sys.executable, "-c", _LOAD_MPI], capture_output=True, text=True, check=False, timeout=60
-    )
-    if answer.returncode:
-        problems.append(answer.stderr.strip().splitlines()[-1])
-        return found
-    found["library"] = answer.stdout.strip()
-    if mpiexec.is_open_mpi != found["library"].startswith("Open MPI"):
-        problems.append(
-            f"mpiexec ({mpiexec.version}) and the MPI library that mpi4py loads ({found['library']}) are of "
-            "different make: each rank would believe that it is alone"
-        )
-    found["survives"] = mpiexec.survives_failures()
-    return found
 
 
 def _version(name: str) -> str | None:
@@ -84,13 +59,19 @@ def page(facts: dict[str, Any]) -> RenderableType:
             f"{name} {version or 'missing'}" for name, version in facts["versions"].items()
         ),
         "mpiexec": f"{mpi['mpiexec_version']}\n{mpi['mpiexec']}" if mpi["mpiexec"] else "none",
-        "MPI library of mpi4py": mpi["library"] or "none",
+        "MPI library of mpi4py": "\n".join(
+            filter(None, (mpi["library"] or "none", mpi["library_path"], mpi["library_because"]))
+        ),
+        "MPIs installed": "\n".join(mpi["installed"]) or "none",
         "MPI can survive a lost rank": survival,
         "host": f"{facts['host']}, {facts['cpu_model']}",
         "cores": f"{facts['usable_cores']} usable, {facts['allowed_cpus']} CPUs allowed",
         "container's share": f"{facts['container_quota_cpus']} CPUs"
         if facts["container_quota_cpus"]
         else "all",
+        "shared memory": "none"
+        if facts["shared_memory_bytes"] is None
+        else f"{facts['shared_memory_bytes'] / 1e6:,.0f} MB",
         "threads a rank, by ranks": ", ".join(f"{t} for {n}" for n, t in facts["threads_auto"].items()),
         "datasets in the cache": sets or "none yet: rankwise data prepare NAME",
         "to mend": "\n".join(facts["problems"]) or "nothing",

@@ -32,6 +32,8 @@ import json, platform, socket, sys
 from importlib.metadata import version
 from pathlib import Path
 found = {"name": socket.gethostname(), "python": platform.python_version()}
+boot = Path("/proc/sys/kernel/random/boot_id")
+found |= {"machine": boot.read_text().strip() if boot.exists() else ""}
 found |= {"sees": Path(sys.argv[1]).exists()}
 found |= {name: version(name) for name in sys.argv[2:]}
 print("rankwise-host", json.dumps(found))
@@ -46,13 +48,14 @@ class Answer:
     """What a host says of itself; `trouble` is why it does not answer, and empty if it does.
 
     `name` is what it calls itself, `versions` of Python and PACKAGES, `sees_folder` whether the run's folder
-    is there.
+    is there, `machine` names its kernel's boot, which no other machine has.
     """
 
     name: str = ""
     versions: tuple[tuple[str, str], ...] = ()
     sees_folder: bool = False
     trouble: str = ""
+    machine: str = ""
 
 
 def check(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
@@ -71,7 +74,22 @@ def check(hosts: Sequence[Host], folder: Path) -> dict[str, str]:
                 f"host {host.name} does not see the run folder {folder}: choose an --out on a file system "
                 "that all hosts share"
             )
+    _require_own_names(hosts, answers)
     return {host.name: answer.name for host, answer in zip(hosts, answers, strict=True)}
+
+
+def _require_own_names(hosts: Sequence[Host], answers: Sequence[Answer]) -> None:
+    """Hosts are told apart by what they call themselves, by MPI as by us: two machines of one name would be
+    taken for one."""
+    first: dict[str, tuple[Host, str]] = {}
+    for host, answer in zip(hosts, answers, strict=True):
+        other, its_machine = first.setdefault(answer.name, (host, answer.machine))
+        if its_machine != answer.machine:
+            raise LaunchError(
+                f"hosts {other.name} and {host.name} both call themselves {answer.name}, so that MPI would "
+                f"take "
+                "them for one: give each a name of its own (hostnamectl set-hostname NAME), or leave one out"
+            )
 
 
 def differences(host: Host, answer: Answer) -> list[str]:
@@ -122,7 +140,7 @@ def _ask(host: Host, folder: Path) -> Answer:
     program = [sys.executable, "-c", PROBE, str(folder.absolute()), *PACKAGES]
     try:
         done = subprocess.run(
-            program if _is_here(host.name) else _elsewhere(host.name, program),
+            program if is_here(host.name) else _elsewhere(host.address, program),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -139,7 +157,7 @@ def _ask(host: Host, folder: Path) -> Answer:
         return Answer(trouble=words or f"it ended with code {done.returncode}")
     found = json.loads(told[1])
     versions = tuple((name, found[name]) for name in ("python", *PACKAGES))
-    return Answer(found["name"], versions, found["sees"])
+    return Answer(found["name"], versions, found["sees"], machine=found["machine"])
 
 
 def _elsewhere(name: str, program: Sequence[str]) -> list[str]:
@@ -155,7 +173,7 @@ def passed_on() -> dict[str, str]:
     return {name: os.environ[name] for name in ("PYTHONPATH", "XDG_CACHE_HOME") if name in os.environ}
 
 
-def _is_here(name: str) -> bool:
+def is_here(name: str) -> bool:
     """Whether this machine has this name or address."""
     if name in ("localhost", machine.host_name()):
         return True

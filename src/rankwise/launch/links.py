@@ -11,9 +11,9 @@ from typing import Any
 
 from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.errors import LaunchError
+from rankwise.launch.command_line import command_line
 from rankwise.launch.hosts import ask, differences
-from rankwise.launch.mpiexec import command_line
-from rankwise.launch.supervision import supervise
+from rankwise.launch.supervision import Line, supervise
 from rankwise.system.hosts import Host
 
 MARK = "rankwise-link "
@@ -38,14 +38,16 @@ def survey(hosts: Sequence[Host], say: Callable[[str], None]) -> dict[str, Any]:
     ]
     if silent:
         raise LaunchError(f"{len(silent)} of {len(hosts)} hosts cannot be used: {'; '.join(silent)}")
-    pairs = len(hosts) * (len(hosts) - 1) // 2
+    from rankwise.comm.link_probe import pairs_of
+
+    pairs = len(pairs_of(len(hosts)))
     links: list[dict[str, Any]] = []
 
-    def hear(line: str) -> None:
-        if not line.startswith(MARK):
-            say(line)
+    def hear(line: Line) -> None:
+        if not line.text.startswith(MARK):
+            say(line.text)
             return
-        link = json.loads(line.removeprefix(MARK))
+        link = json.loads(line.text.removeprefix(MARK))
         links.append({"hosts": [hosts[rank].name for rank in link.pop("ranks")]} | link)
         say(f"measured {' - '.join(links[-1]['hosts'])}, {len(links)} of {pairs}")
 

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
 import time
 from collections.abc import Sequence
 from typing import Literal
 
-from rankwise.comm.mpi_environment import Mpiexec, allocated_hosts, find_mpiexec
+from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
-from rankwise.launch.hosts import answering, check, fit, passed_on
+from rankwise.launch.command_line import command_line
+from rankwise.launch.hosts import answering, check, fit
 from rankwise.launch.order import Order
+from rankwise.launch.output import Output, plain
 from rankwise.launch.plan_file import write_plan
 from rankwise.launch.preflight import PreparedRun
+from rankwise.launch.program_end import close_calls
 from rankwise.launch.supervision import MpiexecResult, supervise
 from rankwise.runs.folder import RunFolder
+from rankwise.runs.program_record import begin_calls
 from rankwise.runs.record import Record
 from rankwise.survival import causes
 from rankwise.survival.fault_injection import OF_HOSTS, Mark
-from rankwise.system import machine
-from rankwise.system.hosts import Host
 
 FIRST_PAUSE_S = 1.0
 """How long to wait before a restart."""
 
 LONGEST_PAUSE_S = 60.0
-
-_KEEPALIVE = {"time": 5, "intvl": 2, "probes": 3}
-"""When Open MPI's daemons ask whether another host is there: after `time` silent seconds, then every `intvl`
-seconds, and `probes` times until they believe that it is not."""
-
-SURVIVING_BETWEEN_HOSTS = [
-    *("--mca", "pml", "ob1", "--mca", "coll", "^han,cuda,hcoll,portals4"),
-    *(word for name, s in _KEEPALIVE.items() for word in ("--prtemca", f"oob_tcp_keepalive_{name}", str(s))),
-]
-"""What survives failures of Open MPI's point-to-point and collective modules, of which others would be chosen
-on several hosts (its issues 13915 and 11794); and its daemons find out about a link that was cut within some
-ten seconds instead of never."""
 
 
 class RestartBackoff:
@@ -58,26 +47,42 @@ class RestartBackoff:
         return self._pause_s
 
 
-def train_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Record:
-    """Start the ranks on this machine, show how they fare, and return the final record.
+def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Record | None:
+    """Start the ranks on this machine, show how they fare, and return the final record, None of a program
+    that has come to its end and left nothing. A program's only rank needs no mpiexec.
 
     If the run fails in a way that may not come again, it is started again from its newest checkpoint, as
     far as the options allow. Raises the error of the rank that failed first, or Interrupted.
     """
     plan = prepared.plan
-    mpiexec = find_mpiexec()
+    mpiexec = find_mpiexec() if plan.processes > 1 or plan.hosts else None
     names = check(plan.host_list, folder.path)
     survives = plan.on_failure == "continue"
     live = order.console.is_terminal
     # -P keeps files of this folder from being taken for modules of Python's or of a library.
-    program = [sys.executable, "-P", "-m", "rankwise.launch.rank", str(folder.path)]
+    module = "rankwise.launch.program_rank" if plan.program else "rankwise.launch.rank"
+    program = [sys.executable, "-P", "-m", module, str(folder.path)]
     pauses = RestartBackoff()
-    with order.display(folder, plan.epochs, prepared.samples_per_epoch, live=live) as display:
+    if plan.program and not folder.record.exists():
+        begin_calls(folder, plan.recorded())
+    with order.display(folder, prepared.epochs, prepared.samples_per_epoch, live=live) as display:
+        show = (
+            Output(folder, display.say, plan.processes, keeps_stdout=order.keeps_stdout)
+            if plan.program
+            else plain(display.say)
+        )
         for restarts in range(plan.max_restarts + 1):
-            command = command_line(mpiexec, plan.processes, program, survives=survives, hosts=plan.host_list)
-            ending = supervise(command, display.say, folder.failure.exists)
+            before = _content(folder)
+            command = program
+            if mpiexec is not None:
+                command = command_line(
+                    mpiexec, plan.processes, program, survives=survives, hosts=plan.host_list
+                )
+            ending = supervise(command, show, folder.failure.exists, is_rank=mpiexec is None)
+            if plan.program and not folder.record.exists():
+                return close_calls(ending, folder, plan)
             try:
-                return _judge(ending, folder)
+                return _judge(ending, folder, plan.processes, before)
             except RestartableError as error:
                 over = plan.on_failure == "stop" or restarts == plan.max_restarts
                 if over or not folder.record.exists():
@@ -124,28 +129,45 @@ def _first_lost(folder: RunFolder, ending: MpiexecResult, injected: Sequence[Mar
         return injected[-1].rank
     if named := re.search(r"process rank (\d+)", ending.last_words):
         return int(named[1])
-    return int(json.loads(folder.failure.read_bytes())["rank"]) if folder.failure.exists() else -1
+    failure = folder.read_failure()
+    return int(failure["rank"]) if failure else -1
 
 
-def _judge(ending: MpiexecResult, folder: RunFolder) -> Record:
-    """What came of the ranks, by what they left in the folder; mpiexec's own code says too little."""
-    if folder.failure.exists():
-        failure = json.loads(folder.failure.read_bytes())
+def _content(folder: RunFolder) -> bytes | None:
+    """Of record.json, None if there is none."""
+    return folder.record.read_bytes() if folder.record.exists() else None
+
+
+def _judge(ending: MpiexecResult, folder: RunFolder, ranks: int, before: bytes | None) -> Record:
+    """What came of so many ranks, by what they left in the folder, where the record was as `before`;
+    mpiexec's own code says too little."""
+    of_all = causes.find_crashes(folder, range(ranks))
+    failure = folder.read_failure()
+    if failure is not None:
+        if failure["may_restart"] and of_all is not None:  # others gave up as too few were left
+            _close(folder, "failed", str(of_all))
+            raise of_all
         wrong_use = failure["exit_code"] == UsageError.exit_code
         kind = RestartableError if failure["may_restart"] else TrainingError
         error = (UsageError if wrong_use else kind)(failure["message"])
-        error.add_note(f"On rank {failure['rank']}:\n{failure['traceback']}")  # which --debug shows
+        error.exit_code = failure["exit_code"]
+        if failure["traceback"]:
+            error.add_note(f"On rank {failure['rank']}:\n{failure['traceback']}")  # which --debug shows
         if not wrong_use:
             _close(folder, "failed", failure["message"])
         raise error
     last_words = " ".join(ending.last_words.split())[:600] or "it left no word"
-    if not folder.record.exists():
+    content = _content(folder)
+    if content is None or content == before:
         if ending.interrupted:
             raise Interrupted("stopped before the ranks had begun")
-        raise LaunchError(f"mpiexec ended with code {ending.code} before the ranks had begun: {last_words}")
+        known = causes.last_words(folder)
+        message = f"mpiexec ended with code {ending.code} before the ranks had begun: {known or last_words}"
+        raise RestartableError(message) if known or before else LaunchError(message)
     record = folder.read()
     if record.outcome == "interrupted" or (record.outcome == "running" and ending.interrupted):
-        message = record.message or f"stopped; go on with: rankwise train --resume {folder.path}"
+        command = "run" if record.config.get("program") else "train"
+        message = record.message or f"stopped; go on with: rankwise {command} --resume {folder.path}"
         _close(folder, "interrupted", message)
         raise Interrupted(message)
     if record.outcome == "running":
@@ -154,11 +176,11 @@ def _judge(ending: MpiexecResult, folder: RunFolder) -> Record:
             message = f"all ranks failed: {words[0]['message']}"
             _close(folder, "failed", message)
             raise TrainingError(message)
-        known = [f"rank {rank}: {its['message']}" for rank, its in words.items() if its]
+        if of_all is not None:
+            _close(folder, "failed", str(of_all))
+            raise of_all
         gone = re.search(r"lost communication.* Remote daemon: .*? on node (\S+)", last_words)
-        if gone:
-            known = [f"host {gone[1]} was lost"]
-        last_words = "; ".join(known) or last_words
+        last_words = f"host {gone[1]} was lost" if gone else causes.last_words(folder) or last_words
         message = f"the ranks ended in the middle of the run, mpiexec with code {ending.code}: {last_words}"
         _close(folder, "failed", message)
         raise RestartableError(message)
@@ -169,50 +191,6 @@ def _close(folder: RunFolder, outcome: Literal["interrupted", "failed"], message
     """Finish the record of ranks that are gone; if even that fails, the first error is what counts."""
     with contextlib.suppress(RankwiseError):
         folder.close(outcome, message)
-
-
-def command_line(
-    mpiexec: Mpiexec,
-    ranks: int,
-    program: list[str],
-    *,
-    survives: bool = False,
-    hosts: Sequence[Host] = (),
-) -> list[str]:
-    """The command that starts `program` on `ranks` ranks, which with `survives` go on if one dies.
-
-    Ranks of this machine are bound to a NUMA domain, where their memory is near, but not to a core:
-    bound to cores, two ranks on two cores lost 7% to whatever else ran there. With more ranks than
-    cores the scheduler decides, and ranks yield while they wait. A container's share of the CPUs does
-    not say which ones they are, so there no rank is bound. In a batch job of several hosts mpiexec
-    knows best.
-
-    On `hosts` ranks fill one after the other.
-    """
-    command = [str(mpiexec.path), "-n", str(ranks)]
-    if survives:
-        command += ["--with-ft", "ulfm"]
-    if hosts:
-        crowded = ranks > sum(host.slots for host in hosts)
-        command += ["--host", ",".join(map(str, hosts))]
-        command += ["--map-by", "slot:OVERSUBSCRIBE" if crowded else "slot", "--bind-to", "none"]
-        command += ["--mca", "mpi_yield_when_idle", "1"] if crowded else []
-        command += ["--mca", "btl", "self,sm,tcp", *SURVIVING_BETWEEN_HOSTS]
-        for variable in passed_on():
-            command += ["-x", variable]
-    elif mpiexec.is_open_mpi and allocated_hosts() > 1:
-        command += SURVIVING_BETWEEN_HOSTS if survives else []
-    elif mpiexec.is_open_mpi:
-        # Shared memory alone spares a second of looking at networks.
-        command += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm"]
-        if ranks > machine.usable_cores():
-            command += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-            command += ["--mca", "mpi_yield_when_idle", "1"]
-        elif machine.cpu_quota() is not None:
-            command += ["--bind-to", "none"]
-        else:
-            command += ["--map-by", "numa", "--bind-to", "numa"]
-    return [*command, *program]
 
 
 class RestartableError(TrainingError):

@@ -29,13 +29,15 @@ class Order:
     """A run to start: its options as given, and where words about it go.
 
     `resume` goes on in that folder. With `tune` trials find out first how to run it. `remarks` are for the
-    user. `asked_ns` is when it was given, on `time.monotonic_ns`'s clock.
+    user. `asked_ns` is when it was given, on `time.monotonic_ns`'s clock. What a program prints on stdout
+    goes to stdout, or with `keeps_stdout` to stderr.
     """
 
     config: TrainConfig
     resume: Path | None = None
     tune: bool = False
     remarks: tuple[str, ...] = ()
+    keeps_stdout: bool = False
     asked_ns: int = field(default_factory=time.monotonic_ns)
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
@@ -130,7 +132,7 @@ def _made(order: Order, plan: RunPlan) -> tuple[RunFolder, list[Path]]:
     if plan.out:
         folder = RunFolder(plan.out)
         return folder, folder.create()
-    paths = new_run_paths(plan.model)
+    paths = new_run_paths(plan.label)
     while True:
         folder = RunFolder(next(paths))
         with contextlib.suppress(FileExistsError):
@@ -157,16 +159,22 @@ def resumed(order: Order, folder: RunFolder, stored: Record) -> Order:
     given, in_force = order.config, stored.config
     # A run of a version without plans has kept nothing but its record.
     asked = read_asked(folder)
-    options = dict(in_force) if asked is None else asked | {name: in_force[name] for name in SETTLED}
+    settled = {name: in_force[name] for name in SETTLED if in_force[name] is not None}
+    options = dict(in_force) if asked is None else asked | settled
     remarks = []
     for name, value in given.model_dump(mode="json", include=given.model_fields_set - {"out"}).items():
         if value == in_force.get(name):
             continue
         option = name.replace("_", "-")
-        if name in ("model", "dataset", "optimizer"):
+        if name in ("model", "dataset", "optimizer", "init"):
             raise ResumeError(
                 f"{folder.path} holds a run with --{option} {in_force.get(name)}, but {value} was given: "
                 "leave the option out, or start a new run"
+            )
+        if name == "epochs" and value < len(stored.epochs):
+            raise ResumeError(
+                f"{folder.path} has trained {len(stored.epochs)} epochs already, but --epochs {value} was "
+                f"given: give {len(stored.epochs)} or more, or start a new run"
             )
         remarks.append(f"--{option} is {value} instead of {in_force.get(name)}")
         if name == "ranks":

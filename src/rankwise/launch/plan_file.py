@@ -20,14 +20,15 @@ def write_plan(folder: RunFolder, asked: TrainConfig, plan: RunPlan) -> None:
     """
     on_hosts = ("hosts", "ranks", "spares") if plan.hosts else ()
     given = {**_json(asked, asked.model_fields_set - {"hostfile"}), **_json(plan, on_hosts)}
-    content = {"asked": given, "plan": plan.model_dump(mode="json")}
+    content = {"asked": given, "plan": plan.model_dump(mode="json"), "program": plan.program}
     write_atomically(folder.plan, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def read_plan(folder: RunFolder) -> RunPlan:
     """The plan of a run that is about to start. Raises ResumeError, one line, if it is missing or damaged."""
     try:
-        return RunPlan(**json.loads(folder.plan.read_bytes())["plan"])
+        content = json.loads(folder.plan.read_bytes())
+        return RunPlan(**content["plan"], program=content.get("program", ()))
     except (OSError, ValueError, TypeError, LookupError, RecursionError, ConfigError) as error:
         raise ResumeError(f"{folder.plan} cannot be read: {one_line(error)[:200]}") from None
 

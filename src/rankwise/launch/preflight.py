@@ -9,13 +9,16 @@ from rankwise import data
 from rankwise.data.selection import select
 from rankwise.errors import ConfigError
 from rankwise.plan import RunPlan
+from rankwise.system import limits
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that can start: its plan, and how many samples an epoch trains."""
+    """A run that can start: its plan, and how many epochs there are and samples in each; 0 if a program
+    says that itself."""
 
     plan: RunPlan
+    epochs: int
     samples_per_epoch: int
 
 
@@ -25,9 +28,7 @@ def prepare(plan: RunPlan, on_progress: Callable[[str, int, int], None] | None =
     Raises UsageError, one line, for a dataset that is missing or damaged, too small for the workers, or not
     what the options expect.
     """
-    dataset = data.prepare(
-        plan.dataset, data_dir=plan.data_dir, cache_dir=plan.cache_dir, on_progress=on_progress
-    )
+    dataset = data.prepare_of(plan, on_progress)
     if plan.classes not in (None, len(dataset.classes)):
         raise ConfigError(
             f"--classes {plan.classes} was given, by the recipe or by you, but {plan.dataset} has "
@@ -40,4 +41,10 @@ def prepare(plan: RunPlan, on_progress: Callable[[str, int, int], None] | None =
             f"{height} pixels: expected fewer"
         )
     samples = len(select(plan, dataset, workers=plan.workers).train_pool)
-    return PreparedRun(plan, samples * (plan.workers if plan.entry.replicates else 1))
+    return PreparedRun(plan, plan.epochs, samples * (plan.workers if plan.entry.replicates else 1))
+
+
+def remarks(plan: RunPlan) -> list[str]:
+    """What may go wrong on this machine, a line each."""
+    line = limits.shared_memory_short(plan.processes) if plan.processes > 1 and plan.hosts is None else None
+    return [line] if line else []

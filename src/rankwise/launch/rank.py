@@ -7,14 +7,12 @@ import contextlib
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from rankwise.comm import World, solo_world
-from rankwise.comm.mpi import mpi_world
+from rankwise.comm.mpi import may_vanish, mpi_world
 from rankwise.errors import (
     ConfigError,
     Interrupted,
@@ -23,8 +21,8 @@ from rankwise.errors import (
     RankwiseError,
     SupersededError,
     UsageError,
-    one_line,
 )
+from rankwise.launch.failures import translated, write_failure
 from rankwise.launch.order import OpenFolder, Order, open_folder
 from rankwise.launch.plan_file import read_plan
 from rankwise.launch.preflight import PreparedRun
@@ -34,11 +32,12 @@ from rankwise.report.live import Display
 from rankwise.runs import checkpoint
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
-from rankwise.survival import causes
+from rankwise.survival import causes, crashes
 from rankwise.system import machine
-from rankwise.system.signals import handling
+from rankwise.system.process_end import end_process
 from rankwise.training.agreement import require_same_options
-from rankwise.training.rank import Say, run
+from rankwise.training.rank import run
+from rankwise.training.set_up import Say, stop_on_signal
 
 FIRST_WORD_S = 2.0
 """How long a rank that fails too leaves the first one to say why, before it ends the job itself."""
@@ -46,7 +45,7 @@ FIRST_WORD_S = 2.0
 
 def train_alone(order: Order, prepared: PreparedRun, folder: RunFolder) -> Record:
     """One rank, in this process, without MPI."""
-    world = solo_world(_ledger())
+    world = solo_world(new_ledger())
     plan = read_plan(folder)
     live = order.console.is_terminal
     with order.display(folder, plan.epochs, prepared.samples_per_epoch, live=live) as display:
@@ -59,7 +58,7 @@ def train_alone(order: Order, prepared: PreparedRun, folder: RunFolder) -> Recor
                 folder.close("interrupted", "stopped at once")
             raise
         except Exception as error:
-            told = _translated(error, world)
+            told = translated(error, world.rank, world.size)
             with contextlib.suppress(RankwiseError):
                 folder.close("failed", str(told))
             raise told from error
@@ -71,12 +70,15 @@ def main() -> None:
     Ends with the exit code of its error, which stands in the folder, and prints nothing of it: the launcher
     tells the user.
     """
+    folder = RunFolder(Path(sys.argv[1]))
+    code = 0
     try:
-        train_as_launched(RunFolder(Path(sys.argv[1])))
+        train_as_launched(folder)
     except KeyboardInterrupt:
-        sys.exit(Interrupted.exit_code)
+        code = Interrupted.exit_code
     except RankwiseError as error:
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    end_process(code, ends_libraries=not may_vanish())
 
 
 def train_as_launched(folder: RunFolder) -> Record:
@@ -87,19 +89,23 @@ def train_as_launched(folder: RunFolder) -> Record:
     machine.die_with_parent(signal.SIGKILL)  # or it might stay behind when a host's daemon is lost
     try:
         plan = read_plan(folder)
-        world = mpi_world(_ledger())
+        world = mpi_world(new_ledger())
     except UsageError as error:
-        _write_failure(folder, 0, error, error)
+        write_failure(folder, 0, error, error)
         raise
-    with _ending_all_ranks(world, folder, lambda told: None):
-        if world.size != plan.processes:
-            raise LaunchError(
-                f"{plan.processes} ranks were started, but this one sees {world.size}: mpiexec and the MPI "
-                f"library of mpi4py ({world.describe()}) do not fit together; rankwise doctor shows both"
-            )
+    with ending_all_ranks(world, folder, lambda told: None):
+        _require_size(world, plan)
         record = _train(plan, world, folder, lambda line: print(line, file=sys.stderr, flush=True))
     world.close()
     return record
+
+
+def _require_size(world: World, plan: RunPlan) -> None:
+    if world.size != plan.processes:
+        raise LaunchError(
+            f"{plan.processes} ranks were started, but this one sees {world.size}: mpiexec and the MPI "
+            f"library of mpi4py ({world.describe()}) do not fit together; rankwise doctor shows both"
+        )
 
 
 def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
@@ -110,13 +116,13 @@ def train_as_rank(order: Order) -> tuple[Record, RunFolder, int]:
     without it. Raises ConfigError if ranks were given different options.
     """
     machine.die_with_parent(signal.SIGKILL)
-    world = mpi_world(_ledger())
-    with _ending_all_ranks(world, None, lambda told: order.say(f"rankwise: {told}")):
+    world = mpi_world(new_ledger())
+    with ending_all_ranks(world, None, lambda told: order.say(f"rankwise: {told}")):
         require_same_options(world, order.config.model_dump(mode="json", exclude={"out"}))
         mine = _opened(order, world.size) if world.rank == 0 else None
         opened: OpenFolder = world.allgather_object(mine)[0]
     folder = opened.folder
-    with _ending_all_ranks(world, folder, lambda told: _tell(order, opened, told)):
+    with ending_all_ranks(world, folder, lambda told: _tell(order, opened, told)):
         record = _as_given(order, read_plan(folder), world, folder)
     world.close()
     if mine is not None:
@@ -164,37 +170,31 @@ def _train(plan: RunPlan, world: World, folder: RunFolder, say: Say) -> Record:
     """From the newest checkpoint, if a run has left a record in the folder."""
     start = None
     folder.take_part()
-    with _stop_on_signal(world):
+    with stop_on_signal(world), crashes_written_down(world, folder):
         if folder.record.exists():
             tell = say if world.rank == 0 else _silent
             start = checkpoint.newest(folder.checkpoints, on_damage=tell)
-            tell(f"going on after epoch {start.epoch} of {plan.epochs}")
+            tell(f"going on {start.where(plan.epochs)}")
         return run(plan, world, folder, say=say, start=start)
+
+
+def crashes_written_down(world: World, folder: RunFolder) -> contextlib.AbstractContextManager[None]:
+    """Where there are other ranks, which may go on."""
+    if world.size == 1:
+        return contextlib.nullcontext()
+    return crashes.written_down(folder.crash_of(world.number))
 
 
 def _silent(_: str) -> None:
     """Ranks other than 0 keep their remarks to themselves."""
 
 
-def _ledger() -> Ledger:
+def new_ledger() -> Ledger:
     return Ledger(start_ns=machine.process_start_ns(), cost_ns=measure_cost())
 
 
 @contextlib.contextmanager
-def _stop_on_signal(world: World) -> Iterator[None]:
-    """While inside, SIGINT, SIGTERM and SIGUSR1 ask the run to stop at its next synchronisation."""
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        if world.stopping and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a person asked twice: at once
-        world.stopping = True
-
-    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), ask):
-        yield
-
-
-@contextlib.contextmanager
-def _ending_all_ranks(
+def ending_all_ranks(
     world: World, folder: RunFolder | None, tell: Callable[[RankwiseError], None]
 ) -> Iterator[None]:
     """A rank that fails inside ends the whole job, if the others cannot go on: one that just left would hang
@@ -210,9 +210,11 @@ def _ending_all_ranks(
     except BaseException as caught:
         alone = world.survives and not isinstance(caught, RankwiseError | KeyboardInterrupt)
         cause = _die_alone(world, folder, caught) if folder and alone else caught
-        told = _translated(cause, world)
+        if folder and isinstance(cause, RankLost):
+            cause = causes.find_crashes(folder, world.members) or cause
+        told = translated(cause, world.rank, world.size, folder)
         # Without a folder it is wrong use, of which rank 0 knows.
-        if _write_failure(folder, world.rank, told, cause) if folder else world.rank == 0:
+        if write_failure(folder, world.rank, told, cause) if folder else world.rank == 0:
             tell(told)
         else:
             time.sleep(FIRST_WORD_S)
@@ -231,15 +233,6 @@ def _tell(order: Order, opened: OpenFolder, told: RankwiseError) -> None:
             opened.folder.close("failed", str(told))
 
 
-def _translated(error: BaseException, world: World) -> RankwiseError:
-    """A foreign error as one of ours, in one line that names the rank."""
-    if isinstance(error, UsageError):
-        return error
-    where = f"rank {world.rank} on {machine.host_name()} failed: " if world.size > 1 else ""
-    kind = "" if isinstance(error, RankwiseError) else f"{type(error).__name__}: "
-    return RankwiseError(f"{where}{kind}{one_line(error)}")
-
-
 def _die_alone(world: World, folder: RunFolder, error: BaseException) -> BaseException:
     """Leave word of why, and end: the other ranks go on, and tell the user. Returns what ends all of them
     instead, if the same has ended another one before."""
@@ -247,18 +240,6 @@ def _die_alone(world: World, folder: RunFolder, error: BaseException) -> BaseExc
     if of_all is None:
         machine.kill_self()
     return of_all or error
-
-
-def _write_failure(folder: RunFolder, rank: int, told: RankwiseError, error: BaseException) -> bool:
-    """Leave word of the run's first failure, and of what was behind it; returns whether it was the first."""
-    content = {
-        "rank": rank,
-        "message": str(told),
-        "exit_code": told.exit_code,
-        "may_restart": not isinstance(error, RankwiseError) or isinstance(error, RankLost),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
-    return folder.leave_failure(content)
 
 
 if __name__ == "__main__":

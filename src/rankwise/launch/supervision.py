@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +20,7 @@ from typing import IO
 from rankwise.comm.mpi_environment import mpi_environment
 from rankwise.errors import LaunchError
 from rankwise.system import machine
-from rankwise.system.signals import handling
+from rankwise.system.signals import STOP, handling, leave_lost_terminal
 
 LEAVE_S = 3.0
 """How long ranks may take to leave after mpiexec has ended."""
@@ -31,6 +33,10 @@ ABORT_S = 5.0
 does not do it when a rank was lost before."""
 
 
+_MARK = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
+"""What Open MPI's mpiexec puts in front of a rank's line, with --output tag."""
+
+
 @dataclass(frozen=True)
 class MpiexecResult:
     """How the ranks ended: mpiexec's code, whether the user stopped them, mpiexec's last words."""
@@ -40,15 +46,28 @@ class MpiexecResult:
     last_words: str
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line that a rank has printed, of which mpiexec told the number, or None; `is_error` is for stderr."""
+
+    text: str
+    rank: int | None
+    is_error: bool
+
+
 def supervise(
-    command: list[str], show: Callable[[str], None], failed: Callable[[], bool] = lambda: False
+    command: list[str],
+    show: Callable[[Line], None],
+    failed: Callable[[], bool] = lambda: False,
+    *,
+    is_rank: bool = False,
 ) -> MpiexecResult:
     """Run mpiexec to its end, in a session of its own so that a terminal's Ctrl-C does not reach it.
 
-    SIGINT, SIGTERM and SIGUSR1 here become SIGUSR1 to mpiexec, which passes it on to the ranks untouched
-    (SIGTERM it would follow with SIGKILL a quarter of a second later). A second one ends the ranks
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 here become SIGUSR1 to mpiexec, which passes it on to the ranks
+    untouched (SIGTERM it would follow with SIGKILL a quarter of a second later). A second one ends the ranks
     at once. `show` gets what ranks print, line by line; mpiexec's own banners are held back. `failed` says
-    whether a rank has left word that the run fails.
+    whether a rank has left word that the run fails. With `is_rank` the command is the only rank itself.
     """
     try:
         process = subprocess.Popen(
@@ -66,7 +85,11 @@ def supervise(
     assert process.stderr is not None
     banners: list[str] = []
     readers = [
-        threading.Thread(target=_pass_on, args=(stream, show, banners))
+        threading.Thread(
+            target=_pass_on,
+            args=(stream, stream is process.stderr, show, banners),
+            kwargs={"is_rank": is_rank},
+        )
         for stream in (process.stdout, process.stderr)
     ]
     for reader in readers:
@@ -85,21 +108,31 @@ def supervise(
     _end_session(process.pid)
     for reader in readers:
         reader.join()
-    return MpiexecResult(process.returncode, bool(asked_at), "\n".join(banners))
+    process.stdout.close()
+    process.stderr.close()
+    last_words = "\n".join(banners)
+    killed = re.search(r"a rank was ended by signal (\d+)", last_words)
+    # MPICH gives a signal's number as code, as if a rank had said it, and ORs those of several ranks.
+    code = 128 + int(killed[1]) if killed else process.returncode
+    return MpiexecResult(code, bool(asked_at), last_words)
 
 
 @contextlib.contextmanager
 def _stop_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float]]:
-    """While inside, SIGINT, SIGTERM and SIGUSR1 (a batch system's notice) ask the ranks to stop; gives the
-    moments at which they came."""
+    """While inside, SIGINT, SIGTERM, SIGHUP and SIGUSR1 (a batch system's notice) ask the ranks to stop;
+    gives the moments at which they came."""
     asked_at: list[float] = []
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
+            if asked_at:  # of a closed terminal both the kernel and the shell tell
+                return
         asked_at.append(time.monotonic())
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGUSR1)
 
-    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), ask):
+    with handling(STOP, ask):
         yield asked_at
 
 
@@ -124,15 +157,104 @@ def _end_session(leader: int) -> None:
         time.sleep(0.02)
 
 
-def _pass_on(stream: IO[bytes], show: Callable[[str], None], banners: list[str]) -> None:
-    """Show a stream line by line, but keep aside what stands between two rulers of dashes: banners
-    of mpiexec, which say in twenty lines what rankwise says in one."""
-    in_banner = False
+def _pass_on(
+    stream: IO[bytes], is_error: bool, show: Callable[[Line], None], banners: list[str], *, is_rank: bool
+) -> None:
+    """Show a stream line by line, but keep aside what mpiexec and MPI say themselves: banners between two
+    rulers of dashes, which say in twenty lines what rankwise says in one."""
+    held: dict[int | None, _Banner] = defaultdict(_Banner)
+    noisy: set[int | None] = set()
     for raw in stream:
         line = raw.decode(errors="replace").rstrip("\n").replace("\0", "")  # Open MPI ends a line with NUL
-        if len(line) > 20 and set(line) == {"-"}:
-            in_banner = not in_banner
-        elif in_banner or line.startswith(("prterun", "mpirun", "mpiexec", "Abort(", "NBC_Progress:")):
+        marks = list(_MARK.finditer(line))
+        if is_rank:
+            show(Line(line, 0, is_error))
+            continue
+        if marks and marks[0].start() == 0:
+            ends = [*(mark.start() for mark in marks[1:]), len(line)]
+            parts: list[tuple[int | None, str]] = [
+                (int(mark[1]), line[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)
+            ]
+        elif line.startswith(("prterun", "mpirun", "mpiexec", "Abort(", "NBC_Progress:")):
             banners.append(line)
-        elif line and "plm:ssh: Warning" not in line:
-            show(line)
+            continue
+        elif _OF_HYDRA.match(line):
+            if told := _BY_SIGNAL.search(line):
+                banners.append(f"a rank was ended by signal {told[2]} ({told[1]})")
+            continue
+        elif "plm:ssh: Warning" in line:
+            continue
+        else:
+            parts = [(None, line)]
+        for rank, text in parts:
+            if text.startswith(_NOISE):  # of MPI, where a rank was lost; an empty line follows
+                banners.append(text)
+                noisy.add(rank)
+                continue
+            if rank in noisy and not text:
+                noisy.discard(rank)
+                continue
+            for shown in held[rank].take(text, banners, of_rank=rank is not None):
+                if shown or rank is not None:
+                    show(Line(shown, rank, is_error))
+    for rank, banner in held.items():
+        for shown in banner.rest():
+            show(Line(shown, rank, is_error))
+
+
+class _Banner:
+    """Tells banners from what a rank prints. Where lines have the marks of ranks, a rank's own ruler is told
+    from that of a banner by the line that follows."""
+
+    def __init__(self) -> None:
+        self._ruler: str | None = None
+        self._is_inside = self._was_inside = False
+
+    def take(self, line: str, banners: list[str], *, of_rank: bool) -> list[str]:
+        """The next line; returns what is to be shown by now."""
+        is_ruler = len(line) > 20 and set(line) == {"-"}
+        was_inside, self._was_inside = self._was_inside, self._is_inside
+        if was_inside and not (line or self._is_inside):
+            return []  # the empty line behind a banner
+        if self._is_inside:
+            self._is_inside = not is_ruler
+            if not is_ruler:
+                banners.append(line)
+            return []
+        if self._ruler is not None:
+            before, self._ruler = self._ruler, None
+            if of_rank and not line.startswith(_OF_MPI):
+                return [before, *self.take(line, banners, of_rank=True)]
+            self._is_inside = not is_ruler
+            if not is_ruler:
+                banners.append(line)
+            return []
+        if is_ruler:
+            self._ruler = line
+            return []
+        return [line]
+
+    def rest(self) -> list[str]:
+        """What is still held back at the end."""
+        return [] if self._ruler is None else [self._ruler]
+
+
+_OF_HYDRA = re.compile(
+    r"=   (BAD TERMINATION|PID \d|EXIT CODE|CLEANING UP|YOU CAN IGNORE)|YOUR APPLICATION TERMINATED WITH|"
+    r"This typically refers to a problem with your|Please see the FAQ page for debugging|={83}$"
+)
+"""What MPICH's mpiexec says of a rank that did not end well."""
+
+_BY_SIGNAL = re.compile(r"EXIT STRING: (.+) \(signal (\d+)\)")
+
+_NOISE = "NBC_Progress: an error"
+
+_OF_MPI = (
+    "MPI_ABORT was invoked",
+    "It looks like MPI",
+    "Open MPI",
+    "An MPI process",
+    "A call to",
+    "WARNING:",
+)
+"""How banners begin that MPI prints in a rank."""

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def tuned(order: Order) -> Order:
     plan = make_plan(order.config)
     with showing_progress(order.console) as on_progress:
         preflight.prepare(plan, on_progress)
-    dataset = data.prepare(plan.dataset, data_dir=plan.data_dir, cache_dir=plan.cache_dir)
+    dataset = data.prepare_of(plan)
     samples = len(select(plan, dataset, workers=plan.workers).train_pool)
     place = _place(order.config, samples)
     choice = _remembered(place)
@@ -215,7 +214,7 @@ def _place(config: TrainConfig, samples: int) -> Path:
     folder.mkdir(exist_ok=True)
     key = {
         "machine": [machine.cpu_model(), machine.usable_cores()],
-        "versions": [metadata.version("rankwise"), metadata.version("torch")],
+        "versions": [machine.version_of("rankwise"), machine.version_of("torch")],
         "options": config.model_dump(mode="json", exclude=set(UNTOLD)),
         "given": sorted(config.model_fields_set - set(UNTOLD)),
         "samples": samples,

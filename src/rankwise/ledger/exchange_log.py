@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
 
@@ -14,6 +14,8 @@ import numpy as np
 from rankwise.errors import RankLost
 from rankwise.ledger.ideal_time import IdealTime
 from rankwise.ledger.phases import Ledger
+from rankwise.ledger.regions import LedgerRegions
+from rankwise.ledger.shares import Asks, compare_shares
 from rankwise.ledger.stalls import StallDetector
 from rankwise.ledger.timeline import EXCHANGE, Timeline
 from rankwise.ledger.waits import (
@@ -27,6 +29,7 @@ from rankwise.ledger.waits import (
     Times,
     message_name,
     split,
+    summed,
     violations,
 )
 
@@ -57,6 +60,12 @@ class Chunk:
     messages: Log
     start_ns: int
     busy_ns: int
+
+    @property
+    def standing(self) -> Times:
+        """What ranks must know of each other to compare shares: the numbers of collective exchanges and of
+        messages, and `start_ns`."""
+        return np.array([len(self.collective), len(self.messages), self.start_ns])
 
 
 class OpenExchange:
@@ -123,15 +132,17 @@ class OpenExchange:
 
     def _charge(self, error: BaseException, began_ns: int) -> None:
         if isinstance(error, RankLost):
-            self._ledger.move("transfer", "recovery", self._ledger.mark_ns - began_ns)
+            self._log.failed_ns = self._ledger.mark_ns - began_ns
+            self._ledger.move("transfer", "recovery", self._log.failed_ns)
 
 
 class ExchangeLog:
     """Logs the exchanges of one rank; `compare` moves what was waiting in them to where it belongs.
 
     `wait_on_ns` is the waiting by the rank that was waited for, under the number that it began with,
-    `hidden_ns` what went on behind computing, `violations` how often clocks contradicted each other,
-    `origin_ns` the start of rank 0's process on the common clock.
+    `hidden_ns` what went on behind computing, `failed_ns` how long the last exchange took that ended with
+    RankLost, `violations` how often clocks contradicted each other, `origin_ns` the start of rank 0's process
+    on the common clock.
     """
 
     def __init__(self, rank: int, size: int, ledger: Ledger, timeline: Timeline, clock: CommonClock) -> None:
@@ -141,10 +152,12 @@ class ExchangeLog:
         self._members = list(range(size))
         self._number = rank
         self.ideal_time = IdealTime(size)
+        self.regions = LedgerRegions(ledger)
         self._begin(rank)
         self.origin_ns = ledger.start_ns
         self.wait_on_ns: Counter[int] = Counter()
         self.hidden_ns = 0
+        self.failed_ns = 0
         self.violations = 0
 
     def _begin(self, rank: int) -> None:
@@ -229,9 +242,16 @@ class ExchangeLog:
         self._begin(members.index(self._number))
 
     def _close(self, chunks: list[Chunk], survivors: list[int]) -> None:
-        """Compare what these ranks had together."""
-        count = min(len(chunk.collective) for chunk in chunks)
+        """Compare what these ranks had together, and none of them has compared yet."""
         rank = survivors.index(self._rank)
+        first = max(
+            (int(chunk.collective["number"][0]) for chunk in chunks if len(chunk.collective)), default=0
+        )
+        chunks = [
+            replace(chunk, collective=chunk.collective[chunk.collective["number"] >= first])
+            for chunk in chunks
+        ]
+        count = min(len(chunk.collective) for chunk in chunks)
         collective: Log = np.stack([chunk.collective[:count] for chunk in chunks])
         roots = collective["peer"][0]
         kept = np.isin(roots, [-1, *survivors])
@@ -239,7 +259,8 @@ class ExchangeLog:
         new_of = {old: new for new, old in enumerate(survivors)} | {-1: -1}
         collective["peer"] = [[new_of[int(root)] for root in roots[kept]]] * len(chunks)
         self._members = [self._members[rank] for rank in survivors]
-        rows = [row for row, keep in zip(self._collective[:count], kept, strict=True) if keep]
+        own = [row for row in self._collective if row["number"] >= first]
+        rows = [row for row, keep in zip(own[:count], kept, strict=True) if keep]
         self._take(rows, split(collective, rank))
         self.ideal_time.leave_out(survivors)
         self.ideal_time.add(collective, [chunk.messages[:0] for chunk in chunks])
@@ -257,6 +278,19 @@ class ExchangeLog:
         self.ideal_time.add(collective, messages)
         del self._collective[:count]
 
+    def compare_shares(self, chunk: Chunk, standings: Times) -> Asks:
+        """The same where no rank reports messages: each compares a share. `chunk` is this rank's, `standings`
+        those of all, in rank order."""
+        count = int(standings[:, 0].min())
+        self.origin_ns = int(standings[0, 2])
+        log = chunk.collective[:count]
+        found = yield from compare_shares(self._rank, len(standings), log)
+        waited = yield from self.ideal_time.add_own(log, self._rank)
+        self._take(self._collective[:count], summed(found))
+        self.violations += int(found["contradicts"].sum())
+        del self._collective[:count]
+        return waited
+
     def _take(self, rows: list[LogRow], found: Split) -> None:
         log = _table(rows)
         # Each exchange lies in one period of the ledger, in which it was transfer as a whole.
@@ -265,6 +299,7 @@ class ExchangeLog:
             of_it = periods == period
             self._ledger.move("transfer", "wait", int(found.wait_ns[of_it].sum()), int(period))
             self._ledger.move("transfer", "other", int(found.stopped_ns[of_it].sum()), int(period))
+        self.regions.found(log["left_ns"], found.wait_ns, found.stopped_ns)
         for rank, ns in found.charged_ns.items():
             self.wait_on_ns[self._members[rank]] += ns
         self.hidden_ns += found.hidden_ns

@@ -9,11 +9,19 @@ and imbalance; what the real run took longer is transfer.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Generator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.ledger.shares import Asks, Collect, Highest
 from rankwise.ledger.waits import Log, Name, Pattern, Times, message_name
+
+BLOCK = 32
+"""Exchanges that ranks replay together at once."""
+
+NEVER = -(2**61)
+"""A time long before all others, to which one can be added."""
 
 
 class IdealTime:
@@ -43,6 +51,15 @@ class IdealTime:
                 done = until
             self._collective(collective[:, number])
         self._messages([log[a:] for log, a in zip(logs, done, strict=True)])
+
+    def add_own(self, log: Log, rank: int) -> Asks:
+        """The same for collective exchanges alone, together with all ranks, of which each has its own `log`
+        only. Its time does not grow with the ranks but by that of finding the largest over all."""
+        waited = int(self._waited_ns[rank])
+        for start in range(0, len(log), BLOCK):
+            waited = yield from _replayed(log[start : start + BLOCK], rank, waited)
+        self._waited_ns = (yield Collect(np.array([waited]))).reshape(-1)
+        return self._waited_ns
 
     def leave_out(self, survivors: list[int]) -> None:
         """Go on with these ranks alone; messages that are under way are lost."""
@@ -102,3 +119,25 @@ class IdealTime:
 
 def _is_send(log: Log) -> NDArray[np.bool_]:
     return np.asarray(log["pattern"] == Pattern.SEND)
+
+
+def _replayed(log: Log, rank: int, waited_ns: int) -> Generator[Highest, Log, int]:
+    """How long a rank has waited when it has come through a few collective exchanges.
+
+    An exchange m is over at M_m, when the last rank has come that it needs; a rank then has waited so that
+    its clock is there. It comes to a later one n at M_m + D_nm, where D_nm is what it computed between. So
+    the largest over all ranks of D, and of when they come if they waited for nothing, say all M.
+    """
+    pattern, root = log["pattern"], log["peer"]
+    came, here = log["posted_busy_ns"], log["entered_busy_ns"]
+    is_needed = (pattern != Pattern.ONE_TO_ALL) | (root == rank)
+    waits = (pattern != Pattern.ALL_TO_ONE) | (root == rank)
+    later, earlier = np.tril_indices(len(log), -1)
+    between = np.where(is_needed[later] & waits[earlier], came[later] - here[earlier], NEVER)
+    at_first = np.where(is_needed, came + waited_ns, NEVER)
+    highest = yield Highest(np.concatenate([at_first, between]))
+    over, between = highest[: len(log)].copy(), highest[len(log) :]
+    for number in range(1, len(log)):
+        row = between[number * (number - 1) // 2 :][:number]
+        over[number] = max(over[number], (over[:number] + row).max())
+    return int(np.where(waits, over - here, NEVER).max(initial=waited_ns))

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 PHASES = (
@@ -29,6 +28,9 @@ PHASES = (
     "other",
     "instrument",
 )
+
+RECORDED = (*PHASES, "compute")
+"""What a record holds: beside the phases of a training that of a program's own work, which no other names."""
 
 TRAINING = ("data", "forward", "backward", "optimizer")
 """Phases of a worker that train."""
@@ -64,6 +66,23 @@ class _Reading:
 
     spent_ns: tuple[int, ...]
     visits: tuple[int, ...]
+
+
+class Visit:
+    """A `with` block in a phase of a ledger. No generator, which takes longer in a step than the phase's two
+    changes."""
+
+    __slots__ = ("_before", "_ledger", "_name")
+
+    def __init__(self, ledger: Ledger, name: str) -> None:
+        self._ledger = ledger
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._before = self._ledger.enter(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._ledger.enter(self._before)
 
 
 class Ledger:
@@ -127,6 +146,11 @@ class Ledger:
         return self._phase
 
     @property
+    def spent_ns(self) -> Mapping[str, int]:
+        """What the cursor has counted in each phase until the running one began."""
+        return self._spent_ns
+
+    @property
     def busy_ns(self) -> int:
         """Time outside exchanges, since the end of start-up until the running phase began.
 
@@ -162,14 +186,9 @@ class Ledger:
         visits = (end - start for start, end in zip(before.visits, after.visits, strict=True))
         return self._without_cost(_added_up(spent_ns, self._moved_in[period]), visits)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Spend the block in phase `name`, then go back to the phase before."""
-        before = self.enter(name)
-        try:
-            yield
-        finally:
-            self.enter(before)
+    def phase(self, name: str) -> Visit:
+        """Spend a `with` block in phase `name`, then go back to the phase before."""
+        return Visit(self, name)
 
     def take_spans(self) -> deque[tuple[str, int, int]]:
         """Phase, start and end of what was closed since the last call (the last MOST_SPANS of it)."""

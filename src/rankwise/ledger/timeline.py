@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from rankwise.errors import TimelineError, one_line
 from rankwise.ledger.phases import PHASES, Ledger
+from rankwise.ledger.regions import Stretch
 from rankwise.system.files import write_atomically
 
 Rows = NDArray[Any]
@@ -30,6 +31,9 @@ SAMPLED = 128
 STEP = np.dtype([(name, "i8") for name in ("epoch", "step", "start_ns", "end_ns", "samples")])
 SPAN = np.dtype([("phase", "u1"), ("start_ns", "i8"), ("end_ns", "i8")])
 EPOCH = np.dtype([(name, "i8") for name in ("epoch", "start_ns", "end_ns", "samples", *PHASES)])
+REGION = np.dtype([(name, "i8") for name in ("path", "start_ns", "end_ns")])
+"""A region of the program's own: the number of its path, and when it was."""
+
 EXCHANGE = np.dtype(
     [
         ("pattern", "u1"),
@@ -54,7 +58,7 @@ class RankTimeline:
 
     `kept` says which steps are in `steps`; `spans` (in order of time) and `exchanges` are those of the kept
     steps. Step 0 of an epoch is what came after its last step: evaluation, checkpoint, bookkeeping.
-    A span in phase ``transfer`` is a whole exchange, its waiting included.
+    A span in phase ``transfer`` is a whole exchange, its waiting included. `regions` are the last that ended.
     """
 
     rank: int
@@ -65,6 +69,8 @@ class RankTimeline:
     steps: Rows
     spans: Rows
     exchanges: Rows
+    regions: Rows = field(default_factory=lambda: np.zeros(0, REGION))
+    region_paths: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,20 @@ class Timeline:
         clock)."""
         self._exchanges = self._of_kept_steps(np.concatenate([self._exchanges, rows]))
 
-    def save(self, path: Path, *, rank: int, role: str, host: str, to_common: Callable[[Rows], Rows]) -> None:
-        """Write all that is kept to `path`, its times put through `to_common`. Raises StorageError."""
+    def save(
+        self,
+        path: Path,
+        *,
+        rank: int,
+        role: str,
+        host: str,
+        to_common: Callable[[Rows], Rows],
+        regions: Iterable[Stretch] = (),
+    ) -> None:
+        """Write all that is kept, and `regions`, to `path`, their times put through `to_common`. Raises
+        StorageError."""
+        regions = [*regions]
+        paths = list(dict.fromkeys(stretch.path for stretch in regions))
         steps = [*self._sampled, *self._recent]
         tables = {
             "epochs": self.epochs(),
@@ -148,12 +166,13 @@ class Timeline:
                 [(_NUMBER[name], start, end) for s in steps for name, start, end in s.spans], SPAN
             ),
             "exchanges": self._of_kept_steps(self._exchanges),
+            "regions": np.array([(paths.index(r.path), r.start_ns, r.end_ns) for r in regions], REGION),
         }
         for table in tables.values():
             for column in table.dtype.names or ():
                 if column in _TIMES:
                     table[column] = to_common(table[column])
-        about = {"rank": rank, "role": role, "host": host, "kept": self._kept()}
+        about = {"rank": rank, "role": role, "host": host, "kept": self._kept(), "regions": paths}
         content = io.BytesIO()
         np.savez(content, about=np.array(json.dumps(about)), **tables)  # type: ignore[arg-type]
         write_atomically(path, content.getvalue())
@@ -200,11 +219,12 @@ def read_timeline(path: Path) -> RankTimeline:
             raise ValueError(f"it would unpack to {size:,} bytes")
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
-            tables = {name: file[name] for name in _TABLES}
+            tables = {name: file[name] for name in _TABLES if name in file or name != "regions"}
     except FileNotFoundError:
         raise TimelineError(f"there is no timeline {path}") from None
     except Exception as error:  # numpy and zipfile raise nearly anything for bytes that are not theirs
         raise TimelineError(f"the timeline {path} is damaged or cut short: {one_line(error)[:200]}") from None
+    tables.setdefault("regions", np.zeros(0, REGION))  # of an older rankwise
     wrong = [name for name, dtype in _TABLES.items() if (tables[name].dtype, tables[name].ndim) != (dtype, 1)]
     complete = isinstance(about, dict) and not {"role", "host", "kept"} - about.keys()
     if wrong or not (complete and isinstance(about.get("rank"), int)):
@@ -214,10 +234,11 @@ def read_timeline(path: Path) -> RankTimeline:
         role=str(about["role"]),
         host=str(about["host"]),
         kept=str(about["kept"]),
+        region_paths=tuple(tuple(map(str, path)) for path in about.get("regions", ())),
         **tables,
     )
 
 
-_TABLES = {"epochs": EPOCH, "steps": STEP, "spans": SPAN, "exchanges": EXCHANGE}
+_TABLES = {"epochs": EPOCH, "steps": STEP, "spans": SPAN, "exchanges": EXCHANGE, "regions": REGION}
 _TIMES = {"start_ns", "end_ns", "posted_ns", "entered_ns", "left_ns"}
 _NUMBER = {phase: number for number, phase in enumerate(PHASES)}

@@ -98,37 +98,67 @@ class Split:
     hidden_ns: int
 
 
+FOUND = np.dtype(
+    [
+        *((name, "i8") for name in ("wait_ns", "late", "stopped_ns", "hidden_ns", "contradicts")),
+        ("causes", "i8", 6),
+        ("charged_ns", "i8", 6),
+    ]
+)
+"""What a comparison finds of one exchange of one rank, as `Split` has it: `charged_ns` is charged to
+`causes`, less than nothing where a part goes on to whom that one waited for. `contradicts` is 1 if clocks
+contradict each other in this exchange."""
+
+
 def split(log: Log, rank: int) -> Split:
     """Split collective exchanges for one rank; `log` [ranks, exchanges], all ranks took part in all."""
-    held_up = _held_up(log)
-    mine = [_Stage(*(part[rank] for part in (stage.start, stage.length, stage.cause))) for stage in held_up]
-    wait_ns = np.sum([stage.length * (stage.cause != rank) for stage in mine], axis=0)
-    stopped_ns = np.sum([stage.length * (stage.cause == rank) for stage in mine], axis=0)
-    charged = np.zeros(len(log), np.int64)
-    for stage in mine:
-        np.add.at(charged, stage.cause, stage.length)
-    charged[rank] = 0
+    return summed(compare(log)[rank])
+
+
+def summed(found: Log) -> Split:
+    """What was found of some exchanges of one rank, added up."""
+    causes, which = np.unique(found["causes"], return_inverse=True)
+    charged = np.zeros(len(causes), np.int64)
+    np.add.at(charged, which.ravel(), found["charged_ns"].ravel())
+    return Split(
+        wait_ns=found["wait_ns"].copy(),
+        late=found["late"].copy(),
+        stopped_ns=found["stopped_ns"].copy(),
+        charged_ns={int(cause): int(ns) for cause, ns in zip(causes, charged, strict=True) if ns},
+        hidden_ns=int(found["hidden_ns"].sum()),
+    )
+
+
+def compare(log: Log) -> Log:
+    """What was waiting in collective exchanges [ranks, exchanges], of dtype FOUND, for all ranks.
+
+    An exchange needs the one before it, for who held up the late one there: of the first one that is not
+    known. Takes a time that grows with the ranks by a logarithm more than their number.
+    """
+    stages = _held_up(log)
+    me = np.arange(len(log))[:, None]
+    waited = [np.where(stage.cause == me, 0, stage.length) for stage in stages]
+    found = np.zeros(log.shape, FOUND)
+    found["wait_ns"] = sum(waited)
+    found["stopped_ns"] = sum(stage.length for stage in stages) - found["wait_ns"]
+    blamed = np.choose(np.argmax(waited, axis=0), [stage.cause for stage in stages])
+    found["late"] = np.where(found["wait_ns"] > 0, blamed, me)
+    found["hidden_ns"] = _hidden(_until(log, stages[0].cause), log)
+    found["contradicts"] = _contradicts(log)
+    for place, stage in enumerate(stages):
+        found["causes"][:, :, place] = stage.cause
+        found["charged_ns"][:, :, place] = waited[place]
     # The parts of each wait in which the late one was held up itself, in the exchange before.
-    first = mine[0]
-    now, before = np.arange(1, log.shape[1]), np.arange(log.shape[1] - 1)
-    by = first.cause[now]
-    starts, ends = first.start[now], (first.start + first.length)[now]
-    for stage in held_up:
+    first, before = stages[0], np.arange(log.shape[1] - 1)
+    by, starts = first.cause[:, 1:], first.start[:, 1:]
+    ends = starts + first.length[:, 1:]
+    for place, stage in enumerate(stages, len(stages)):
         start, cause = stage.start[by, before], stage.cause[by, before]
         shared = _overlap(starts, ends, start, start + stage.length[by, before])
-        shared = np.where((cause != rank) & (by != rank), shared, 0)
-        np.subtract.at(charged, by, shared)
-        np.add.at(charged, cause, shared)
-
-    longest = np.argmax([stage.length * (stage.cause != rank) for stage in mine], axis=0)
-    blamed = np.choose(longest, [stage.cause for stage in mine])
-    return Split(
-        wait_ns=wait_ns,
-        late=np.where(wait_ns > 0, blamed, rank),
-        stopped_ns=stopped_ns,
-        charged_ns={r: int(ns) for r, ns in enumerate(charged) if ns},
-        hidden_ns=int(_hidden(_until(log, held_up[0].cause)[rank], log[rank]).sum()),
-    )
+        shared = np.where((cause != me) & (by != me), shared, 0)
+        found["causes"][:, 1:, place], found["charged_ns"][:, 1:, place] = cause, shared
+        found["charged_ns"][:, 1:, 0] -= shared
+    return found
 
 
 @dataclass(frozen=True)
@@ -144,16 +174,14 @@ class _Stage:
 def _held_up(log: Log) -> list[_Stage]:
     """What held up each rank in each exchange, one after the other: a rank that it could not do without and
     that had not come yet; one that came even later, though before it could leave; the stall of one."""
-    ranks, exchanges = log.shape
+    exchanges = log.shape[1]
     posted, entered, left = log["posted_ns"], log["entered_ns"], log["left_ns"]
     late = _late(log)
     needed = _Stage(entered, _wait(_until(log, late), entered, left), late)
 
     start = needed.start + needed.length
-    latest, until = np.zeros_like(late), start.copy()
-    for other in range(ranks):
-        later = (posted[other] > until) & (posted[other] <= left)
-        latest, until = np.where(later, other, latest), np.where(later, posted[other], until)
+    until, latest = _last_before(posted, left)
+    until, latest = np.maximum(start, until), np.where(until > start, latest, 0)
     sat_through = _Stage(start, until - start, latest)
 
     # One stall per exchange, the longest: a rank that sat through it had time for short ones beside it.
@@ -162,6 +190,28 @@ def _held_up(log: Log) -> list[_Stage]:
     length = _overlap(start, left, start, log["stall_end_ns"][stalled, columns])
     stall = _Stage(start, length, np.broadcast_to(stalled, log.shape))
     return list(_within(log["inside_ns"], needed, sat_through, stall))
+
+
+def _last_before(posted: Times, left: Times) -> tuple[Times, Times]:
+    """Of exchanges [ranks, exchanges]: for each rank when the last one came that came before it left, and
+    which rank that was, the first of several. Nobody is long ago."""
+    ranks, count = posted.shape
+    order = np.argsort(posted, axis=0, kind="stable")
+    came = np.take_along_axis(posted, order, axis=0)
+    if not came.size:
+        return came, order
+    place = np.maximum.accumulate(
+        np.where(np.diff(came, axis=0, prepend=came[:1] - 1) > 0, np.arange(ranks)[:, None], 0), axis=0
+    )
+    # All exchanges as one sorted array: each begins behind the end of the one before.
+    span = came[-1] - came[0]
+    starts = np.concatenate([[0], np.cumsum(span + 2)[:-1]])
+    asked = np.clip(left - came[0], -1, span) + starts
+    last = np.searchsorted((came - came[0] + starts).T.ravel(), asked.ravel(), side="right")
+    last = last.reshape(asked.shape) - 1 - np.arange(count) * ranks
+    first = np.take_along_axis(place, np.maximum(last, 0), axis=0)
+    until = np.take_along_axis(came, first, axis=0)
+    return np.where(last < 0, np.iinfo(np.int64).min, until), np.take_along_axis(order, first, axis=0)
 
 
 def _within(inside_ns: Times, *stages: _Stage) -> Iterator[_Stage]:
@@ -262,8 +312,12 @@ def _receive_waits(logs: list[Log], rank: int, start: int, end: int) -> Iterator
 def violations(log: Log) -> int:
     """The number of exchanges of all [ranks, exchanges] in which clocks contradict each other: a rank left
     before another had come."""
-    contradicts = log["left_ns"].min(axis=0) < log["posted_ns"].max(axis=0)
-    return int((contradicts & (log["pattern"][0] == Pattern.ALL_TO_ALL)).sum())
+    return int(_contradicts(log).sum())
+
+
+def _contradicts(log: Log) -> NDArray[np.bool_]:
+    too_early = log["left_ns"].min(axis=0) < log["posted_ns"].max(axis=0)
+    return np.asarray(too_early & (log["pattern"][0] == Pattern.ALL_TO_ALL))
 
 
 def _wait(until: Times, entered: Times, left: Times) -> Times:

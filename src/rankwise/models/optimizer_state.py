@@ -88,28 +88,27 @@ class OptimizerState:
         self._first_numbers = self._numbers.clone()
 
     @property
-    def begun(self) -> Tensor:
-        """Which parameters have begun, float32 [parameters], 0 for those that have not. A rank that takes
+    def begun(self) -> list[Tensor]:
+        """Which parameters have begun, one float32 [parameters], 0 for those that have not. A rank that takes
         over a mean of momenta takes over that of these too, and so has begun where anybody has."""
-        return self._begun
+        return [self._begun]
 
     def step(self) -> None:
         """The optimiser's own step."""
-        if self.all_begun:
-            self._optimizer.step()
-            return
-        first = [
-            number
-            for number in self._places
-            if not self._begun_here[number] and self._parameters[number].grad is not None
-        ]
         self._optimizer.step()
-        for number in first:
-            made = self._optimizer.state[self._parameters[number]]
-            for name, place in self._places[number].items():
-                made[name] = place.copy_(made[name])
-            self._begun[number] = 1
-            self._seen.add(number)
+        if not self.all_begun:
+            self.stepped()
+
+    def stepped(self) -> None:
+        """The optimiser has made a step, in which parameters may have begun."""
+        if self.all_begun:
+            return
+        for number, places in self._places.items():
+            if not self._begun_here[number] and (made := self._optimizer.state.get(self._parameters[number])):
+                for name, place in places.items():
+                    made[name] = place.copy_(made[name])
+                self._begun[number] = 1
+                self._seen.add(number)
         self.all_begun = bool(self._begun_here.all())
 
     def reset(self) -> None:

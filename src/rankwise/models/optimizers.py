@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rankwise.config import TrainConfig
 from rankwise.models import muon
+
+_FUSED_SGD: Any = getattr(torch, "_fused_sgd_", None)
+_SETTINGS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+"""Of a group, which torch's kernel takes by these names."""
 
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
 
@@ -25,9 +31,62 @@ class _Uncompiled:
 
 
 class SGD(_Uncompiled, torch.optim.SGD):
-    """torch's."""
+    """torch's, to the bit.
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+    Where a step is nothing but one call of torch's kernel, it is that call: what torch does around it costs a
+    small network several times as much as the kernel, and more in a training step, which has driven it out of
+    the caches.
+    """
+
+    _whole_step = torch.optim.Optimizer.profile_hook_step(
+        torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+    )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step, whose closure (if there is one) returns the loss, as this does then."""
+        calls = None if closure is not None or self._is_watched() else self._calls()
+        if calls is None:
+            return self._whole_step(closure)
+        with torch.no_grad():
+            for tensors, group in calls:
+                _FUSED_SGD(*tensors, is_first_step=False, **{name: group[name] for name in _SETTINGS})
+        return None
+
+    step.hooked = True  # type: ignore[attr-defined]  # or torch wraps it once more
+
+    def _is_watched(self) -> bool:
+        """Whether there is anything else that a step has to do or ask."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or getattr(self, "grad_scale", None) is not None
+            or getattr(self, "found_inf", None) is not None
+        )
+
+    def _calls(self) -> list[tuple[tuple[list[Tensor], list[Tensor], list[Tensor]], dict[str, Any]]] | None:
+        """For each group parameters, gradients and momenta that one call of the kernel takes; None if any
+        group needs more than that, as in the first step, which makes the momenta."""
+        calls = []
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            gradients = [parameter.grad for parameter in parameters]
+            states = [self.state.get(parameter) for parameter in parameters]
+            momenta = [state["momentum_buffer"] for state in states if state] if group["momentum"] else []
+            dtype = parameters[0].dtype
+            if (
+                not (_FUSED_SGD and group["fused"] and isinstance(group["lr"], float))
+                or len(momenta) != (len(parameters) if group["momentum"] else 0)
+                or any(momentum is None for momentum in momenta)
+                or any(its.dtype is not dtype or not its.is_cpu for its in parameters)
+                or any(its.dtype is not dtype or its.layout is not torch.strided for its in gradients)
+            ):
+                return None
+            calls.append(((parameters, gradients, momenta), group))
+        return calls
 
 
 class Adam(_Uncompiled, torch.optim.Adam):

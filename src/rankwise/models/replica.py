@@ -17,7 +17,7 @@ from rankwise.models.average import Average
 from rankwise.models.buffers import HeldBuffers
 from rankwise.models.expanded import own_elements
 from rankwise.models.freezing import is_under
-from rankwise.models.optimizer_state import OptimizerState
+from rankwise.models.optimizer_states import state_of
 from rankwise.models.rest import ExtraState
 from rankwise.models.snapshot import Snapshot
 
@@ -41,7 +41,8 @@ class Replica:
 
     All that is settled when the replica is made: `require_unchanged` finds out what has changed since.
 
-    `clip_norm` limits the norm of all gradients together that a `step` goes by, None for no limit.
+    `unshared` are the places of the buffers among the tensors of a snapshot: in them ranks differ within an
+    epoch. `clip_norm` limits the norm of all gradients together that a `step` goes by, None for no limit.
     `needs_pairs` says that the model cannot train on a batch of one sample, as BatchNorm cannot. What the
     loop calls is `module`, the model itself unless it is compiled, or a strategy wraps it.
     """
@@ -69,7 +70,7 @@ class Replica:
         self._stepped = [p for group in optimizer.param_groups for p in group["params"]]
         self._attached: dict[type, Any] = {}
         self._has_sparse = self._kinds_known = False
-        self._state = OptimizerState(optimizer)
+        self._state = state_of(optimizer)
         self.extra = ExtraState(model)
         self.buffers = HeldBuffers(model)
         _require_dense_numbers(model)
@@ -77,7 +78,7 @@ class Replica:
         weights = [parameter.detach() for parameter in self.parameters]
         if share_optimizer_state:
             momenta = self.optimizer_tensors()
-            weights += [*momenta, self._state.begun] if momenta else []
+            weights += [*momenta, *self._state.begun] if momenta else []
         frozen = [parameter.detach() for parameter in model.parameters() if not parameter.requires_grad]
         buffers = [own_elements(buffer.detach()) for buffer in model.buffers()]
         averaged = [*average.weights, *average.buffers] if average else []
@@ -89,6 +90,9 @@ class Replica:
         self._buffers = _Flat(self._floats, _wide(self._floats))
         self._integers = _Flat([b for b in buffers if not b.is_floating_point()], torch.int64)
         self._all = [*weights, *frozen, *buffers, *averaged]
+        before, behind = len(weights) + len(frozen), len(average.weights) if average else 0
+        places = [*range(before, len(self._all))]
+        self.unshared = places[: len(buffers)] + places[len(buffers) + behind :]
 
     @property
     def size(self) -> int:

@@ -36,12 +36,27 @@ class ExtraState:
 
     def copy(self) -> dict[str, Any]:
         """As it is now."""
-        return {name: copy.deepcopy(module.get_extra_state()) for name, module in self._holders.items()}
+        return {name: copied(module.get_extra_state()) for name, module in self._holders.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Make it what `copy` gave, of this model or another of the same kind."""
         for name, module in self._holders.items():
-            module.set_extra_state(copy.deepcopy(state[name]))
+            module.set_extra_state(copied(state[name]))
+
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
+def copied(value: Any) -> Any:
+    """A deep copy, many times faster than `copy.deepcopy` for what most states are: dicts and lists of
+    numbers."""
+    if type(value) in PLAIN:
+        return value
+    if type(value) is dict:
+        return {name: copied(its) for name, its in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(copied, value))
+    return copy.deepcopy(value)
 
 
 def rest_of(model: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rankwise.models.buffers import HeldBuffers
 from rankwise.models.optimizer_state import OptimizerState
+from rankwise.models.optimizer_states import OptimizerStates
 from rankwise.models.rest import ExtraState
 
 Content = tuple[list[Tensor], dict[str, Any]]
@@ -19,7 +20,11 @@ class Snapshot:
     """What a replica was; `restore` makes it so again."""
 
     def __init__(
-        self, tensors: list[Tensor], state: OptimizerState, buffers: HeldBuffers, extra: ExtraState
+        self,
+        tensors: list[Tensor],
+        state: OptimizerState | OptimizerStates,
+        buffers: HeldBuffers,
+        extra: ExtraState,
     ) -> None:
         self._tensors = tensors
         self._state = state
@@ -37,10 +42,14 @@ class Snapshot:
 
     def restore(self) -> None:
         """Overwrite the replica."""
+        self.restore_tensors()
+        self._extra.load(self._extra_copy)
+
+    def restore_tensors(self) -> None:
+        """Overwrite weights, buffers and optimiser state, and leave what else goes on, such as schedulers."""
         self._buffers.gather()
         torch._foreach_copy_(self._tensors, self._copies)
         self._state.show()
-        self._extra.load(self._extra_copy)
 
     def content(self) -> Content:
         """What is kept, to be sent to a replica of the same model."""

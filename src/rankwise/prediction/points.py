@@ -265,7 +265,7 @@ def _epoch(
         transfer=transfer_s + cluster.seconds(sent.each_epoch.hops),
         master=master_s,
         evaluation=evaluation_s,
-        checkpoint=source.checkpoint_s / config.checkpoint_every,
+        checkpoint=source.checkpoint_s / config.checkpoints.epochs,
         other=source.epoch_s,
     )
     wait_s = config.workers * (outcome.worker_wait_s + met_s)

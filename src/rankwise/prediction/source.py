@@ -175,7 +175,7 @@ def _read(path: Path) -> Source:
         evaluation_s=_of_epochs(lines, "evaluation", sum, config.evaluate_every),
         epochs_spread=float((train_s.max() - train_s.min()) / 2 / np.median(train_s)),
     )
-    checkpoint_s = _of_epochs(lines, "checkpoint", max, config.checkpoint_every)
+    checkpoint_s = _of_epochs(lines, "checkpoint", max, config.checkpoints.epochs)
     return Source(
         name=path.name,
         config=config,

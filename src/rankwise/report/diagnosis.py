@@ -96,7 +96,7 @@ def _waiting(record: Record, ranks: Sequence[Rank]) -> Iterable[Finding]:
     if not waited_ns:
         yield Finding(share, f"{begin}; for whom is not known.", "The clocks of its hosts were not compared.")
         return
-    all_ns = sum(waited_ns.values())
+    all_ns = sum(waited_ns.values()) + sum(row.wait_on_others_ns for row in ranks)
     masters = [row for row in record.ranks if row.role == "master"]
     for_master_ns = sum(waited_ns[row.rank] for row in masters)
     number, most_ns = waited_ns.most_common(1)[0]

@@ -24,7 +24,8 @@ class Display:
     """A live bar on a terminal, one line per epoch elsewhere; used as a context manager.
 
     It runs beside the ranks, in the launcher or in a thread of the only rank, and polls the folder:
-    ranks never print. A rank that has been in one phase for `slow_after_s` seconds is shown as slow.
+    ranks never print. Without `epochs` the record tells how many there are. A rank that has been in one phase
+    for `slow_after_s` seconds is shown as slow.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Display:
     def __enter__(self) -> Display:
         if self._bar:
             self._bar.start()
-            total = self._epochs * self._samples_per_epoch
+            total = self._epochs * self._samples_per_epoch or None  # a program does not say beforehand
             done = self._shown * self._samples_per_epoch
             self._task = self._bar.add_task("starting ranks", total=total, completed=done, rate="", state="")
         self._thread.start()
@@ -78,7 +79,10 @@ class Display:
             self._poll(slow_ranks(self._folder.beats, self._slow_after_s))
 
     def _poll(self, slow: Sequence[Slow] = ()) -> None:
-        for row in self._new_epochs():
+        new = self._new_epochs()
+        if new and not self._epochs:
+            self._epochs = self._folder.epochs_to_come()
+        for row in new:
             if row["val_accuracy"] is not None:
                 self._accuracy = f"accuracy {row['val_accuracy']:.1%}"
             if not self._bar:
@@ -100,7 +104,7 @@ class Display:
         bar.update(
             self._task,
             completed=(standing.epoch - 1) * self._samples_per_epoch + standing.samples,
-            description=f"epoch {standing.epoch}/{self._epochs}",
+            description=f"epoch {_of(standing.epoch, self._epochs)}",
             rate=f"{speed:,.0f} samples/s" if speed else "",
             state=f"{loss}  {self._accuracy}".strip(),
         )
@@ -117,14 +121,19 @@ class Display:
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """An epoch in one line of text."""
-    evaluated = ""
-    if row["val_loss"] is not None:
-        evaluated = f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  "
+    evaluated = "" if row["val_loss"] is None else f"val loss {row['val_loss']:.4f}  "
+    if row["val_accuracy"] is not None:
+        evaluated += f"accuracy {row['val_accuracy']:.2%}  "
     return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train loss {words.loss(row['train_loss'])}  "
+        f"epoch {_of(row['epoch'], epochs)}  train loss {words.loss(row['train_loss'])}  "
         f"{evaluated}{row['wall_s']:.1f} s  "
         f"{row['train_samples'] / row['train_s']:,.0f} samples/s"
     )
+
+
+def _of(epoch: int, epochs: int) -> str:
+    """An epoch of so many, if that is known."""
+    return f"{epoch:>{len(str(epochs))}}/{epochs}" if epochs else str(epoch)
 
 
 def _bar(console: Console) -> Progress:

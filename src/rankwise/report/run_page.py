@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from rankwise.report import run_tables
+from rankwise.report import program_page, run_tables
 from rankwise.report.charts import learning, scaling, timeline, times
 from rankwise.report.diagnosis import diagnose
 from rankwise.report.page import Block, Notice, Page, Paragraph, Row, Section
+from rankwise.report.program_summary import verdict
 from rankwise.report.runs import Run, read_runs
 from rankwise.report.words import count
 from rankwise.runs.record import Record
@@ -36,15 +37,21 @@ def run_page(runs: Sequence[Run], warnings: Iterable[str] = ()) -> Page:
 def _page_of_one(runs: Sequence[Run], notices: Iterable[Notice]) -> Page:
     (run,) = runs
     record = run.record
+    if record.is_of_calls:
+        return program_page.program_page(run, notices)
     return Page(
-        f"{record.config['model']} on {record.config['dataset']}, {count(len(record.ranks), 'rank')}",
+        f"{record.trained}, {count(len(record.ranks), 'rank')}",
         f"Run {run.name}: {scaling.strategy(record)}, started {_when(record)}.",
         (
             Section("At a glance", (*notices, run_tables.numbers(record))),
             Section("What holds it back", tuple(_diagnosis(record))),
             Section("Learning", tuple(_learning(runs))),
-            Section("Where the time of each rank went", (*_times(record), run_tables.efficiencies(runs))),
+            Section(
+                "Where the time of each rank went",
+                (*_times(record), run_tables.efficiencies(runs), *run_tables.goodput(runs)),
+            ),
             Section("Who waits for whom", tuple(_waits(record))),
+            *(Section("Regions", (table,)) for table in run_tables.regions(record)),
             Section("A few steps", tuple(_steps(run))),
             Section("Throughput", tuple(_throughput(runs))),
             *(Section("Faults", (table,)) for table in run_tables.faults(record)),
@@ -64,7 +71,10 @@ def _page_of_several(runs: Sequence[Run], notices: Iterable[Notice]) -> Page:
             Section("At a glance", (*notices, run_tables.overview(runs))),
             Section("Learning", tuple(_learning(runs))),
             Section("Speedup and efficiency over ranks", tuple(_scaling(runs))),
-            Section("Where the time went", (times.run_bars(runs), run_tables.efficiencies(runs))),
+            Section(
+                "Where the time went",
+                (times.run_bars(runs), run_tables.efficiencies(runs), *run_tables.goodput(runs)),
+            ),
             Section("Throughput", tuple(_throughput(runs))),
             *(Section(f"Run {run.name}", tuple(_one_of_several(run))) for run in runs),
             Section(
@@ -80,6 +90,12 @@ def _page_of_several(runs: Sequence[Run], notices: Iterable[Notice]) -> Page:
 
 
 def _one_of_several(run: Run) -> Iterable[Block]:
+    if run.record.is_of_calls:
+        yield from (Paragraph(line) for line in verdict(run.record))
+        yield from program_page.lines(run.record)
+        yield from program_page.rank_times(run.record)
+        yield from program_page.waits(run.record)
+        return
     yield from _diagnosis(run.record)
     yield from _times(run.record)
     yield from _waits(run.record)

@@ -11,7 +11,7 @@ from rankwise.report.charts.scaling import strategy
 from rankwise.report.page import Cell, Number, Numbers, Table
 from rankwise.report.runs import Run
 from rankwise.report.words import duration, percent
-from rankwise.runs.record import Fault, Record, Target
+from rankwise.runs.record import Fault, Record, RegionTimes, Target
 
 EFFICIENCIES = {
     "parallel": "Useful time of all ranks, training and evaluation, over all their time since start-up, a "
@@ -41,6 +41,8 @@ def numbers(record: Record) -> Numbers:
     if record.efficiency.parallel is not None:
         efficiency = percent(record.efficiency.parallel)
         found.append(Number("parallel efficiency", efficiency, "useful time of all ranks"))
+    if record.efficiency.goodput is not None and record.efficiency.goodput < 1:
+        found.append(Number("goodput", percent(record.efficiency.goodput), "time that no fault cost"))
     if record.cpu_percent:
         found.append(Number("CPU use", f"{record.cpu_percent:.0f}%", "of all cores of the hosts"))
     found.append(_samples(record))
@@ -87,6 +89,21 @@ def efficiencies(runs: Sequence[Run]) -> Table:
     return Table(("POP efficiency", *_headings(runs), "what it says"), rows)
 
 
+def goodput(runs: Sequence[Run]) -> Iterable[Table]:
+    """What faults and stops cost each run, if they cost any of them anything."""
+    found = [run.record.efficiency for run in runs]
+    if any(its.goodput_lost and its.goodput is not None and its.goodput < 1 for its in found):
+        rows = (
+            ("goodput", *(_known(its.goodput, percent) for its in found)),
+            *(
+                (f"lost to {name}", *(_known(its.goodput_lost.get(cause), percent) for its in found))
+                for cause, name in words.CAUSES.items()
+            ),
+            ("mean time to recovery", *(_known(its.mean_recovery_s, words.duration) for its in found)),
+        )
+        yield Table(("faults and stops", *_headings(runs)), rows)
+
+
 def stopwatches(record: Record) -> Iterable[Table]:
     """What a barrier or a strategy measured beside the ledger, where one did."""
     if any(row.barrier_wait_ns is not None for row in record.ranks):
@@ -101,12 +118,36 @@ def stopwatches(record: Record) -> Iterable[Table]:
         yield Table(("rank", *names), measured, "What the strategy measured itself")
 
 
+def regions(record: Record) -> Iterable[Table]:
+    """What the program named, over all ranks, if it named anything."""
+    by_path: dict[tuple[str, ...], list[RegionTimes]] = {}
+    for row in record.ranks:
+        for one in row.regions:
+            by_path.setdefault(tuple(one.path), []).append(one)
+    if by_path:
+        rows: tuple[tuple[Cell, ...], ...] = tuple(
+            (
+                " > ".join(path),
+                sum(one.count for one in its),
+                sum(one.wall_ns for one in its) / len(its) / 1e9,
+                max(one.wall_ns for one in its) / 1e9,
+                *(
+                    sum(one.phases_ns.get(phase, 0) for one in its) / len(its) / 1e9
+                    for phase in ("wait", "transfer")
+                ),
+            )
+            for path, its in sorted(by_path.items())
+        )
+        columns = ("region", "times", "mean of ranks, s", "most, s", "waiting, s", "transfer, s")
+        yield Table(columns, rows, "Regions that the program named; those inside are included")
+
+
 def waited_for(record: Record) -> Table:
     """The ranks that the others waited for most."""
     by_rank_ns: Counter[str] = Counter()
     for row in record.ranks:
         by_rank_ns.update(row.wait_on_ns)
-    all_ns = by_rank_ns.total()
+    all_ns = by_rank_ns.total() + sum(row.wait_on_others_ns for row in record.ranks)
     most = by_rank_ns.most_common(MOST_WAITED_FOR)
     rows = tuple((int(rank), ns / 1e9, percent(ns / all_ns)) for rank, ns in most)
     return Table(("rank waited for", "seconds", "part"), rows)

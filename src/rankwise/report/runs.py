@@ -9,6 +9,7 @@ from pathlib import Path
 from rankwise.errors import TimelineError, UsageError, one_line
 from rankwise.ledger.timeline import RankTimeline, read_timeline
 from rankwise.runs.folder import RunFolder
+from rankwise.runs.program_record import left_behind
 from rankwise.runs.record import Record
 
 
@@ -36,7 +37,7 @@ def read_runs(folders: Iterable[Path]) -> Reading:
     for path in dict.fromkeys(folders):
         folder = RunFolder(path)
         try:
-            record = folder.read()
+            record = _read(folder)
         except UsageError as error:
             warnings.append(one_line(error))
             continue
@@ -47,6 +48,17 @@ def read_runs(folders: Iterable[Path]) -> Reading:
         raise UsageError("; ".join(warnings))
     warnings += different_datasets({run.name: run.record for run in runs.values()})
     return Reading(tuple(runs.values()), tuple(warnings))
+
+
+def _read(folder: RunFolder) -> Record:
+    """The record; of a program whose ranks all ended before one could be written, what they have logged."""
+    try:
+        return folder.read()
+    except UsageError:
+        left = None if folder.record.exists() else left_behind(folder)
+        if left is None:
+            raise
+        return left
 
 
 def _timelines(folder: RunFolder, record: Record, warnings: list[str]) -> Iterable[RankTimeline]:

@@ -8,11 +8,12 @@ from rich.text import Text
 
 from rankwise.ledger.phases import TRAINING
 from rankwise.report import words
+from rankwise.report.program_summary import program_summary
 from rankwise.runs.record import Rank, Record, Target
 
 GROUPS = {
     "start": ("startup",),
-    "train": TRAINING,
+    "train": (*TRAINING, "compute"),
     "wait": ("wait", "recovery"),
     "sync": ("pack", "transfer"),
     "eval": ("evaluation",),
@@ -31,21 +32,25 @@ def group_seconds(row: Rank) -> dict[str, float]:
 
 def summary(record: Record, folder: str) -> RenderableType:
     """Result, epochs and the time of each rank."""
+    if record.is_of_calls:
+        return program_summary(record, folder)
     parts: list[RenderableType] = []
     if record.epochs:
         parts.append(_epochs(record))
     parts.append(_ranks(record))
     parts.append(Text(_headline(record)))
+    if cost := words.goodput(record.efficiency):
+        parts.append(Text(cost))
     parts.append(Text(f"run folder: {folder}"))
     return Group(*parts)
 
 
 def _headline(record: Record) -> str:
     config = record.config
-    topology = f", {config['topology']}" if config["topology"] else ""
+    topology = f", {config['topology']}" if config["topology"] not in (None, config["strategy"]) else ""
     spares = f" and {words.count(config['spares'], 'spare')}" if config["spares"] else ""
     text = (
-        f"{record.outcome}: {config['model']} on {config['dataset']}, {config['strategy']}{topology}, "
+        f"{record.outcome}: {record.trained}, {config['strategy']}{topology}, "
         f"{words.count(config['ranks'], 'rank')}{spares}, {record.wall_s:.1f} s"
     )
     if record.evaluated:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -49,4 +50,25 @@ def dataset_card(dataset: Dataset) -> Table:
         ("source", dataset.source),
     ):
         table.add_row(name, value)
+    return table
+
+
+def run_list(runs: Iterable[Mapping[str, Any]]) -> Table:
+    """Runs, one a row."""
+    table = Table()
+    for column in ("run", "state", "trained", "epoch", "accuracy", "best", "ranks", "where"):
+        right = column in ("epoch", "accuracy", "best", "ranks")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for run in runs:
+        epochs = f"{run['epoch']}/{run['epochs']}" if run["epochs"] else str(run["epoch"])
+        accuracies = ["" if run[key] is None else f"{run[key]:.2%}" for key in ("accuracy", "best_accuracy")]
+        table.add_row(
+            str(run["run"]),
+            run["state"],
+            run["trained"] or "",
+            epochs,
+            *accuracies,
+            "" if run["ranks"] is None else str(run["ranks"]),
+            run["where"],
+        )
     return table

@@ -9,46 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rankwise.errors import StorageError, TimelineError, UsageError
 from rankwise.ledger.phases import PHASES
 from rankwise.ledger.timeline import RankTimeline, read_timeline
 from rankwise.report.exchanges import Exchange, arrows, read_exchanges
+from rankwise.report.program_trace import program_trace, read_calls
+from rankwise.report.trace_events import INSIDE_NS, Event, a_slice, names_of, places_of, region_track
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 from rankwise.system.files import write_atomically
-
-INSIDE_NS = 1
-"""How far behind the beginning of a slice the end of an arrow lies: viewers bind it to the innermost slice
-there, and on the border to the slice before that is not clear."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One event of a trace: a slice (kind X), an end of an arrow (s, f), a counter's new value (C).
-    Times are in ns since the run's start."""
-
-    kind: str
-    rank: int
-    name: str
-    start_ns: int
-    duration_ns: int = 0
-    args: dict[str, Any] = field(default_factory=dict)
-    arrow: int = 0
-
-    def as_json(self, place: dict[str, int]) -> dict[str, Any]:
-        """The event on the track of its rank, in the format's microseconds."""
-        event = {"ph": self.kind, "name": self.name, "ts": self.start_ns / 1e3, **place}
-        match self.kind:
-            case "X":
-                return event | {"dur": self.duration_ns / 1e3, "args": self.args}
-            case "C":
-                return event | {"args": self.args}
-            case _:  # "e" binds an arrow's end to the slice around it, instead of the next one
-                return event | {"cat": "exchange", "id": self.arrow, "bp": "e"}
 
 
 @dataclass(frozen=True)
@@ -66,20 +41,29 @@ def write_trace(run: Path, output: Path) -> Written:
     """
     folder = RunFolder(run)
     record = folder.read()
-    timelines, remarks = _read(folder, [row.rank for row in record.ranks])
-    places = _places(timelines)
-    found = events(record, timelines)
+    remarks: list[str] = []
+    if record.is_of_calls:
+        trace = program_trace(read_calls(folder))
+        found, hosts, kept = trace.events, trace.hosts, trace.kept
+        titles, about_kept = {rank: f"rank {rank}" for rank in hosts}, {"kept": kept}
+    else:
+        timelines, remarks = _read(folder, [row.rank for row in record.ranks])
+        found = events(record, timelines)
+        hosts = {line.rank: line.host for line in timelines}
+        titles = {line.rank: f"rank {line.rank} {line.role}" for line in timelines}
+        kept = max((line.kept for line in timelines), key=len)
+        about_kept = {f"kept of rank {line.rank}": line.kept for line in timelines}
+    places = places_of(hosts, [rank for rank in hosts if region_track(rank) in {e.rank for e in found}])
     content = {
         "displayTimeUnit": "ms",
-        "otherData": {"run": str(run), **{f"kept of rank {t.rank}": t.kept for t in timelines}},
-        "traceEvents": [*_names(timelines, places), *(e.as_json(places[e.rank]) for e in found)],
+        "otherData": {"run": str(run), **about_kept},
+        "traceEvents": [*names_of(hosts, titles, places), *(e.as_json(places[e.rank]) for e in found)],
     }
     try:
         write_atomically(output, json.dumps(content, separators=(",", ":")).encode())
     except StorageError as error:
         raise UsageError(f"{error}; choose another --output") from None
-    ranks = f"{len(timelines)} rank{'s' if len(timelines) > 1 else ''}"
-    kept = max((t.kept for t in timelines), key=len)
+    ranks = f"{len(hosts)} rank{'s' if len(hosts) > 1 else ''}"
     about = f"{output}: {ranks}, {len(found)} events; in full: {kept}; open it at https://ui.perfetto.dev"
     return Written(about, remarks)
 
@@ -110,7 +94,13 @@ def events(record: Record, timelines: list[RankTimeline]) -> list[Event]:
     found: list[Event] = [*_total_throughput(record, timelines[0])]
     for timeline in timelines:
         begun = {exchange.entered_ns for exchange in exchanges if exchange.rank == timeline.rank}
-        found += [*_epochs(timeline), *_steps(timeline), *_phases(timeline, begun), *_throughput(timeline)]
+        found += [
+            *_regions(timeline),
+            *_epochs(timeline),
+            *_steps(timeline),
+            *_phases(timeline, begun),
+            *_throughput(timeline),
+        ]
     for exchange in exchanges:
         found += _exchange(exchange)
     # An end of an arrow needs a slice to hold on to, and may lie in a step that was not kept.
@@ -122,22 +112,26 @@ def events(record: Record, timelines: list[RankTimeline]) -> list[Event]:
     return found
 
 
-def _slice(rank: int, name: str, start_ns: int, end_ns: int, **args: Any) -> Event:
-    return Event("X", rank, name, int(start_ns), int(end_ns - start_ns), args)
-
-
 def _epochs(timeline: RankTimeline) -> Iterator[Event]:
     for row in timeline.epochs:
         phases = {f"{phase}_s": int(row[phase]) / 1e9 for phase in PHASES if row[phase]}
         name, samples = f"epoch {row['epoch']}", int(row["samples"])
-        yield _slice(timeline.rank, name, row["start_ns"], row["end_ns"], samples=samples, **phases)
+        yield a_slice(timeline.rank, name, row["start_ns"], row["end_ns"], samples=samples, **phases)
+
+
+def _regions(timeline: RankTimeline) -> Iterator[Event]:
+    regions = timeline.regions
+    for row in regions[np.lexsort((-regions["end_ns"], regions["start_ns"]))]:
+        path = timeline.region_paths[row["path"]]
+        track = region_track(timeline.rank)
+        yield a_slice(track, path[-1], row["start_ns"], row["end_ns"], path=" > ".join(path))
 
 
 def _steps(timeline: RankTimeline) -> Iterator[Event]:
     for row in timeline.steps:
         name = f"step {row['step']}" if row["step"] else "end of epoch"
         about = {"epoch": int(row["epoch"]), "samples": int(row["samples"])}
-        yield _slice(timeline.rank, name, row["start_ns"], row["end_ns"], **about)
+        yield a_slice(timeline.rank, name, row["start_ns"], row["end_ns"], **about)
 
 
 def _phases(timeline: RankTimeline, exchanges: set[int]) -> Iterator[Event]:
@@ -145,20 +139,20 @@ def _phases(timeline: RankTimeline, exchanges: set[int]) -> Iterator[Event]:
     among them."""
     for row in timeline.spans:
         if row["start_ns"] not in exchanges and row["start_ns"] < row["end_ns"]:
-            yield _slice(timeline.rank, PHASES[row["phase"]], row["start_ns"], row["end_ns"])
+            yield a_slice(timeline.rank, PHASES[row["phase"]], row["start_ns"], row["end_ns"])
 
 
 def _exchange(exchange: Exchange) -> Iterator[Event]:
     entered_ns, transfer_ns, left_ns = exchange.entered_ns, exchange.transfer_ns, exchange.left_ns
     about: dict[str, Any] = {"bytes": exchange.bytes}
     if transfer_ns == entered_ns:
-        yield _slice(exchange.rank, exchange.title, entered_ns, left_ns, **about)
+        yield a_slice(exchange.rank, exchange.title, entered_ns, left_ns, **about)
         return
     about["waited_for"] = f"rank {exchange.late}"
-    yield _slice(exchange.rank, exchange.title, entered_ns, left_ns, **about)
-    yield _slice(exchange.rank, "wait", entered_ns, transfer_ns, **about)
+    yield a_slice(exchange.rank, exchange.title, entered_ns, left_ns, **about)
+    yield a_slice(exchange.rank, "wait", entered_ns, transfer_ns, **about)
     if transfer_ns < left_ns:
-        yield _slice(exchange.rank, "transfer", transfer_ns, left_ns, **about)
+        yield a_slice(exchange.rank, "transfer", transfer_ns, left_ns, **about)
 
 
 def _throughput(timeline: RankTimeline) -> Iterator[Event]:
@@ -188,21 +182,3 @@ def _rate(row: Any, samples: int) -> float:
 
 def _counter(rank: int, name: str, time_ns: int, samples_per_s: float) -> Event:
     return Event("C", rank, name, int(time_ns), args={"samples/s": round(samples_per_s, 1)})
-
-
-def _places(timelines: list[RankTimeline]) -> dict[int, dict[str, int]]:
-    """Process and thread of each rank. Viewers take equal numbers for one thread: none is used twice."""
-    hosts = list(dict.fromkeys(timeline.host for timeline in timelines))
-    most = 1 + max(timeline.rank for timeline in timelines)
-    return {t.rank: {"pid": most + 1 + hosts.index(t.host), "tid": 1 + t.rank} for t in timelines}
-
-
-def _names(timelines: list[RankTimeline], places: dict[int, dict[str, int]]) -> Iterator[dict[str, Any]]:
-    """How hosts and ranks are called, and that ranks stand in their order."""
-    for timeline in timelines:
-        for name, args in (
-            ("process_name", {"name": f"host {timeline.host}"}),
-            ("thread_name", {"name": f"rank {timeline.rank} {timeline.role}"}),
-            ("thread_sort_index", {"sort_index": timeline.rank}),
-        ):
-            yield {"ph": "M", "name": name, **places[timeline.rank], "args": args}

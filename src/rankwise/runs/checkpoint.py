@@ -2,8 +2,11 @@
 
 A checkpoint is a folder ``epoch-NNNN`` with the model, the average of its weights if there is one, the
 optimiser state of each worker that has one of its own, and a manifest with the SHA-256 of every file.
-`checkpoint_writer` writes it under another name, syncs it, and renames it. All randomness is a function of
-seed, epoch and worker, so the epoch is all the generator state there is.
+`checkpoint_writer` writes it under another name, syncs it, and renames it. At the end of an epoch all
+randomness is a function of seed, epoch and worker, so the epoch is all the generator state there is.
+
+One from inside an epoch is ``epoch-NNNN-part-NNNN``, the first number being the epochs that are over and the
+second higher for each later one. It holds besides, for each rank, its place: what that rank has of its own.
 """
 
 from __future__ import annotations
@@ -21,20 +24,26 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rankwise.errors import ResumeError, one_line
 from rankwise.models.expanded import load
 from rankwise.models.replica import Replica
 from rankwise.models.rest import unpacked
+from rankwise.runs.checkpoint_names import AVERAGE, AVERAGE_REST, MANIFEST, MODEL, REST, numbers_of
 
 Memory = Mapping[str, NDArray[np.floating]]
 """Arrays of one rank's strategy, by name."""
 
-MANIFEST = "manifest.json"
-MODEL = "model.safetensors"
-AVERAGE = "average.safetensors"
-REST, AVERAGE_REST = "model-rest.pt", "average-rest.pt"
-"""What these two lack, if anything: extra state that is no tensor, and buffers that are not persistent."""
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank has of its own inside an epoch: `arrays` by name, `notes` that are JSON, and the `rest`
+    that is neither."""
+
+    arrays: Mapping[str, Tensor]
+    notes: Mapping[str, Any]
+    rest: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,32 @@ class Checkpoint:
     epoch: int
     notes: dict[str, Any]
     workers: int
+
+    @property
+    def inside(self) -> dict[str, Any] | None:
+        """What the run wrote of the epoch under way; None if the checkpoint is from the end of one."""
+        return self.notes.get("inside")
+
+    def where(self, epochs: int | None = None) -> str:
+        """From where a run, of so many epochs, goes on with it, in words."""
+        of_all = f" of {epochs}" if epochs is not None else ""
+        if self.inside is None:
+            return f"after epoch {self.epoch}{of_all}"
+        return f"in epoch {self.epoch + 1}{of_all}, after {self.inside['trained']} of its samples"
+
+    def place_of(self, rank: int) -> Place:
+        """What a rank had of its own inside an epoch. Raises ResumeError if it cannot be read."""
+        path = self.path / place_file(rank)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                notes = json.loads(file.metadata()["notes"])
+            rest = self.path / place_rest_file(rank)
+            return Place(arrays, notes, unpacked(rest.read_bytes()) if rest.exists() else {})
+        except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ResumeError(f"checkpoint {path} cannot be read: {one_line(error)[:300]}") from None
+        except safetensors.SafetensorError as error:
+            raise ResumeError(f"checkpoint {path} cannot be read: {one_line(error)[:300]}") from None
 
     def restore(self, replica: Replica, worker: int | None) -> None:
         """Load the model, and for a worker the optimiser state that was its own.
@@ -120,13 +155,23 @@ def verify(path: Path) -> Checkpoint:
 
 def finished(folder: Path) -> list[Path]:
     """Finished checkpoints, the newest first."""
-    found = [path for path in folder.glob("epoch-*") if path.name[6:].isdigit() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[6:]), reverse=True)
+    found = {path: numbers_of(path.name) for path in folder.glob("epoch-*") if path.is_dir()}
+    return sorted((path for path, its in found.items() if its), key=lambda path: found[path], reverse=True)
 
 
 def memory_file(rank: int) -> str:
     """Holds what the strategy of a rank has to remember."""
     return f"memory-{rank:04d}.safetensors"
+
+
+def place_file(rank: int) -> str:
+    """Holds what a rank has of its own inside an epoch."""
+    return f"place-{rank:04d}.safetensors"
+
+
+def place_rest_file(rank: int) -> str:
+    """Holds what of it is no tensor, if there is any."""
+    return f"place-{rank:04d}-rest.pt"
 
 
 def worker_file(worker: int) -> str:

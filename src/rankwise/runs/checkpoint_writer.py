@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,23 @@ from rankwise.errors import ModelError, StorageError
 from rankwise.models.replica import Replica
 from rankwise.models.rest import packed, rest_of
 from rankwise.runs.checkpoint import (
+    Memory,
+    Place,
+    finished,
+    memory_file,
+    place_file,
+    place_rest_file,
+    worker_file,
+)
+from rankwise.runs.checkpoint_names import (
     AVERAGE,
     AVERAGE_REST,
     MANIFEST,
     MODEL,
     REST,
-    Memory,
-    finished,
-    memory_file,
-    worker_file,
+    best_epoch,
+    name_of,
+    numbers_of,
 )
 from rankwise.system.files import write_atomically
 
@@ -41,17 +49,26 @@ LOOK_S = 0.02
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run into `folder`, which all ranks see, and keeps the newest `keep`.
+    """Writes the checkpoints of one run into `folder`, which all ranks see, and keeps the newest `keep`; with
+    `keeps_best` also the one with the highest validation accuracy, by its notes, the first of them.
 
     `gave_up` says that the last one may have been lost. When the next checkpoint begins, and in `finish`, an
     error of the disk is raised as StorageError; the checkpoints before stay. `may_write` is called before
     files of other ranks are touched, and what it raises is raised there too.
     """
 
-    def __init__(self, folder: Path, keep: int, may_write: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        may_write: Callable[[], None] = lambda: None,
+        *,
+        keeps_best: bool = False,
+    ) -> None:
         self._folder = folder
         self._may_write = may_write
         self._keep = keep
+        self._keeps_best = keeps_best
         self._under_way: _Part | None = None
         self._given_up: list[_Part] = []
         self.gave_up = False
@@ -66,14 +83,16 @@ class CheckpointWriter:
         writers: int,
         memory: Memory,
         notes: dict[str, Any],
+        place: Place | None = None,
     ) -> None:
         """Begin the checkpoint of `epoch`, as all is now; all ranks together. Raises StorageError.
 
-        Rank 0 writes the model, the workers below `writers` their optimiser state (`worker` is this rank's
-        number among them, None if it has none), and each rank its strategy's `memory`, if any.
+        With a `place` it is one from inside the epoch that comes after. Rank 0 writes the model, the workers
+        below `writers` their optimiser state (`worker` is this rank's number among them, None if it has
+        none), and each rank its strategy's `memory`, if any, and its place.
         """
         self._wait_for_part()
-        draft = self._new_draft(epoch) if world.rank == 0 else None
+        draft = self._new_draft(epoch, inside=place is not None) if world.rank == 0 else None
         draft = Path(world.allgather_object(draft)[0])
         self._complete()  # of the one before all parts are there now
         files: dict[str, bytes] = {}
@@ -85,9 +104,18 @@ class CheckpointWriter:
             files[worker_file(worker)] = _packed(replica.optimizer_state())
         if memory:
             files[memory_file(world.rank)] = _packed({k: torch.from_numpy(a) for k, a in memory.items()})
+        if place is not None:
+            metadata = {"notes": json.dumps(place.notes)}
+            files[place_file(world.rank)] = _packed(place.arrays, metadata)
+            if place.rest:
+                files[place_rest_file(world.rank)] = _rest(place.rest)
         self.gave_up = False
         manifest = {"epoch": epoch, "workers": writers, "notes": notes} if world.rank == 0 else None
-        self._under_way = _Part(draft, world.rank, world.size, files, manifest, self._keep, self._may_write)
+        epochs = notes.get("epochs", []) if self._keeps_best else []
+        best = best_epoch((row["epoch"], row.get("val_accuracy")) for row in epochs)
+        self._under_way = _Part(
+            draft, world.rank, world.size, files, manifest, self._keep, self._may_write, best
+        )
 
     def finish(self, world: World) -> None:
         """Wait until the last checkpoint is on disk; all ranks together. Raises StorageError."""
@@ -103,7 +131,7 @@ class CheckpointWriter:
             self._under_way = None
             self.gave_up = True
 
-    def _new_draft(self, epoch: int) -> Path:
+    def _new_draft(self, epoch: int, *, inside: bool) -> Path:
         self._may_write()
         while self._given_up:  # or its folder might be renamed while it is removed
             self._given_up.pop().thread.join()
@@ -111,12 +139,21 @@ class CheckpointWriter:
         for path in self._folder.glob(".epoch-*"):
             if path != kept:
                 shutil.rmtree(path, ignore_errors=True)
-        draft = self._folder / f".epoch-{epoch:04d}.{os.urandom(4).hex()}"
+        part = 1 + max(self._parts_of(epoch, kept), default=0) if inside else 0
+        draft = self._folder / f".{name_of(epoch, part)}.{os.urandom(4).hex()}"
         try:
             draft.mkdir(parents=True)
         except OSError as error:
             raise StorageError(f"cannot write checkpoint {draft}: {error.strerror}") from error
         return draft
+
+    def _parts_of(self, epoch: int, under_way: Path | None) -> list[int]:
+        """The numbers of the checkpoints inside the epoch after this one that are there, or will be soon."""
+        names = [path.name for path in self._folder.glob("epoch-*")]
+        names += [_final(under_way).name] if under_way else []
+        return [
+            number for its, *parts in filter(None, map(numbers_of, names)) if its == epoch for number in parts
+        ]
 
     def _wait_for_part(self) -> None:
         if self._under_way is not None:
@@ -144,6 +181,7 @@ class _Part:
         manifest: dict[str, Any] | None,
         keep: int,
         may_write: Callable[[], None],
+        best: int | None,
     ) -> None:
         self.draft = draft
         self.written = threading.Event()
@@ -154,6 +192,7 @@ class _Part:
         self._manifest = manifest
         self._keep = keep
         self._may_write = may_write
+        self._best = best
         self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self.thread.start()
 
@@ -190,11 +229,17 @@ class _Part:
         content = json.dumps({**manifest, "files": sums}, indent=1).encode()
         write_atomically(self.draft / MANIFEST, content)
         self._may_write()
-        final = self.draft.with_name(f"epoch-{manifest['epoch']:04d}")
+        final = _final(self.draft)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(self.draft, final)
         for old in finished(final.parent)[self._keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            if self._best is None or old.name != name_of(self._best):
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _final(draft: Path) -> Path:
+    """What a checkpoint is called when it is whole."""
+    return draft.with_name(draft.name[1:].split(".")[0])
 
 
 def _note(draft: Path, rank: int) -> Path:
@@ -205,13 +250,18 @@ def _files_of(model: nn.Module, tensors: str, rest: str) -> dict[str, bytes]:
     """A model as files' contents, by their names. Raises StorageError."""
     files = {tensors: _packed({k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)})}
     if its := rest_of(model):
-        try:
-            files[rest] = packed(its)
-        except ModelError as error:
-            raise StorageError(f"cannot write a checkpoint: {error}") from None
+        files[rest] = _rest(its)
     return files
 
 
-def _packed(tensors: dict[str, torch.Tensor]) -> bytes:
+def _rest(values: Mapping[str, Any]) -> bytes:
+    """What is no tensor as a file's content. Raises StorageError."""
+    try:
+        return packed(values)
+    except ModelError as error:
+        raise StorageError(f"cannot write a checkpoint: {error}") from None
+
+
+def _packed(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """Tensors as a file's content. Copies: the format takes no strides and no sharing."""
-    return safetensors.torch.save({k: v.detach().clone().contiguous() for k, v in tensors.items()})
+    return safetensors.torch.save({k: v.detach().clone().contiguous() for k, v in tensors.items()}, metadata)

@@ -17,7 +17,16 @@ from pydantic import ValidationError
 
 from rankwise.errors import ResumeError, StorageError, SupersededError, UsageError, one_line
 from rankwise.runs.record import SCHEMA_VERSION, Epoch, Outcome, Record
-from rankwise.system.files import Claimed, claim, write_atomically
+from rankwise.system.files import Claimed, claim, write_atomically, write_first
+
+UNWRITTEN = {
+    "rank": -1,
+    "message": "a rank failed, and could not write down why in failure.json: is the disk full?",
+    "exit_code": 1,
+    "may_restart": False,
+    "traceback": "",
+}
+"""What is known of a failure whose file is empty or cut off."""
 
 
 class RunFolder:
@@ -30,20 +39,31 @@ class RunFolder:
         self.record = path / "record.json"
         self.metrics = path / "metrics.jsonl"
         self.timeline = path / "timeline"
+        self.calls = path / "calls"
+        self.rank_0 = path / ".rank-0"
         self.checkpoints = path / "checkpoints"
         self.failure = path / "failure.json"
         self.progress = path / ".progress"
         self.faults = path / "faults"
         self.last_words = path / "last-words"
         self.beats = path / ".beats"
+        self._crashes = path / ".crashes"
         self._start = path / ".start"
-        self._claimed = path / ".claim"
+        self.claimed = path / ".claim"
         self._mine: str | None = None
         self.launched_at: str | None = None
 
     def timeline_of(self, rank: int) -> Path:
         """The timeline of one rank."""
         return self.timeline / f"rank-{rank:04d}.npz"
+
+    def output_of(self, rank: int) -> Path:
+        """What one rank of a program has printed."""
+        return self.path / "output" / f"rank-{rank:04d}.txt"
+
+    def crash_of(self, rank: int) -> Path:
+        """Where a crash of one rank is written down."""
+        return self._crashes / f"rank-{rank:04d}.txt"
 
     def leave_words(
         self, rank: int, kind: str, message: str, *, silent_s: float | None = None, **more: Any
@@ -52,15 +72,29 @@ class RunFolder:
         content = {"kind": kind, "message": message, "silent_s": silent_s, **more}
         with suppress(OSError):
             self.last_words.mkdir(exist_ok=True)
-            _create(self._words_of(rank), content)
+            write_first(self._words_of(rank), json.dumps(content, indent=1).encode())
 
     def leave_failure(self, content: dict[str, Any]) -> bool:
         """Write down what ends the run; returns whether it was the first reason, which counts."""
         try:
-            _create(self.failure, content)
+            write_first(self.failure, json.dumps(content, indent=1).encode())
         except OSError:
             return False
         return True
+
+    def read_failure(self) -> dict[str, Any] | None:
+        """What ends the run, None if nothing does. A rank that could not write it down has left a file that
+        says nothing."""
+        try:
+            text = self.failure.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError:
+            text = b""
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError):
+            return dict(UNWRITTEN)
 
     def read_words(self, rank: int) -> dict[str, Any]:
         """The last words about a rank, empty if there are none."""
@@ -77,7 +111,8 @@ class RunFolder:
     def forget_failures(self) -> None:
         """The run goes on: what ended it, or one of its ranks, was before."""
         self.failure.unlink(missing_ok=True)
-        shutil.rmtree(self.last_words, ignore_errors=True)
+        for path in (self.last_words, self._crashes):
+            shutil.rmtree(path, ignore_errors=True)
 
     def begin(self, launched_at: str = "") -> None:
         """The run is about to be started, by a command that was given at `launched_at` (UTC): ranks of an
@@ -89,6 +124,11 @@ class RunFolder:
         """This process is a rank of the start that began last."""
         self._mine = self._last_start()
         self.launched_at = self._mine.partition(" ")[2] or None
+
+    @property
+    def start(self) -> str:
+        """Names the start of which this process is a rank, empty if it is none."""
+        return self._mine or ""
 
     def require_part(self) -> None:
         """Raises SupersededError if the run was started again since this process took part.
@@ -112,7 +152,7 @@ class RunFolder:
         process ends; None where the file system knows no locks. Raises UsageError if another start holds it.
         """
         try:
-            return claim(self._claimed, f"process {os.getpid()} on {socket.gethostname()}")
+            return claim(self.claimed, f"process {os.getpid()} on {socket.gethostname()}")
         except Claimed as error:
             raise UsageError(
                 f"{self.path} is in use by {error}: wait for its end, or choose another --out"
@@ -122,9 +162,11 @@ class RunFolder:
 
     def clear(self) -> None:
         """No run came about in a folder that was there before: take away what a start has put there."""
-        for path in (self.plan, self.failure, self.beats, self.progress, self._start, self._claimed):
+        files = (self.plan, self.failure, self.beats, self.progress, self.rank_0, self._start, self.claimed)
+        for path in files:
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.last_words, ignore_errors=True)
+        for path in (self.last_words, self._crashes, self.calls):
+            shutil.rmtree(path, ignore_errors=True)
         for path in (self.timeline, self.checkpoints):
             with suppress(OSError):  # what is in it was there before
                 path.rmdir()
@@ -182,6 +224,13 @@ class RunFolder:
         except (OSError, ValueError, ValidationError, AttributeError, RecursionError) as error:
             raise ResumeError(f"{self.record} is damaged: {one_line(error)[:200]}") from None
 
+    def epochs_to_come(self) -> int:
+        """How many epochs the run is to have in all, 0 if that is not known yet."""
+        try:
+            return int(self.read().config["epochs"] or 0)
+        except (UsageError, LookupError):
+            return 0
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """The epochs that stand in metrics.jsonl so far; a line that is just being written does not count."""
         try:
@@ -200,12 +249,6 @@ class RunFolder:
         record = self.read()
         if record.outcome == "running":
             self.write(record.model_copy(update={"outcome": outcome, "message": message}))
-
-
-def _create(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is not there yet: several ranks may want to at once, and the first is the cause."""
-    with path.open("x") as file:
-        json.dump(content, file, indent=1)
 
 
 def new_run_paths(name: str) -> Iterator[Path]:

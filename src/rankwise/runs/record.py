@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from rankwise.config import TrainConfig
-from rankwise.ledger.phases import PHASES
+from rankwise.ledger.phases import RECORDED
+from rankwise.ledger.regions import RegionTime
+
+if TYPE_CHECKING:
+    from rankwise.data import Dataset
 
 SCHEMA_VERSION = 1
 
@@ -60,6 +64,9 @@ class Epoch(_Row):
     since_launch_s: float | None = Field(
         default=None, description="from the launch of the first sitting until this epoch was evaluated"
     )
+    metrics: dict[str, float | None] = Field(
+        default_factory=dict, description="what a loop of a user's own has logged, by name"
+    )
 
     @property
     def samples_per_s(self) -> float:
@@ -78,7 +85,48 @@ EpochRow = Evaluated | Epoch
 
 
 def _all_phases(phases_ns: dict[str, int]) -> dict[str, int]:
-    return dict.fromkeys(PHASES, 0) | phases_ns
+    return dict.fromkeys(RECORDED, 0) | phases_ns
+
+
+class RegionTimes(_Row):
+    """What one rank did in the regions of one name that lie in those of the same names. `phases_ns` adds up
+    to `wall_ns`; regions inside are included."""
+
+    path: list[str] = Field(description="the name, behind those of the regions around it")
+    count: int
+    wall_ns: int
+    phases_ns: dict[str, int] = Field(description="without phases of which there was nothing")
+
+
+MOST_WAITED_FOR = 32
+"""Ranks for which a record says singly how long a rank, or a line on one, waited for them."""
+
+
+def longest_waits(wait_on_ns: Mapping[int, int]) -> dict[str, Any]:
+    """Waiting by the rank that was waited for, as a record has it: the longest in full, the rest added up, so
+    that a record grows with its ranks and not with their pairs."""
+    longest = sorted(wait_on_ns, key=lambda rank: wait_on_ns[rank], reverse=True)[:MOST_WAITED_FOR]
+    kept = {str(rank): wait_on_ns[rank] for rank in sorted(longest)}
+    return {"wait_on_ns": kept, "wait_on_others_ns": sum(wait_on_ns.values()) - sum(kept.values())}
+
+
+MOST_REGIONS = 64
+"""Names of regions in a rank's row, those with most time."""
+
+
+def regions_of(times: Mapping[tuple[str, ...], RegionTime]) -> list[RegionTimes]:
+    """The regions of one rank, as a record has them."""
+    rows = [
+        RegionTimes(
+            path=[*path],
+            count=its.count,
+            wall_ns=sum(its.phases_ns.values()),
+            phases_ns={phase: ns for phase, ns in its.phases_ns.items() if ns},
+        )
+        for path, its in times.items()
+    ]
+    longest = sorted(rows, key=lambda row: row.wall_ns, reverse=True)[:MOST_REGIONS]
+    return [row for row in rows if row in longest] if len(rows) > MOST_REGIONS else rows
 
 
 class Rank(_Row):
@@ -91,6 +139,9 @@ class Rank(_Row):
     wall_ns: int
     phases_ns: Annotated[dict[str, int], AfterValidator(_all_phases)]
     wait_on_ns: dict[str, int]
+    wait_on_others_ns: int = Field(
+        default=0, description="waiting for ranks that are not in `wait_on_ns`, which holds the longest waits"
+    )
     hidden_ns: int
     cpu_s: float
     cpu_percent: float
@@ -99,6 +150,9 @@ class Rank(_Row):
     messages_sent: int
     messages_received: int | None = None
     max_rss_bytes: int
+    pss_bytes: int | None = Field(
+        default=None, description="memory at the end that is its own, and its share of what is used together"
+    )
     died_at_s: float | None
     off_cpu_ns: dict[str, int] = Field(
         default_factory=dict,
@@ -111,6 +165,46 @@ class Rank(_Row):
         default=None, description="waiting by the stopwatch of --cross-check, beside that of the logs"
     )
     measured: dict[str, float] = Field(default_factory=dict, description="what the strategy measured")
+    regions: list[RegionTimes] = Field(
+        default_factory=list, description="of those that the program named, in the order in which they ended"
+    )
+
+
+class Seen(_Row):
+    """The images that a network was trained on: what it takes, and what its answers mean."""
+
+    image_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    classes: tuple[str, ...] = Field(description="in the order of the network's scores")
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Seen:
+        """Those of a dataset."""
+        return cls(image_shape=dataset.image_shape, classes=dataset.classes)
+
+
+class CallSite(_Row):
+    """A line of a program that calls MPI, and what it cost one rank."""
+
+    rank: int
+    file: str
+    line: int
+    function: str
+    call: str
+    count: int
+    bytes: int
+    wait_ns: int
+    transfer_ns: int
+    pack_ns: int = 0
+    wait_on_ns: dict[str, int]
+    wait_on_others_ns: int = 0
+    late_at: dict[str, int] = Field(
+        description="where the ranks that were waited for were meanwhile, `rank N: ...`"
+    )
+
+    @property
+    def place(self) -> str:
+        """File and line."""
+        return f"{self.file}:{self.line}"
 
 
 class Clock(_Row):
@@ -120,13 +214,31 @@ class Clock(_Row):
     violations: int
 
 
+LOSSES = ("lost_work", "detection", "repair", "pauses", "fewer_ranks")
+"""What faults and stops cost a run."""
+
+
 class Efficiency(_Row):
-    """POP efficiencies as fractions; None where this run cannot tell."""
+    """POP efficiencies as fractions, and what faults cost; None where this run cannot tell."""
 
     parallel: float | None = None
     load_balance: float | None = None
     serialization: float | None = None
     transfer: float | None = None
+    goodput: float | None = Field(
+        default=None, description="share of the time of the ranks asked for that no fault and no stop cost"
+    )
+    goodput_lost: dict[str, float] = Field(
+        default_factory=dict, description="the rest of that time, {cause: share}"
+    )
+    paid_rank_s: float = Field(
+        default=0.0, description="that time: seconds since the first step times ranks asked for"
+    )
+    mean_recovery_s: float | None = Field(
+        default=None,
+        description="mean over the ranks that were lost, from their last sign of life until a round was "
+        "committed again",
+    )
 
 
 class Samples(_Row):
@@ -192,7 +304,10 @@ class Target(_Row):
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run, checked, with those that its version did not know yet at their defaults."""
+    """The options of a run, checked, with those that its version did not know yet at their defaults. A
+    program has only some of them."""
+    if config.get("program"):
+        return {**dict.fromkeys(TrainConfig.model_fields), **config}
     checked = TrainConfig.model_validate({k: v for k, v in config.items() if k in TrainConfig.model_fields})
     return {**checked.model_dump(mode="json"), **config}
 
@@ -214,11 +329,13 @@ class Record(_Row):
     elapsed_s: float = Field(
         default=0.0, description="from the start of the first sitting, with the time between sittings"
     )
+    written_at: str | None = Field(default=None, description="UTC: when a rank wrote this last")
     outcome: Outcome
     message: str | None = Field(description="why the run did not complete, one line")
     resumed_from_epoch: int | None = Field(description="the epoch after which this sitting went on")
     config: Annotated[dict[str, Any], AfterValidator(_options)]
     environment: Environment
+    seen: Seen | None = Field(default=None, description="None of a program that makes its network itself")
     epochs: list[EpochRow]
     target: Target | None = Field(default=None, description="None without --target-accuracy")
     ranks: list[Rank]
@@ -227,6 +344,14 @@ class Record(_Row):
     efficiency: Efficiency
     samples: Samples
     faults: list[Fault]
+    call_sites: list[CallSite] = Field(
+        default_factory=list, description="of a program that makes no Run: what costs most comes first"
+    )
+
+    @property
+    def is_of_calls(self) -> bool:
+        """Whether it is of a program that made no `Run`: what it did in MPI is known, and no training."""
+        return bool(self.config.get("program")) and bool(self.config.get("calls_logged"))
 
     def elapsed_before_s(self, moment: str) -> float:
         """Seconds from the start of its first sitting to a moment that `utc_before` gave."""
@@ -237,6 +362,12 @@ class Record(_Row):
     def evaluated(self) -> list[Evaluated]:
         """The epochs after which the network was evaluated."""
         return [row for row in self.epochs if isinstance(row, Evaluated)]
+
+    @property
+    def trained(self) -> str:
+        """What was trained, in words: a model on a dataset, or a program's own."""
+        model = self.config["model"]
+        return str(model) if self.config.get("program") else f"{model} on {self.config['dataset']}"
 
     @property
     def best(self) -> Evaluated:

@@ -86,7 +86,7 @@ def run_metrics(record: Record) -> dict[str, float]:
     """What trackers get of a whole run: the seconds of all ranks in each phase, and its efficiencies."""
     phases = {f"phase_s/{p}": sum(row.phases_ns[p] for row in record.ranks) / 1e9 for p in PHASES}
     efficiency = record.efficiency.model_dump().items()
-    return phases | {f"efficiency/{name}": value for name, value in efficiency if value is not None}
+    return phases | {f"efficiency/{name}": value for name, value in efficiency if isinstance(value, float)}
 
 
 class TensorBoard(Tracker):

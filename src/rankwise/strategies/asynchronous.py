@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import RankLost
-from rankwise.strategies.base import State, Strategy, is_as_left, leave, meet, require_finite
+from rankwise.strategies.base import OF_SITTING, State, Strategy, is_as_left, leave, meet, require_finite
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.traffic import (
@@ -63,6 +63,12 @@ class _Desk:
                 return source, message
         return None
 
+    @property
+    def owing(self) -> list[int]:
+        """The ranks from which the next message is still to come."""
+        waiting = {source for source, _ in self.waiting}
+        return [rank for rank, left in enumerate(self.rounds_left.tolist()) if left and rank not in waiting]
+
     def staleness(self, source: int) -> int:
         """How often the centre has changed since this rank fetched it."""
         return int(self.changes - self.seen[source])
@@ -82,8 +88,8 @@ class CentreState(State):
     this run; `desk` is what the master knows of its workers, None until the epoch's first exchange."""
 
     fetched: Flat = field(default_factory=lambda: np.empty(0))
-    stopped: bool = False
-    desk: _Desk | None = None
+    stopped: bool = field(default=False, metadata=OF_SITTING)
+    desk: _Desk | None = field(default=None, metadata=OF_SITTING)
 
 
 @dataclass(frozen=True)
@@ -172,12 +178,11 @@ class Asynchronous(Strategy[CentreState]):
             flat[:-1] = self.message(mine, state.fetched)
         world.send(flat, 0)
         world.receive(flat, 0)
-        if flat[-1]:
-            world.stopping = True
-            return replace(state, stopped=True), mine
-        with world.ledger.phase("pack"):
+        stopped = bool(flat[-1])
+        world.stopping = world.asked_to_stop or stopped
+        with world.ledger.phase("pack"):  # of the last one too, as the centre holds it
             mine = self.take(mine, flat[:-1]).copy()
-        return replace(state, fetched=mine), mine
+        return replace(state, fetched=mine, stopped=stopped), mine
 
     def _serve(
         self, state: CentreState, flat: Flat, replica: Replica, batch: Batch, world: World
@@ -189,7 +194,8 @@ class Asynchronous(Strategy[CentreState]):
         centre, message = flat[:-1].copy(), np.empty_like(flat)
         try:
             while desk.rounds_left.sum() > workers * batch.rounds_left:
-                source = world.receive(message)
+                # If one of them has ended, the epoch has no end: others are then held back at the desk.
+                source = world.receive(message, owing=desk.owing)
                 world.stopping = world.asked_to_stop or bool(message[-1])
                 desk = desk.received(source, message.copy())
                 while due := desk.next(None if world.asked_to_stop else self.max_staleness):

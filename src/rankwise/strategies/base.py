@@ -14,7 +14,7 @@ from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import ConfigError, Interrupted, OutOfStepError
 from rankwise.strategies.compression import Flat, Memory
-from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.recovery import Recovery, Stop
 from rankwise.strategies.traffic import ITEM_BYTES, Collective, Exchange, ModelSize, Traffic
 
 if TYPE_CHECKING:
@@ -53,6 +53,18 @@ class State:
 
 S = TypeVar("S", bound=State)
 
+OF_SITTING = {"of_sitting": True}
+"""Metadata of a state's field that a run does not go on with after a stop."""
+
+
+class Flagged(Interrupted):
+    """The flag of an exchange was up. Of an exchange that was made all the same, `prepared` is what `commit`
+    needs."""
+
+    def __init__(self, message: str, prepared: Any = None) -> None:
+        super().__init__(message)
+        self.prepared = prepared
+
 
 class NotFiniteError(Exception):
     """What was about to be averaged, or what came of it, is not a number."""
@@ -80,11 +92,18 @@ class Strategy(ABC, Generic[S]):
     recovery: ClassVar[Recovery] = Recovery.KEEP_LOCAL_WORK
     """How the ranks go on when one of them is lost."""
 
+    stop: ClassVar[Stop] = Stop.IN_ROUND
+    """Where the ranks stand when the run is to stop."""
+
     sends_gradients: ClassVar[bool] = False
     """Whether ranks agree on gradients, never on weights, so that all may make the same change to them."""
 
     needs_all_gradients: ClassVar[bool] = False
     """Whether every parameter must have a gradient in each step, so that none can be frozen."""
+
+    undoes_exchanges: ClassVar[bool] = True
+    """Whether one commit can be undone back to where its exchange began; otherwise ranks go back by whole
+    rounds only, and keep no copy from between."""
 
     ends_early: ClassVar[bool] = True
     """Whether it carries to all ranks that one has left its loop over batches, or makes no step with one."""
@@ -118,10 +137,15 @@ class Strategy(ABC, Generic[S]):
         """Exchange at the end of a round; returns what `commit` needs.
 
         Raises Interrupted, on all ranks at the same step, when `world.stopping` was set on any of them: it is
-        to stop, and what was not committed by then is dropped; or it has left its loop, and the exchange may
-        be made anew. State and weights are as they were. Raises NotFiniteError on a rank that has sent
-        nothing yet, or on all ranks.
+        to stop; or it has left its loop, and the exchange may be made anew. State and weights are as they
+        were. A strategy that stops after the round raises Flagged. Raises NotFiniteError on a rank that has
+        sent nothing yet, or on all ranks.
         """
+
+    def complete(self, state: S, replica: Replica, batch: Batch, world: World, flagged: Flagged) -> Any:
+        """What `commit` needs of the exchange that has just raised `flagged` on all ranks, as the run is to
+        stop after this round (`Stop.AFTER_ROUND`). All ranks together; no flag is up."""
+        return flagged.prepared
 
     def commit(self, state: S, replica: Replica, prepared: Any, world: World) -> S:
         """Take over what was prepared: by default the state after the exchange and this rank's new weights.

@@ -130,7 +130,7 @@ class Buckets:
         """Make what is in the flat array the parameters' gradients, until the next batch is expected. A
         parameter that had none on any rank has none, and the optimiser leaves it be."""
         for parameter, view in zip(self._parameters, self._views, strict=True):
-            parameter.grad = view.to(parameter.dtype)
+            parameter.grad = view if parameter.dtype is self._tensor.dtype else view.to(parameter.dtype)
         if np.count_nonzero(self._counts) < self._counts.size:
             for place in np.flatnonzero(self._counts == 0):
                 self._parameters[place].grad = None

@@ -11,9 +11,9 @@ import numpy as np
 
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
-from rankwise.errors import ConfigError, Interrupted, one_line
-from rankwise.strategies.base import State, Strategy
-from rankwise.strategies.recovery import Recovery
+from rankwise.errors import ConfigError, one_line
+from rankwise.strategies.base import Flagged, State, Strategy
+from rankwise.strategies.recovery import Recovery, Stop
 from rankwise.strategies.traffic import ModelSize, Traffic
 from rankwise.system import machine
 
@@ -58,6 +58,7 @@ class DDP(Strategy[State]):
     shares_optimizer: ClassVar = True
     sends_gradients: ClassVar = True
     recovery: ClassVar = Recovery.FAIL_STOP
+    stop: ClassVar = Stop.AFTER_ROUND
     needs_all_gradients: ClassVar = True
     weighs_samples: ClassVar = False
     ends_early: ClassVar = False
@@ -88,7 +89,7 @@ class DDP(Strategy[State]):
             stops = np.array([float(world.stopping)])
             world.allreduce(stops, op="max")
             if stops[0]:
-                raise Interrupted(f"stopped in epoch {batch.epoch}")
+                raise Flagged(f"stopped in epoch {batch.epoch}")
 
     def commit(self, state: State, replica: Replica, prepared: None, world: World) -> State:
         with world.ledger.phase("optimizer"):

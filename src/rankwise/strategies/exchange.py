@@ -153,8 +153,7 @@ def gather_sum(flat: Flat, weights: NDArray[np.float64], world: Ranks) -> bool |
         return None
     with world.ledger.phase("optimizer"):
         stops = bool(rows[:, -1].any())
-        if not stops:
-            add_up_rows(rows, weights, out=flat)
+        add_up_rows(rows, weights, out=flat)
     return stops
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy, is_as_left, leave, meet, require_finite
+from rankwise.strategies.base import OF_SITTING, State, Strategy, is_as_left, leave, meet, require_finite
 from rankwise.strategies.compression import Flat
-from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.recovery import Recovery, Stop
 from rankwise.strategies.traffic import (
     ITEM_BYTES,
     Collective,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class GossipState(State):
     """`stop_at` is the round after which all ranks stop, 0 for none."""
 
-    stop_at: int = 0
+    stop_at: int = field(default=0, metadata=OF_SITTING)
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Gossip(Strategy[GossipState]):
 
     topologies: ClassVar = ("ring", "exponential", "complete")
     recovery: ClassVar = Recovery.ASYNCHRONOUS
+    stop: ClassVar = Stop.LATER
 
     topology: Literal["ring", "exponential", "complete"]
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
-from rankwise.errors import Interrupted, OutOfStepError
-from rankwise.strategies.base import State, Strategy, is_as_left, leave, require_finite
+from rankwise.errors import OutOfStepError
+from rankwise.strategies.base import Flagged, State, Strategy, is_as_left, leave, require_finite
 from rankwise.strategies.buckets import Buckets, cut
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.exchange import gather_sum, reduction_of
-from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.recovery import Recovery, Stop
 from rankwise.strategies.traffic import (
     ITEM_BYTES,
     Collective,
@@ -43,6 +43,7 @@ class GradientAveraging(Strategy[State]):
     shares_optimizer: ClassVar = True
     sends_gradients: ClassVar = True
     recovery: ClassVar = Recovery.DROP_ROUND
+    stop: ClassVar = Stop.AFTER_ROUND
     replicated: ClassVar = ("directions",)
 
     topology: Literal["master", "allreduce"]
@@ -99,8 +100,18 @@ class GradientAveraging(Strategy[State]):
             reduction = reduction_of(self.topology, self.compress, buckets.shapes)
             stops, state = reduction(buckets.close(), batch.weights, world, state)
         if stops:
-            raise Interrupted(f"stopped in epoch {batch.epoch}")
+            raise Flagged(f"stopped in epoch {batch.epoch}", prepared=state)
         return state
+
+    def complete(
+        self, state: State, replica: Replica, batch: Batch, world: World, flagged: Flagged
+    ) -> State | Flat:
+        buckets = replica.attached(Buckets)
+        if flagged.prepared is None:
+            return self._answer(buckets, replica, batch, world, stops=False)
+        require_finite(buckets.flat)
+        after: State = flagged.prepared
+        return after
 
     def commit(self, state: State, replica: Replica, prepared: State | Flat, world: World) -> State:
         if isinstance(prepared, State):
@@ -118,17 +129,21 @@ class GradientAveraging(Strategy[State]):
         if batch.weights[world.rank]:
             require_finite(buckets.flat)
         stops = gather_sum(buckets.close(), batch.weights, world)
-        if stops is False:
+        return self._answer(buckets, replica, batch, world, stops=bool(stops))
+
+    def _answer(self, buckets: Buckets, replica: Replica, batch: Batch, world: World, *, stops: bool) -> Flat:
+        """The master's step, unless a rank `stops`, and its weights to all."""
+        if world.rank == 0 and not stops:
             with world.ledger.phase("pack"):
                 buckets.give()
             with world.ledger.phase("optimizer"):
                 replica.step()
         with world.ledger.phase("pack"):
             weights = replica.pack(tail=1)
-            weights[-1] = bool(stops)
+            weights[-1] = stops
         world.broadcast(weights)
         if weights[-1]:
-            raise Interrupted(f"stopped in epoch {batch.epoch}")
+            raise Flagged(f"stopped in epoch {batch.epoch}")
         return weights
 
     def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:

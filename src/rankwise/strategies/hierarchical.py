@@ -11,12 +11,11 @@ import numpy as np
 
 from rankwise.comm import Subgroup, World
 from rankwise.data.sampler import Batch
-from rankwise.errors import Interrupted
 from rankwise.strategies.averaging import Averaged, ParameterAveraging, RoundState
-from rankwise.strategies.base import require_finite
+from rankwise.strategies.base import Flagged, require_finite
 from rankwise.strategies.buckets import Buckets
 from rankwise.strategies.compression import Flat
-from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.recovery import Recovery, Stop
 from rankwise.strategies.traffic import ITEM_BYTES, Collective, ModelSize, Traffic, flat_bytes
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ class Hierarchical(ParameterAveraging):
     topologies: ClassVar[tuple[str, ...]] = ("allreduce",)
     sync_every: ClassVar = 8
     recovery: ClassVar = Recovery.ROLL_BACK
+    stop: ClassVar = Stop.AFTER_ROUND
     replicated: ClassVar = ("outer_momentum",)
 
     sync_across_hosts: int = 8
@@ -84,8 +84,13 @@ class Hierarchical(ParameterAveraging):
             flat[-1] = stops
         inside.broadcast(flat)
         if flat[-1]:
-            raise Interrupted(f"stopped in epoch {batch.epoch}")
+            raise Flagged(f"stopped in epoch {batch.epoch}")
         return Averaged(flat[:-1], after, replica.optimizer.param_groups[0]["lr"])
+
+    def complete(
+        self, state: RoundState, replica: Replica, batch: Batch, world: World, flagged: Flagged
+    ) -> Averaged:
+        return self.prepare(state, replica, batch, world)
 
     def recover(self, state: RoundState, replica: Replica, world: World) -> RoundState:
         replica.attached(Buckets).clear()

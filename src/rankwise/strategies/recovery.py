@@ -1,4 +1,4 @@
-"""What the ranks of a strategy do when one of them is lost."""
+"""What the ranks of a strategy do when one of them is lost, and where they stand when the run is to stop."""
 
 from __future__ import annotations
 
@@ -46,3 +46,19 @@ class Recovery(Enum):
     def syncs_every_step(self) -> bool:
         """Whether `Strategy.train` exchanges too."""
         return self is Recovery.ROLL_BACK
+
+
+class Stop(Enum):
+    """Where ranks stop. All learn of it in the same exchange; what they have by then is saved."""
+
+    IN_ROUND = "in the round"
+    """What each has trained of the round is in its own weights. One that is asked to stop goes straight to
+    the exchange, and the round goes on from there when the run does."""
+
+    AFTER_ROUND = "after the round"
+    """What each has trained of the round is in no weights yet: the round is trained to its end, and
+    committed."""
+
+    LATER = "later"
+    """Ranks agree on a round to come, and train as if nothing were until then. What each has trained of that
+    round is in its own weights."""

@@ -30,7 +30,7 @@ class StudyFolder:
 
     def require(self, settings: dict[str, object]) -> None:
         """Raises UsageError unless the folder is new, empty, or holds a study with these settings."""
-        for name, value in self._stored_settings().items():
+        for name, value in self.settings().items():
             if settings.get(name, value) != value:
                 raise UsageError(
                     f"{self.path} holds a study with {name} = {value}, but {settings[name]} was given: "
@@ -47,7 +47,9 @@ class StudyFolder:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise UsageError(f"cannot write {self.path}: {reason}; choose another --output") from None
 
-    def _stored_settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, object]:
+        """What its study was given, nothing if the folder is new. Raises UsageError if something else is in
+        it."""
         try:
             stored = json.loads(self._settings.read_bytes())
         except FileNotFoundError:
@@ -99,7 +101,10 @@ class StudyFolder:
 
     def keep(self, name: str, record: Record) -> None:
         """Put a finished run's record aside. Raises StorageError."""
-        anywhere = record.model_copy(update={"config": record.config | dict.fromkeys(PLACES)})
+        config = record.config | dict.fromkeys(PLACES)
+        if program := config.get("program"):
+            config["program"] = [Path(word).name if Path(word).is_absolute() else word for word in program]
+        anywhere = record.model_copy(update={"config": config})
         write_atomically(self.records / f"{name}.json", anywhere.model_dump_json(indent=1).encode() + b"\n")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rankwise.report import page
 from rankwise.runs.record import Record
@@ -49,6 +51,10 @@ class Grid:
         """Write it as a CSV file, under its name. Raises StorageError."""
         write_atomically(folder / f"{self.name}.csv", self.to_csv().encode())
 
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The rows for JSON, by column: a mean is an object, and None what is missing or no finite number."""
+        return [dict(zip(self.columns, map(_for_json, row), strict=True)) for row in self.rows]
+
     def to_csv(self) -> str:
         """Twelve digits; beside a column of means the half width of the 95% interval and the seeds."""
         means = [any(isinstance(row[i], Estimate) for row in self.rows) for i in range(len(self.columns))]
@@ -75,6 +81,12 @@ def _csv_cells(cell: Cell) -> tuple[Cell, ...]:
 def _digits(cell: Cell) -> Cell:
     """Without the noise of binary fractions: 63.02, and not 63.019999999999996."""
     return float(f"{cell:.12g}") if isinstance(cell, float) else cell
+
+
+def _for_json(cell: Cell) -> Any:
+    if isinstance(cell, Estimate):
+        return {name: _for_json(value) for name, value in asdict(cell).items()}
+    return None if isinstance(cell, float) and not math.isfinite(cell) else _digits(cell)
 
 
 def _shown(cell: Cell) -> page.Cell:

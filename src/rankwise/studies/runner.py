@@ -1,4 +1,4 @@
-"""Runs one after the other, each a `rankwise train` of its own: clean memory, and a crash hurts one only."""
+"""Runs one after the other, each a `rankwise train` or `run`: clean memory, and a crash hurts one only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rankwise.studies.folder import StudyFolder, require_options
 from rankwise.studies.plan import expected_s
 from rankwise.studies.study_progress import StudyProgress
 from rankwise.system import machine
-from rankwise.system.signals import handling
+from rankwise.system.signals import handling, leave_lost_terminal
 
 LOOK_S = 0.5
 ATTEMPTS = 2
@@ -32,11 +32,19 @@ ATTEMPTS = 2
 
 @dataclass(frozen=True)
 class Run:
-    """A trial with one seed. `config` holds what is given to `rankwise train`, and no more."""
+    """A trial with one seed. `config` holds what is given to `rankwise train`, and no more; with a `program`
+    to `rankwise run`, which starts it."""
 
     name: str
     config: TrainConfig
     samples_per_epoch: int
+    program: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """How it begins."""
+        name = "run" if self.program else "train"
+        return [sys.executable, "-m", "rankwise", name]
 
 
 def run_all(runs: Sequence[Run], folder: StudyFolder, console: Console) -> dict[str, str]:
@@ -74,8 +82,8 @@ def _train(run: Run, folder: StudyFolder, board: StudyProgress) -> Record | str:
             words = ["--resume", str(place.path)]
         else:
             shutil.rmtree(place.path, ignore_errors=True)
-            words = to_arguments(run.config.model_copy(update={"out": place.path}))
-        command = [sys.executable, "-m", "rankwise", "train", *words]
+            words = [*to_arguments(run.config.model_copy(update={"out": place.path})), *run.program]
+        command = [*run.command, *words]
         log = folder.log(run.name)
         code = _supervise(
             command, log, lambda: board.look(run.name, place, run.config.epochs, run.samples_per_epoch)
@@ -89,8 +97,8 @@ def _train(run: Run, folder: StudyFolder, board: StudyProgress) -> Record | str:
 def _supervise(command: list[str], log: Path, look: Callable[[], None]) -> int:
     """Run a command to its end, its output in `log`, and return its exit code.
 
-    It stands in a session of its own, so that a terminal's Ctrl-C does not reach it twice: SIGINT and
-    SIGTERM here become SIGINT there, and when it has ended, Interrupted here.
+    It stands in a session of its own, so that a terminal's Ctrl-C does not reach it twice: SIGINT,
+    SIGTERM and SIGHUP here become SIGINT there, and when it has ended, Interrupted here.
     """
     try:
         with log.open("wb") as output:
@@ -106,13 +114,17 @@ def _supervise(command: list[str], log: Path, look: Callable[[], None]) -> int:
         raise UsageError(f"cannot write {log}: {error.strerror}; choose another --output") from None
     asked = False
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
+            if asked:
+                return
         asked = True
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGINT)
 
-    with handling((signal.SIGINT, signal.SIGTERM), ask):
+    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), ask):
         while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(LOOK_S)

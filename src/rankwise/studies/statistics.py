@@ -70,6 +70,18 @@ def accuracy_difference(ours: Sequence[float], others: Sequence[float], val_samp
     return Contrast(mean, mean - half_width, mean + half_width)
 
 
+def loss_difference(ours: Sequence[float], others: Sequence[float]) -> Contrast:
+    """How much higher the losses of `ours` are, paired by seed.
+
+    From two seeds on the interval is Student's t of the differences. One seed says nothing about the
+    spread: its interval has no bounds.
+    """
+    differences = [one - other for one, other in zip(ours, others, strict=True)]
+    half_width = _half_width(differences) if len(differences) > 1 else math.inf
+    mean = float(np.mean(differences))
+    return Contrast(mean, mean - half_width, mean + half_width)
+
+
 def time_ratio(ours: Sequence[float], others: Sequence[float]) -> Contrast:
     """How many times as long `ours` took, paired by seed and turn.
 

@@ -27,9 +27,17 @@ def hold_contest(study: Study) -> Reproduction:
     }
     tuning = study.runs(short, 1)
     folder = study.open_folder()
-    # A run that diverges has failed, and its rate is not the best one; that is no failure of the study.
-    run_all(tuning, folder, study.console)
+    # A run that diverges has failed, and its rate is not the best one; that is no failure of the study,
+    # unless all of an entrant's did.
+    failed_tuning = run_all(tuning, folder, study.console)
     rates = _choose(courses, folder)
+    without = {
+        f"{course.name(entrant, rate, final=False)}-seed0"
+        for course, entrant in _all(courses)
+        if (course.model, entrant.name) not in rates
+        for rate in course.rates
+    }
+    lost = {name: words for name, words in failed_tuning.items() if name in without}
     runs = [run for course in courses for run in _finals(study, course, rates)]
     failed = run_all(runs, folder, study.console)
     found = {course: _scores(course, rates, folder, course.seeds(study.repeats)) for course in courses}
@@ -38,7 +46,7 @@ def hold_contest(study: Study) -> Reproduction:
         score_grid(course, scores).write(folder.tables)
     page = folder.path / "strategies.html"
     contest_page(found, judged, study.dataset, study.command, study.quick).write(page)
-    require_all(runs, failed, page)
+    require_all([*runs, *(run for run in tuning if run.name in lost)], {**lost, **failed}, page)
     return Reproduction(judged, page)
 
 

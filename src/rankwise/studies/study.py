@@ -19,7 +19,7 @@ from rankwise.plan import make_plan
 from rankwise.report.progress_bar import showing_progress
 from rankwise.studies import plan
 from rankwise.studies.folder import StudyFolder
-from rankwise.studies.grids import all_grids
+from rankwise.studies.grids import Grid, all_grids
 from rankwise.studies.page import study_page
 from rankwise.studies.results import Results
 from rankwise.studies.runner import Run, run_all
@@ -27,6 +27,12 @@ from rankwise.studies.verdicts import Verdict, judge
 
 CONTEST = "strategies"
 """An experiment that is not the paper's: all strategies against each other."""
+
+TASKS = ("images", "language")
+"""What strategies are compared on."""
+
+FEWEST_TOKENS = 10_000
+MOST_RANKS = 16
 
 FAILURES = "faults"
 """The one that the paper left out: ranks that fail by chance."""
@@ -36,7 +42,9 @@ FAILURES = "faults"
 class Study:
     """What to reproduce, on which dataset, with how many seeds, and the folder for all of it.
 
-    Raises UsageError, one line, for an unknown experiment or no seeds.
+    Strategies are compared on images, or by `task` on language: there `text`, `ranks`, `tokens`, `width` and
+    `lr` say what is trained in place of `dataset`. Raises UsageError, one line, for an unknown experiment, no
+    seeds, or what does not fit together.
     """
 
     experiment: str
@@ -47,6 +55,12 @@ class Study:
     repeats: int = 1
     quick: bool = False
     console: Console = field(default_factory=lambda: Console(stderr=True))
+    task: str = "images"
+    text: Path | None = None
+    ranks: int | None = None
+    tokens: int | None = None
+    width: int | None = None
+    lr: float | None = None
 
     def __post_init__(self) -> None:
         known = (*plan.EXPERIMENTS, CONTEST, FAILURES)
@@ -54,6 +68,46 @@ class Study:
             raise UsageError(unknown_name("experiment", self.experiment, known))
         if self.repeats < 1:
             raise UsageError(f"--repeats {self.repeats} was given, expected a number of seeds from 1 on")
+        if self.task not in TASKS:
+            raise UsageError(unknown_name("task", self.task, TASKS))
+        if self.task == "language":
+            self._require_language()
+        else:
+            self._require_images()
+
+    def _require_images(self) -> None:
+        for name in ("text", "ranks", "tokens", "width", "lr"):
+            if (value := getattr(self, name)) is not None:
+                raise UsageError(
+                    f"--{name} {value} was given, which is for language alone: give strategies --task "
+                    "language too"
+                )
+
+    def _require_language(self) -> None:
+        if self.experiment != CONTEST:
+            raise UsageError(
+                f"--task language was given with {self.experiment}, expected rankwise reproduce {CONTEST}"
+            )
+        places = {"data-dir": self.data_dir, "cache-dir": self.cache_dir}
+        if self.dataset != "cifar10":
+            places["dataset"] = Path(self.dataset)
+        for name, value in places.items():
+            if value is not None:
+                raise UsageError(
+                    f"--{name} {value} was given, which is for images: leave it out, or give a text, "
+                    "--text FILE"
+                )
+        if self.ranks is not None and not 2 <= self.ranks <= MOST_RANKS:
+            raise UsageError(
+                f"--ranks {self.ranks} was given, expected 2 to {MOST_RANKS}: a step has as many windows "
+                "of text"
+            )
+        if self.tokens is not None and self.tokens < FEWEST_TOKENS:
+            raise UsageError(f"--tokens {self.tokens} was given, expected {FEWEST_TOKENS} or more")
+        if self.width is not None and (self.width < 8 or self.width % 8):
+            raise UsageError(f"--width {self.width} was given, expected a multiple of 8")
+        if self.lr is not None and not 0 < self.lr < 1:
+            raise UsageError(f"--lr {self.lr:g} was given, expected a learning rate between 0 and 1")
 
     @property
     def scale(self) -> plan.Scale:
@@ -119,6 +173,10 @@ class Study:
     def command(self) -> str:
         """What anybody types to run the same."""
         words = ["rankwise", "reproduce", self.experiment]
+        words += ["--task", self.task] if self.task != "images" else []
+        words += ["--text", self.text.name] if self.text else []
+        for name in ("ranks", "tokens", "width", "lr"):
+            words += [f"--{name}", str(value)] if (value := getattr(self, name)) is not None else []
         words += ["--dataset", self.dataset] if self.dataset != "cifar10" else []
         words += ["--repeats", str(self.repeats)] if self.repeats > 1 else []
         words += ["--quick"] if self.quick else []
@@ -127,10 +185,11 @@ class Study:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of a study: its verdicts, and the page that shows everything."""
+    """What came of a study: its verdicts, the page that shows everything, and tables for programs too."""
 
     verdicts: list[Verdict]
     page: Path
+    tables: Sequence[Grid] = ()
 
 
 def reproduce_paper(study: Study) -> Reproduction:

@@ -84,17 +84,21 @@ class StudyProgress:
         if standing is None:
             return
         trained = (standing.epoch - 1) * samples_per_epoch + standing.samples
-        evaluated = [row for row in folder.read_metrics() if row["val_accuracy"] is not None]
+        rows = folder.read_metrics()
+        evaluated = [row["val_accuracy"] for row in rows if row["val_accuracy"] is not None]
+        losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
         state = f"{name}: epoch {standing.epoch}/{epochs}"
-        state += f", accuracy {evaluated[-1]['val_accuracy']:.1%}" if evaluated else ""
+        if evaluated:
+            state += f", accuracy {evaluated[-1]:.1%}"
+        elif losses:
+            state += f", held-out loss {losses[-1]:.3f}"
         self._show(state, min(1.0, trained / (epochs * samples_per_epoch)))
 
     def finish(self, name: str, record: Record) -> None:
         """The running run is finished."""
         took_s = time.monotonic() - self._began_s
         self._count(took_s)
-        best = max((row.val_accuracy for row in record.evaluated), default=0.0)
-        self._tell(f"{name}: best accuracy {best:.2%}, {took_s:.0f} s")
+        self._tell(f"{name}: {_result(record)}, {took_s:.0f} s")
 
     def fail(self, name: str, message: str) -> None:
         """The running run has failed for good."""
@@ -125,6 +129,15 @@ class StudyProgress:
 
     def _left_text(self, expected_s: float) -> str:
         return f"about {in_words(self._pace.seconds_for(expected_s))} left"
+
+
+def _result(record: Record) -> str:
+    """What a run came to, in words: its best accuracy, or the last loss of one that has no accuracy."""
+    losses = [row.val_loss for row in record.epochs if row.val_loss is not None]
+    if losses and not record.evaluated:
+        return f"held-out loss {losses[-1]:.3f}"
+    best = max((row.val_accuracy for row in record.evaluated), default=0.0)
+    return f"best accuracy {best:.2%}"
 
 
 def in_words(seconds: float) -> str:

@@ -23,5 +23,8 @@ def summary(done: Reproduction) -> RenderableType:
 
 
 def to_json(done: Reproduction) -> str:
-    """The verdicts with their evidence, and the page."""
-    return json.dumps({"page": str(done.page), "verdicts": [asdict(v) for v in done.verdicts]}, indent=1)
+    """The verdicts with their evidence, the page, and the tables that a study hands on, as lists of rows."""
+    content: dict[str, object] = {"page": str(done.page), "verdicts": [asdict(v) for v in done.verdicts]}
+    if done.tables:
+        content["tables"] = {grid.name: grid.to_rows() for grid in done.tables}
+    return json.dumps(content, indent=1, allow_nan=False)

@@ -1,11 +1,12 @@
-"""An MPIJob for Kubernetes, as Kubeflow's MPI Operator (v2beta1) takes it."""
+"""A job for Kubernetes: a TrainJob of Kubeflow's Trainer with an MPI runtime of its own, or an MPIJob of its
+MPI Operator (v2beta1)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from cyclopts import Parameter
@@ -15,6 +16,20 @@ from rankwise.submit.work import Work, comment
 
 HOME = "/home/rankwise"
 """Of the user in the image (Containerfile)."""
+
+SETTINGS = {
+    "PRTE_MCA_prte_default_hostfile": "/etc/mpi/hostfile",
+    "PRTE_MCA_prte_keep_fqdn_hostnames": "1",
+    "PRTE_MCA_plm_ssh_args": "-o ConnectionAttempts=10",
+}
+"""What both operators tell Open MPI 4 by OMPI_MCA_orte_ variables, which Open MPI 5 ignores without a word:
+an mpirun of one's own in the launcher finds the pods by these."""
+
+_SETTINGS = [{"name": name, "value": value} for name, value in SETTINGS.items()]
+_OF_LAUNCHER = {"cpu": "1", "memory": "1Gi"}
+_SSHD = ["/usr/sbin/sshd", "-De", "-f", f"{HOME}/.sshd_config"]
+
+API = "trainer.kubeflow.org/v1alpha1"
 
 _SCRIPT = """\
 words=(
@@ -44,9 +59,13 @@ class Kubernetes:
     ] = "rankwise"
     mount: Annotated[str, Parameter(help="Where the claim is mounted; --out must be below it.")] = "/shared"
     notice: Annotated[int, Parameter(help="Seconds that ranks have to save and leave on eviction.")] = 120
+    operator: Annotated[
+        Literal["trainer", "v2beta1"],
+        Parameter(help="What runs the job: Kubeflow Trainer (a TrainJob), or the MPI Operator (an MPIJob)."),
+    ] = "trainer"
 
     def manifest(self, work: Work, command: Sequence[str] = ()) -> str:
-        """The MPIJob as YAML, written by this command. Raises ConfigError, one line."""
+        """The job as YAML, written by this command. Raises ConfigError, one line."""
         self._check()
         out = str(work.out) if work.out else f"{self.mount}/runs/{self.job_name}"
         if not out.startswith(f"{self.mount}/") or "'" in out:
@@ -58,10 +77,16 @@ class Kubernetes:
             "cpu": str(self.cpus_per_rank * work.ranks_per_host),
             "memory": _times(self.memory_per_rank, work.ranks_per_host),
         }
+        make = self._train_job if self.operator == "trainer" else self._mpi_job
+        documents = make(work, ["/bin/bash", "-c", script], per_worker)
+        text = yaml.dump_all(documents, Dumper=_Readable, sort_keys=False, width=110)
+        return f"# {comment(command)}\n{text}"
+
+    def _mpi_job(self, work: Work, command: list[str], per_worker: dict[str, str]) -> list[dict[str, Any]]:
         job = {
             "apiVersion": "kubeflow.org/v2beta1",
             "kind": "MPIJob",
-            "metadata": {"name": self.job_name} | ({"namespace": self.namespace} if self.namespace else {}),
+            "metadata": self._metadata(),
             "spec": {
                 "slotsPerWorker": work.ranks_per_host,
                 "mpiImplementation": "OpenMPI",
@@ -69,53 +94,112 @@ class Kubernetes:
                 "sshAuthMountPath": f"{HOME}/.ssh",
                 "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": 6},
                 "mpiReplicaSpecs": {
-                    "Launcher": self._replicas(
-                        1,
-                        {"command": ["/bin/bash", "-c", script]},
-                        {"cpu": "1", "memory": "1Gi"},
-                        restart="OnFailure",
-                    ),
-                    "Worker": self._replicas(
-                        work.hosts,
-                        {"command": ["/usr/sbin/sshd", "-De", "-f", f"{HOME}/.sshd_config"]},
-                        per_worker,
-                        restart="Never",
-                    ),
+                    "Launcher": {
+                        "replicas": 1,
+                        "restartPolicy": "OnFailure",
+                        "template": self._pod({"command": command, "env": _SETTINGS}, _OF_LAUNCHER),
+                    },
+                    "Worker": {
+                        "replicas": work.hosts,
+                        "restartPolicy": "Never",
+                        "template": self._pod({"command": _SSHD}, per_worker),
+                    },
                 },
             },
         }
-        text = yaml.dump(job, Dumper=_Readable, sort_keys=False, width=110)
-        return f"# {comment(command)}\n{text}"
+        return [job]
 
-    def _replicas(
-        self, count: int, container: dict[str, Any], needs: dict[str, str], *, restart: str
+    def _train_job(self, work: Work, command: list[str], per_worker: dict[str, str]) -> list[dict[str, Any]]:
+        """The runtime says what pods are, and the job what runs in them. The launcher comes when sshd answers
+        on the nodes, which Trainer calls `node` like the container that is to run the command."""
+        answers = {"readinessProbe": {"tcpSocket": {"port": 2222}, "initialDelaySeconds": 5}}
+        node = self._pod({"command": _SSHD, **answers}, per_worker, name="node")
+        launcher = self._pod({}, _OF_LAUNCHER, name="node", restart="OnFailure")
+        runtime = {
+            "apiVersion": API,
+            "kind": "TrainingRuntime",
+            "metadata": self._metadata() | {"labels": {"trainer.kubeflow.org/framework": "rankwise"}},
+            "spec": {
+                "mlPolicy": {
+                    "numNodes": work.hosts,
+                    "mpi": {
+                        "numProcPerNode": work.ranks_per_host,
+                        "mpiImplementation": "OpenMPI",
+                        "sshAuthMountPath": f"{HOME}/.ssh",
+                        "runLauncherAsNode": False,
+                    },
+                },
+                "template": {
+                    "spec": {
+                        "network": {"publishNotReadyAddresses": True},
+                        "successPolicy": {"operator": "All", "targetReplicatedJobs": ["launcher"]},
+                        "replicatedJobs": [
+                            {"name": "node", "template": {"spec": {"template": node}}},
+                            {
+                                "name": "launcher",
+                                "dependsOn": [{"name": "node", "status": "Ready"}],
+                                "template": {
+                                    "metadata": {
+                                        "labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+                                    },
+                                    "spec": {"backoffLimit": 6, "template": launcher},
+                                },
+                            },
+                        ],
+                    }
+                },
+            },
+        }
+        job = {
+            "apiVersion": API,
+            "kind": "TrainJob",
+            "metadata": self._metadata(),
+            "spec": {
+                "runtimeRef": {
+                    "apiGroup": "trainer.kubeflow.org",
+                    "kind": "TrainingRuntime",
+                    "name": self.job_name,
+                },
+                "trainer": {
+                    "image": self.image,
+                    "command": command,
+                    "env": _SETTINGS,
+                    "numNodes": work.hosts,
+                    "numProcPerNode": work.ranks_per_host,
+                },
+            },
+        }
+        return [runtime, job]
+
+    def _metadata(self) -> dict[str, Any]:
+        return {"name": self.job_name} | ({"namespace": self.namespace} if self.namespace else {})
+
+    def _pod(
+        self, container: dict[str, Any], needs: dict[str, str], *, name: str = "rankwise", restart: str = ""
     ) -> dict[str, Any]:
         return {
-            "replicas": count,
-            "restartPolicy": restart,
-            "template": {
-                "spec": {
-                    "terminationGracePeriodSeconds": self.notice,
-                    "containers": [
-                        {
-                            "name": "rankwise",
-                            "image": self.image,
-                            **container,
-                            "securityContext": {"runAsUser": 1000},
-                            "resources": {"requests": needs, "limits": needs},
-                            "volumeMounts": [
-                                {"name": "shared", "mountPath": self.mount},
-                                {"name": "memory", "mountPath": "/dev/shm"},
-                            ],
-                        }
-                    ],
-                    "volumes": [
-                        {"name": "shared", "persistentVolumeClaim": {"claimName": self.claim}},
-                        # Ranks of a pod exchange through shared memory, of which a pod has 64 MB otherwise.
-                        {"name": "memory", "emptyDir": {"medium": "Memory"}},
-                    ],
-                }
-            },
+            "spec": {
+                "terminationGracePeriodSeconds": self.notice,
+                **({"restartPolicy": restart} if restart else {}),
+                "containers": [
+                    {
+                        "name": name,
+                        "image": self.image,
+                        **container,
+                        "securityContext": {"runAsUser": 1000},
+                        "resources": {"requests": needs, "limits": needs},
+                        "volumeMounts": [
+                            {"name": "shared", "mountPath": self.mount},
+                            {"name": "memory", "mountPath": "/dev/shm"},
+                        ],
+                    }
+                ],
+                "volumes": [
+                    {"name": "shared", "persistentVolumeClaim": {"claimName": self.claim}},
+                    # Ranks of a pod exchange through shared memory, of which a pod has 64 MB otherwise.
+                    {"name": "memory", "emptyDir": {"medium": "Memory"}},
+                ],
+            }
         }
 
     def _check(self) -> None:

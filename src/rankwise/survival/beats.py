@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -77,9 +76,14 @@ class Beats:
         """The beats of ranks that have not ended, by rank."""
         return _beats(self._rows.copy())
 
+    def of_clock(self, clock: int) -> dict[int, Beat]:
+        """The same of those that read this clock, as those of one host do."""
+        rows = self._rows.copy()
+        return _beats(rows, rows["clock"] == clock)
 
-def _beats(rows: Iterable[np.void]) -> dict[int, Beat]:
-    return {rank: _beat(row) for rank, row in enumerate(rows) if row["pid"]}
+
+def _beats(rows: NDArray[np.void], among: NDArray[np.bool_] | bool = True) -> dict[int, Beat]:
+    return {int(rank): _beat(rows[rank]) for rank in np.flatnonzero((rows["pid"] != 0) & among)}
 
 
 def _beat(row: np.void) -> Beat:
@@ -121,3 +125,13 @@ def slow_ranks(path: Path, after_s: float) -> list[Slow]:
         if beat.phase not in WAITING and seconds > after_s and (not is_here or beat.is_live):
             found.append(Slow(rank, beat.phase, seconds))
     return found
+
+
+def live_processes(path: Path) -> list[int]:
+    """The processes of ranks on this machine that are still there."""
+    try:
+        beats = _beats(np.fromfile(path, _ROW))
+    except (OSError, ValueError):
+        return []
+    here = clock_number()
+    return sorted(beat.pid for beat in beats.values() if beat.clock == here and beat.is_live)

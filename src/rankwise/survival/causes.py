@@ -11,6 +11,7 @@ from typing import Any
 from rankwise.errors import ProgramError, one_line
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Fault, utc_before
+from rankwise.survival import crashes
 from rankwise.survival.fault_injection import DEADLY, InjectedCrash, Mark, read_marks
 
 
@@ -50,15 +51,52 @@ def leave_crash(folder: RunFolder, rank: int, error: BaseException) -> ProgramEr
     told = "".join(traceback.format_exception(error))
     # First write, then read: of two ranks that fail at once one finds the other's words.
     folder.leave_words(rank, "crash", message, traceback=told, **mine)
-    for other, words in folder.read_all_words().items():
-        if other != rank and mine.items() <= words.items() and not isinstance(error, InjectedCrash):
-            of_all = ProgramError(
-                f"{where}: {one_line(error)} (it ended rank {other} in the same epoch, and would end one "
-                "rank after the other: mend the program)"
-            )
-            of_all.__cause__ = error
-            return of_all
-    return None
+    other = _ended_alike(folder, rank, mine)
+    if other is None or isinstance(error, InjectedCrash):
+        return None
+    of_all = _of_all(f"{where}: {one_line(error)}", f"rank {other}")
+    of_all.__cause__ = error
+    return of_all
+
+
+def find_crashes(folder: RunFolder, ranks: Iterable[int]) -> ProgramError | None:
+    """Write down why ranks have ended that a signal of their own code has ended, such as SIGSEGV. Returns an
+    error that should end the run, if the same has ended two ranks in the same epoch: the same signal at the
+    same line of code."""
+    of_all = None
+    for rank in ranks:
+        crash = crashes.read(folder.crash_of(rank))
+        if crash is None:
+            continue
+        if not folder.read_words(rank):
+            error = crash.what if crash.has_place else None
+            epoch = len(folder.read_metrics()) + 1
+            folder.leave_words(rank, "crash", crash.what, traceback=crash.stacks, error=error, epoch=epoch)
+        words = folder.read_words(rank)
+        mine = {name: words.get(name) for name in ("error", "epoch")}
+        other = _ended_alike(folder, rank, mine) if mine["error"] else None
+        if other is not None:
+            of_all = _of_all(crash.what, " and ".join(f"rank {its}" for its in sorted((rank, other))))
+    return of_all
+
+
+def _ended_alike(folder: RunFolder, rank: int, mine: dict[str, Any]) -> int | None:
+    """Another rank that left the same words, None if there is none."""
+    words = folder.read_all_words().items()
+    return next((other for other, its in words if other != rank and mine.items() <= its.items()), None)
+
+
+def _of_all(what: str, others: str) -> ProgramError:
+    return ProgramError(
+        f"{what} (it ended {others} in the same epoch, and would end one rank after the other: mend the "
+        "program)"
+    )
+
+
+def last_words(folder: RunFolder) -> str:
+    """What is known of ranks that have ended, by their last words, empty if nothing is."""
+    words = folder.read_all_words().items()
+    return "; ".join(f"rank {rank}: {its['message']}" for rank, its in words if its)
 
 
 def explain(

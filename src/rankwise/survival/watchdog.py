@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 
 from rankwise.ledger.phases import Ledger
@@ -34,8 +35,8 @@ QUIET_LOOKS = 2
 class Watchdog:
     """Watches the other ranks of this host while it is entered, through a file in the run folder.
 
-    A rank that hangs for longer than the `limits` allow is ended, and last words in the folder say why.
-    Raises StorageError if the file cannot be written.
+    A rank that hangs for longer than the `limits` allow is ended, and last words in the folder say why; that
+    of a step counts once `steps_begin`. Raises StorageError if the file cannot be written.
     """
 
     def __init__(self, folder: RunFolder, *, rank: int, ranks: int, ledger: Ledger, limits: Limits) -> None:
@@ -43,7 +44,8 @@ class Watchdog:
         self._folder = folder
         self._rank = rank
         self._ledger = ledger
-        self._limits = limits
+        self._limits = replace(limits, step_s=math.inf)
+        self._step_s = limits.step_s
         self._clock = clock_number()
         self._started = machine.start_ticks(os.getpid()) or 0
         self._at_home = threads_of(os.getpid())  # MPI's, which wait for events all the time
@@ -62,6 +64,12 @@ class Watchdog:
         self._over.set()
         self._thread.join()
         self._beats.forget(self._rank)
+
+    def steps_begin(self) -> None:
+        """This rank is built. What it reads and builds before, as a step's phases are named, is no step; and
+        threads that libraries have begun by now serve them."""
+        self._at_home = threads_of(os.getpid())
+        self._limits = replace(self._limits, step_s=self._step_s)
 
     def forget(self, ranks: Sequence[int]) -> None:
         """These ranks are gone: stop watching them."""
@@ -90,7 +98,7 @@ class Watchdog:
         self._beats.tell(self._rank, beat)
 
     def _look(self, now_ns: int, awake_ns: int) -> None:
-        beats = {rank: beat for rank, beat in self._beats.all().items() if beat.clock == self._clock}
+        beats = self._beats.of_clock(self._clock)
         for rank, beat in beats.items():
             if rank == self._rank:
                 continue

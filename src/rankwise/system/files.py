@@ -6,7 +6,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rankwise.errors import StorageError
@@ -31,6 +34,31 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_first(path: Path, content: bytes) -> None:
+    """Put `content` at `path`, where several processes may want to at once: the first one does, and a reader
+    sees all of it or no file.
+
+    Raises FileExistsError if another was first, and OSError if the content cannot be written; an empty file
+    is left then, as far as that goes.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        with path.open("xb") as file:
+            if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):  # a file system without links
+                file.write(content)
+                return
+        raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 class Claimed(Exception):
@@ -59,3 +87,15 @@ def claim(path: Path, who: str) -> int | None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, who.encode(), 0)
     return descriptor
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file or folder to, which is moved to `path` at the end. If that fails,
+    or the writing does, nothing is left of it. Raises OSError."""
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield folder / path.name
+        os.rename(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -11,14 +11,24 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import psutil
+
+from rankwise.system import limits
 
 
 def host_name() -> str:
     """Name of this host, as other hosts would call it."""
     return socket.gethostname()
+
+
+@cache
+def version_of(package: str) -> str:
+    """Version of an installed package. It is kept: finding it reads all that the package says of itself."""
+    return metadata.version(package)
 
 
 def allowed_cpus() -> frozenset[int]:
@@ -49,12 +59,8 @@ def _siblings(cpu: int) -> frozenset[int]:
 
 
 def cpu_quota() -> float | None:
-    """CPUs that the control group grants (containers), or None without a limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
+    """CPUs that the control groups grant (containers, batch jobs), or None without a limit."""
+    return limits.cpu_quota()
 
 
 def usable_cores(cores: frozenset[int] | None = None, quota: float | None = None) -> int:

@@ -12,8 +12,8 @@ import torch
 from rankwise.comm import World
 from rankwise.ledger.phases import USEFUL
 from rankwise.plan import RunPlan
-from rankwise.runs.record import Efficiency, Environment, Host, Rank, Role
-from rankwise.system import machine
+from rankwise.runs.record import Efficiency, Environment, Host, Rank, Role, longest_waits, regions_of
+from rankwise.system import limits, machine
 
 
 def standing_by(config: RunPlan, world: World, threads: int) -> list[Rank]:
@@ -38,11 +38,12 @@ def rank_row(world: World, role: Role, threads: int, measured: dict[str, float])
         "wall_ns": totals.wall_ns,
         "phases_ns": totals.phases_ns,
         "off_cpu_ns": totals.off_cpu_ns,
-        "wait_on_ns": {str(rank): ns for rank, ns in sorted(world.exchange_log.wait_on_ns.items())},
+        **longest_waits(world.exchange_log.wait_on_ns),
         "hidden_ns": world.exchange_log.hidden_ns,
         "ideal_ns": world.exchange_log.ideal_ns(),
         "barrier_wait_ns": world.barrier_wait_ns if world.cross_check else None,
         "measured": measured,
+        "regions": regions_of(world.exchange_log.regions.times()),
         "cpu_s": cpu_s,
         "cpu_percent": 100e9 * cpu_s / max(totals.wall_ns, 1),
         "bytes_sent": traffic.bytes_sent,
@@ -50,6 +51,7 @@ def rank_row(world: World, role: Role, threads: int, measured: dict[str, float])
         "messages_sent": traffic.messages_sent,
         "messages_received": traffic.messages_received,
         "max_rss_bytes": machine.max_rss_bytes(),
+        "pss_bytes": limits.pss_bytes(),
         "died_at_s": None,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,11 @@ from rankwise.training.snapshots import Progress
 if TYPE_CHECKING:
     from rankwise.models.snapshot import Content
 
+
+class NotNeeded(SystemExit):
+    """A rank that stood by is at its end, and so is its program."""
+
+
 Standing = list[tuple[Progress, int]]
 """Where a rank can go back to, and at the end where it was when another was lost; each with the samples that
 the rank had trained there since the last commit."""
@@ -25,7 +31,8 @@ the rank had trained there since the last commit."""
 @dataclass(frozen=True)
 class JoinState:
     """What a newcomer gets from a rank that is there: everything that it cannot make itself. `history` is for
-    its observer."""
+    its observer, up to the loss of the ranks in `lost`, found at `found_at_s` of the Unix clock, in whose
+    places are those in `new`."""
 
     progress: Progress
     plan: Plan
@@ -34,6 +41,9 @@ class JoinState:
     replica: Content
     ideal_time: IdealTime
     history: Any
+    lost: list[int]
+    new: list[int]
+    found_at_s: float
 
 
 def replicated(memory: Memory, strategy: Strategy[Any]) -> Memory:
@@ -50,13 +60,15 @@ def admit(
     ranks if one of them was lost.
     """
     donor = max(rank for rank, standing in enumerate(standings) if standing)
-    mine = make() if make and world.rank == donor else None
-    join_state: JoinState | None = None
+    # Before the others wait for it, as it may fail: what users keep may be of any kind.
+    mine = pickle.dumps(make()) if make and world.rank == donor else b""
+    sent: bytes | None = None
     try:
-        join_state = world.broadcast_object(mine, donor)
+        sent = world.broadcast_object(mine, donor)
     finally:
-        world.confirm(join_state is not None)
-    assert join_state is not None
+        world.confirm(sent is not None)
+    assert sent is not None
+    join_state: JoinState = pickle.loads(sent)
     return join_state
 
 
@@ -76,3 +88,19 @@ def stand_by(world: World) -> JoinState | None:
         except RankLost:
             standings = world.repair()
     return None
+
+
+def come_in(world: World, ranks: int) -> JoinState | None:
+    """All ranks from the number `ranks` on stand by; all together.
+
+    Returns what one of them gets when it takes the place of a lost one, and None on those that were there
+    from the beginning. Raises NotNeeded on a rank for which the run ends before.
+    """
+    world.set_aside(ranks)
+    if world.rank >= 0:
+        return None
+    world.survives = True  # no rank needs it yet
+    join_state = stand_by(world)
+    if join_state is None:
+        raise NotNeeded(0)
+    return join_state

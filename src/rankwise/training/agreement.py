@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankwise.comm import World
-from rankwise.errors import ConfigError, ModelError
+from rankwise.errors import ConfigError, ModelError, OutOfStepError, RankwiseError
+from rankwise.system.call_sites import here
 
 if TYPE_CHECKING:
     import torch
@@ -30,20 +31,39 @@ def require_same_options(world: World, mine: Mapping[str, Any]) -> None:
                 )
 
 
+def require_same_place(world: World, doing: str, error: type[RankwiseError] = OutOfStepError) -> None:
+    """Compare what the ranks do next; all ranks together. Raises the error, on all, if one does something
+    else."""
+    words: list[tuple[str, str]] = world.allgather_object((doing, here()))
+    for rank, (its, place) in enumerate(words):
+        if its != words[0][0]:
+            first, where = words[0]
+            raise error(
+                f"rank 0 is to {first} in {where} where rank {rank} is to {its} in {place}: do the same on "
+                "all ranks"
+            )
+
+
 def require_same_model(world: World, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Compare names, shapes, types and order of parameters and buffers, and the optimiser's settings; all
     ranks together. Raises ModelError if a rank has others, and on all for what has no shape yet."""
     mine = _parts(model, optimizer)
     for rank, theirs in enumerate(world.allgather_object(mine)):
-        for part, its in zip([*mine, NOTHING], [*theirs, NOTHING], strict=False):
-            if part != its:
-                raise ModelError(
-                    f"ranks hold different models: rank {world.rank} has {part} where rank {rank} has {its}; "
-                    "make model and optimiser in the same order and with the same values on each rank"
-                )
+        if (pair := first_difference(mine, theirs)) is not None:
+            part, its = pair
+            raise ModelError(
+                f"ranks hold different models: rank {world.rank} has {part} where rank {rank} has {its}; "
+                "make model and optimiser in the same order and with the same values on each rank"
+            )
     for part in mine:
         if SHAPELESS in part:
             raise ModelError(f"{part}: call model(inputs) once, as lazy layers want, before synchronise")
+
+
+def first_difference(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, str] | None:
+    """The first two parts, in words, in which what two ranks hold differs; None if it does not."""
+    pairs = zip([*mine, NOTHING], [*theirs, NOTHING], strict=False)
+    return next((pair for pair in pairs if pair[0] != pair[1]), None)
 
 
 def _parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

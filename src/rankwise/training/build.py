@@ -30,17 +30,19 @@ if TYPE_CHECKING:
 
 
 def dealing_of(
-    plan: RunPlan, pool: Indices, labels: Indices
+    plan: RunPlan, pool: Indices, labels: Indices, *, least: int = 1
 ) -> Callable[[int, Sequence[int]], list[Indices]]:
-    """The function (epoch, shares) -> shards, one per worker, over the samples `pool`, whose classes are
-    `labels`."""
+    """The function (epoch, shares) -> shards, one per worker and of at least so many samples if there are
+    enough, over the samples `pool`, whose classes are `labels`."""
     how, replicates = plan.dealing, plan.entry.replicates
 
     def deal(epoch: int, shares: Sequence[int]) -> list[Indices]:
         if replicates:
             shards = partition.replicate(samples=len(pool), workers=len(shares), epoch=epoch, seed=plan.seed)
         else:
-            shards = partition.deal(how, labels=labels, shares=shares, epoch=epoch, seed=plan.seed)
+            shards = partition.deal(
+                how, labels=labels, shares=shares, epoch=epoch, seed=plan.seed, least=least
+            )
         return [pool[shard] for shard in shards]
 
     return deal
@@ -52,7 +54,7 @@ def make_sampler(
     """The sampler of `rank` over the samples `pool`, whose classes are `labels`; with `needs_pairs` it gives
     no batch of one sample that it can do without."""
     return Sampler(
-        dealing_of(plan, pool, labels),
+        dealing_of(plan, pool, labels, least=2 if needs_pairs else 1),
         rank=rank,
         first_worker=1 if plan.has_master else 0,
         batch_sizes=plan.batch_sizes,
@@ -118,6 +120,13 @@ def build(
     )
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model normalises by its batch, for which one sample may be too few."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 def synchronise(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -146,8 +155,5 @@ def synchronise(
     if samples < plan.workers:
         raise ConfigError(f"{samples} samples cannot be dealt to {plan.workers} workers: use fewer ranks")
     require_same_model(world, model, optimizer)
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    needs_pairs = any(isinstance(module, _BatchNorm) for module in model.modules())
-    replica = make_replica(plan, model, optimizer, needs_pairs=needs_pairs)
+    replica = make_replica(plan, model, optimizer, needs_pairs=has_batch_norm(model))
     return build(plan, replica, np.arange(samples), np.zeros(samples, np.int64), world)

@@ -10,6 +10,7 @@ from rankwise.errors import ResumeError, one_line
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import EpochRow, Fault, Rank, Samples, Target, seconds_since, utc_before
+from rankwise.training.goodput import Goodput
 
 _EPOCHS = TypeAdapter(list[EpochRow])
 
@@ -45,14 +46,15 @@ class RunHistory:
     started_at: str
     elapsed_before_s: float
     first_step_s: float | None
+    goodput: Goodput
     rows: dict[int, Rank] = field(default_factory=dict)
     dead: dict[int, Rank] = field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, folder: RunFolder, start: Checkpoint | None, spares: list[Rank], *, age_s: float
+        cls, folder: RunFolder, start: Checkpoint | None, spares: list[Rank], *, ranks: int, age_s: float
     ) -> RunHistory:
-        """As a sitting begins whose processes are `age_s` old: after the checkpoint `start`, if there is one,
+        """As a sitting of `ranks` begins whose processes are `age_s` old: after `start`, if there is one,
         and the record of the sitting before. Raises ResumeError if their contents do not fit."""
         started_at = utc_before(age_s)
         before = folder.read() if start and folder.record.exists() else None
@@ -71,6 +73,9 @@ class RunHistory:
                 started_at=started_at,
                 elapsed_before_s=before.elapsed_before_s(started_at) if before else 0.0,
                 first_step_s=before.first_step_s if before else None,
+                goodput=Goodput.after(
+                    before, ranks, notes.get("saved_at"), began_at=utc_before(age_s, "milliseconds")
+                ),
             )
         except (KeyError, TypeError, ValidationError) as error:
             raise ResumeError(
@@ -87,8 +92,11 @@ class RunHistory:
         """Whether the epochs so far reach an accuracy, None if the run has none to reach."""
         return Target.of(accuracy, self.epochs, self.first_step_s)
 
-    def training_begins(self) -> None:
-        """The first step is next, if it was not made in a sitting before."""
+    def training_begins(self, now_s: float | None) -> None:
+        """The first step of the sitting is next, `now_s` after its processes were started; None on a rank
+        that comes in later."""
+        if now_s is not None:
+            self.goodput.training_begins(now_s)
         if self.first_step_s is None:
             self.first_step_s = seconds_since(self.launched_at)
 

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.comm import World
-from rankwise.data.sampler import Batch, Sampler
+from rankwise.data.partition import NOTHING
+from rankwise.data.sampler import Batch, RoundSampler
 from rankwise.errors import Interrupted, OutOfStepError
 from rankwise.strategies.base import Strategy
-from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.recovery import Recovery, Stop
 from rankwise.training.snapshots import Work
 
 if TYPE_CHECKING:
@@ -56,17 +57,19 @@ class Loop:
     """One rank's loop over the batches of `epoch`, which stands at `place` in a user's code.
 
     `step` is the number of its batch, from 1, and `index` that in the round of the next one, from 0. `left`
-    is the place where it was left; `ended` says that all ranks left it there, and the epoch with it.
+    is the place where it was left; `ended` says that all ranks left it there, and the epoch with it, and
+    `is_whole`, once ranks have heard from each other, that all made a step with each batch so far.
     """
 
     def __init__(
-        self, epoch: int, place: str, work: Work, strategy: Strategy[Any], sampler: Sampler, world: World
+        self, epoch: int, place: str, work: Work, strategy: Strategy[Any], sampler: RoundSampler, world: World
     ) -> None:
         self.epoch = epoch
         self.place = place
         self.step = self.index = 0
         self.left: str | None = None
         self.ended = False
+        self.is_whole = True
         self._work = work
         self._strategy = strategy
         self._sampler = sampler
@@ -100,10 +103,11 @@ class Loop:
         """A batch as this rank trains it: without its samples once the loop was left, and where the run is to
         stop, so that it goes straight to where the others learn of it."""
         if self.left is None:
-            if self._world.asked_to_stop and not self._strategy.recovery.syncs_every_step:
+            goes_straight = self._strategy.stop is Stop.IN_ROUND
+            if self._world.asked_to_stop and goes_straight and not self._strategy.recovery.syncs_every_step:
                 return _emptied(batch)
             return batch
-        if len(batch):
+        if batch.is_made:
             self._more = True
             self._tell_at_exchange()
         return _emptied(batch)
@@ -119,7 +123,7 @@ class Loop:
     def turn_over(self, batch: Batch) -> None:
         """A batch is trained, or left out."""
         self.index += 1
-        if len(batch):
+        if batch.is_made:
             self._turns[self._work.progress.rounds] += 1
 
     def round_over(self) -> None:
@@ -141,6 +145,7 @@ class Loop:
         Raises `stop` if a rank is to stop, and OutOfStepError if they left or left out what others did not.
         """
         words: list[Word] = self._world.allgather_object(self._word())
+        self.is_whole = not any(word.left or word.skipped for word in words)
         if any(word.asked_to_stop for word in words):
             raise stop
         self._world.irregular = False
@@ -165,7 +170,7 @@ class Loop:
 
     def _word(self) -> Word:
         rounds = self._work.progress.rounds
-        left = list(self._sampler.batches(self.epoch, rounds))
+        left = list(self._sampler.known(self.epoch, rounds))
         ends = next((index for index, batch in enumerate(left, start=1) if batch.ends_round), 0)
         drops = self._strategy.recovery is Recovery.DROP_ROUND
         kept = 0 if drops else sum(map(len, self._work.under_way))
@@ -176,8 +181,8 @@ class Loop:
             left=self.left,
             step=self.step,
             turns=self._turns[rounds] if self._strategy.recovery.synchronous else self._turns.total(),
-            more=self._more or any(map(len, left[self.index :])),
-            batches=sum(1 for batch in left[:ends] if len(batch)),
+            more=self._more or any(batch.is_made for batch in left[self.index :]),
+            batches=sum(1 for batch in left[:ends] if batch.is_made),
             skipped=dict(self._skipped),
             rounds_left=left[0].rounds_left if left else 0,
             kept=kept,
@@ -186,7 +191,7 @@ class Loop:
 
 
 def _emptied(batch: Batch) -> Batch:
-    return replace(batch, indices=batch.indices[:0], share=0.0)
+    return replace(batch, indices=NOTHING, share=0.0, lent=NOTHING)
 
 
 def before_use(model: nn.Module, action: Callable[[], None]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from rankwise.data.augmentation import Augmentation
 from rankwise.data.dataset import Split
 from rankwise.data.feed import Feed, feed
 from rankwise.data.partition import Indices
-from rankwise.errors import DivergedError
+from rankwise.data.sampler import Batch
+from rankwise.errors import DivergedError, Interrupted
 from rankwise.models.evaluation import score
 from rankwise.models.precision import autocast
 from rankwise.plan import RunPlan
@@ -34,7 +37,7 @@ class Job:
 
     `train` and `validation` are whole splits; the sampler's indices point into the first, and `val_pool`
     holds those of the second that all ranks evaluate together. `pool` are the indices of the samples
-    that are trained.
+    that are trained. `data` is a fingerprint of the training split.
     """
 
     config: RunPlan
@@ -44,6 +47,7 @@ class Job:
     val_pool: Indices
     pool: Indices
     progress: ProgressFile
+    data: str = ""
 
     @property
     def worker(self) -> int | None:
@@ -61,6 +65,17 @@ class Job:
     def role(self) -> Role:
         """What this rank is in the record."""
         return "master" if self.worker is None else "worker"
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint is to know besides: which samples the run trains on."""
+        return {"data": self.data}
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the ranks keep in step, and what an epoch is made of."""
+        names = ("strategy", "topology", "sync_every", "local_after", "optimizer_state", "compress")
+        return {name: getattr(self.config, name) for name in names}
 
     def expected(self, epoch: int) -> Indices:
         """How often an epoch shall train each sample of the training split."""
@@ -92,40 +107,83 @@ class EpochObserver(Protocol):
         """An epoch is over. If a rank is lost meanwhile, the same epoch may be reported again, and counts in
         place of the first."""
 
+    def round_over(self, job: Job, batch: Batch, under_way: UnderWay) -> None:
+        """A round is committed, which ends with this batch."""
 
-def train(job: Job, first_epoch: int, observer: EpochObserver) -> None:
-    """Train from `first_epoch` to the last, or to the target accuracy; all ranks call it together.
+    def stopped(self, job: Job, under_way: UnderWay) -> None:
+        """All ranks stop in this epoch, together. Where a rank is lost meanwhile, it is reported again."""
+
+
+@dataclass
+class UnderWay:
+    """What a rank has of the epoch under way: the sum of the losses of `samples` samples. The epoch began at
+    the monotonic second `start_s`, if it has not stood still since. `rate` is the last step's, if there was
+    one."""
+
+    start_s: float
+    total: float = 0.0
+    samples: int = 0
+    rate: float | None = None
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        seconds = time.monotonic() - self.start_s
+        return {"total": self.total, "samples": self.samples, "seconds": seconds, "rate": self.rate}
+
+    @classmethod
+    def of(cls, notes: Sequence[Mapping[str, Any]]) -> UnderWay:
+        """What a checkpoint kept of one rank, or several."""
+        return cls(
+            time.monotonic() - max((its["seconds"] for its in notes), default=0.0),
+            sum(its["total"] for its in notes),
+            sum(its["samples"] for its in notes),
+            next((its["rate"] for its in notes if its["rate"] is not None), None),
+        )
+
+
+def train(
+    job: Job,
+    first_epoch: int,
+    observer: EpochObserver,
+    begun: UnderWay | None = None,
+    draw_on: Callable[[], None] | None = None,
+) -> None:
+    """Train from `first_epoch`, which may have `begun`, to the last, or to the target accuracy; all ranks
+    call it together. `draw_on` brings the generators of random numbers to where they were in it.
 
     `observer` gets a report of each epoch. Raises DivergedError, Interrupted, and RankLost where a
     lost rank ends the run.
     """
+    synchroniser = job.synchroniser
     for number in range(first_epoch, job.config.epochs + 1):
-        start_s = time.monotonic()
-        losses = Losses()
+        under_way, begun = begun or UnderWay(time.monotonic()), None
 
-        def whole_epoch(number: int = number, losses: Losses = losses, start_s: float = start_s) -> bool:
-            train_epoch(job, number, losses)
-            train_s = time.monotonic() - start_s
+        def whole_epoch(number: int = number, under_way: UnderWay = under_way) -> bool:
+            nonlocal draw_on
+            train_epoch(job, number, under_way, draw_on)
+            draw_on = None
+            train_s = time.monotonic() - under_way.start_s
             evaluation = evaluate(job, number) if is_evaluated(job.config, number) else None
-            evaluation_s = time.monotonic() - start_s - train_s
-            result = summarise(job, number, losses, evaluation, start_s, train_s, evaluation_s)
+            evaluation_s = time.monotonic() - under_way.start_s - train_s
+            result = summarise(job, number, under_way, evaluation, train_s, evaluation_s)
             observer.epoch_over(job, result)
             return result.last
 
-        if job.synchroniser.retry_until_all(whole_epoch):
-            return
+        def round_over(batch: Batch, under_way: UnderWay = under_way) -> None:
+            observer.round_over(job, batch, under_way)
+
+        synchroniser.at_commit = round_over
+        try:
+            if synchroniser.retry_until_all(whole_epoch):
+                return
+        except Interrupted:
+            synchroniser.retry_until_all(partial(observer.stopped, job, under_way), fill=False)
+            raise
 
 
-@dataclass
-class Losses:
-    """The sum of the losses of `samples` samples."""
-
-    total: float = 0.0
-    samples: int = 0
-
-
-def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
-    """One pass over this rank's share, or over what is left of it; adds to the losses."""
+def train_epoch(job: Job, epoch: int, under_way: UnderWay, draw_on: Callable[[], None] | None = None) -> None:
+    """One pass over this rank's share, or over what is left of it; adds to what is under way."""
     config, synchroniser = job.config, job.synchroniser
     model = synchroniser.model
     ledger = synchroniser.world.ledger
@@ -133,7 +191,9 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
     ledger.enter("data")
     # Every random number is drawn from seed, epoch and worker, or sample: a resumed run draws the same ones.
     seed = np.random.SeedSequence([config.seed, epoch, job.worker or 0]).generate_state(1, np.uint64)
-    torch.manual_seed(int(seed[0]))
+    torch.default_generator.manual_seed(int(seed[0]))  # ranks compute on CPUs: of no other device's
+    if draw_on is not None:
+        draw_on()
     augmentation = Augmentation(config.seed, epoch, config.flip, config.translate, config.cutout)
     batches = Feed(
         job.train,
@@ -143,6 +203,7 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
     )
     arithmetic = autocast(config.precision)
     job.progress.start(epoch)
+    job.progress.add(under_way.samples, under_way.total)
     model.train()
     synchroniser.replica.freeze(config.freezing.frozen_in(epoch))
 
@@ -169,8 +230,9 @@ def train_epoch(job: Job, epoch: int, losses: Losses) -> None:
         synchroniser.step()
 
         ledger.enter("other")
-        losses.total += value * len(batch)
-        losses.samples += len(batch)
+        under_way.total += value * len(batch)
+        under_way.samples += len(batch)
+        under_way.rate = synchroniser.replica.optimizer.param_groups[0]["lr"]
         job.progress.add(len(batch), value * len(batch))
 
 
@@ -213,17 +275,16 @@ def evaluation_batch(split: Split) -> int:
 def summarise(
     job: Job,
     epoch: int,
-    losses: Losses,
+    under_way: UnderWay,
     evaluation: tuple[float, int] | None,
-    start_s: float,
     train_s: float,
     evaluation_s: float,
 ) -> EpochResult:
-    """Add up what all ranks did in the epoch that began at the monotonic second `start_s`; without an
-    `evaluation` none was due. Raises DivergedError if the validation loss is not a number."""
+    """Add up what all ranks did in the epoch under way; without an `evaluation` none was due. Raises
+    DivergedError if the validation loss is not a number."""
     world = job.synchroniser.world
     val_loss_sum, correct = evaluation or (0.0, 0)
-    sums = np.array([losses.total, losses.samples, val_loss_sum, correct], np.float64)
+    sums = np.array([under_way.total, under_way.samples, val_loss_sum, correct], np.float64)
     world.allreduce(sums)
     expected = job.expected(epoch)
     counts = np.bincount(job.synchroniser.trained(), minlength=len(expected))
@@ -232,12 +293,16 @@ def summarise(
     world.allreduce(slowest, op="max")
     if not math.isfinite(sums[2]):
         raise DivergedError(f"the validation loss is {sums[2]} after epoch {epoch}: try a smaller --lr")
+    # A sitting that found all steps made has an optimiser whose rate nobody has set yet.
+    rate = under_way.rate
+    if rate is None:  # of a rank that had none to make
+        rate = job.synchroniser.replica.optimizer.param_groups[0]["lr"]
     row = Epoch(
         epoch=epoch,
         train_loss=sums[0] / sums[1] if sums[1] else None,  # all that trained in it were lost since
         train_samples=trained,
         steps=job.synchroniser.sampler.steps(epoch),
-        learning_rate=job.synchroniser.replica.optimizer.param_groups[0]["lr"],
+        learning_rate=rate,
         wall_s=0.0,
         train_s=float(slowest[0]),
         evaluation_s=float(slowest[1]),
@@ -248,7 +313,7 @@ def summarise(
         row = Evaluated(**{**dict(row), "val_loss": sums[2] / n, "val_accuracy": sums[3] / n})
         last = last or (target is not None and row.val_accuracy >= target)
     samples = job.synchroniser.sampler.samples(epoch)
-    return EpochResult(row, samples, duplicated, lost, last, start_s)
+    return EpochResult(row, samples, duplicated, lost, last, under_way.start_s)
 
 
 def count_samples(world: World, counts: Indices, expected: Indices, seed: int) -> tuple[int, int, int]:

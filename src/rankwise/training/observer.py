@@ -13,13 +13,17 @@ class Recovered:
     """The ranks that are left go on without those in `lost`, and with those in `new` in their places.
 
     Ranks are named by the numbers with which they began. `progress` is the point from which all go on, and
-    `seconds` is the time from finding the loss until then.
+    `seconds` is the time from finding the loss until then. Before that this rank had waited for `waited_s`,
+    and worked for `undone_s` since the last commit, which it `drops` and does again.
     """
 
     lost: list[int]
     new: list[int]
     seconds: float
     progress: Progress
+    waited_s: float = 0.0
+    undone_s: float = 0.0
+    drops: bool = False
 
 
 class Observer(Protocol):

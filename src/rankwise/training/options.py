@@ -43,3 +43,32 @@ class LoopOptions(TypedDict, total=False):
     on_failure: Literal["continue", "restart", "stop"] | None
     on_shrink: Literal["keep-local-batch", "keep-global-batch"]
     min_ranks: int
+
+
+class RunOptions(TypedDict, total=False):
+    """Options of `rankwise run` that a `Run` takes in a program, with the same defaults."""
+
+    # How ranks keep in step
+    sync_every: int | Literal["epoch"] | None
+    sync_across_hosts: int | None
+    optimizer_state: Literal["keep", "average", "reset"]
+    compress: str
+    outer_lr: float | None
+    outer_momentum: float | None
+    seed: int
+    threads: int | Literal["auto", "all"]
+    target_accuracy: float | None
+    # What happens when a rank is lost
+    on_failure: Literal["continue", "restart", "stop"] | None
+    on_shrink: Literal["keep-local-batch", "keep-global-batch"]
+    min_ranks: int
+    spares: int
+    hang_timeout: float
+    step_timeout: float
+    # What the run leaves
+    out: str | None
+    track: Literal["none", "tensorboard", "mlflow"]
+    checkpoint_every: int
+    checkpoint_keep: int
+    keep: Literal["newest", "best"]
+    cross_check: bool

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,8 +14,9 @@ from rankwise.comm import World
 from rankwise.data import resizing
 from rankwise.data.dataset import Dataset
 from rankwise.data.feed import feed
+from rankwise.data.fingerprint import fingerprint, of_pool
 from rankwise.data.selection import Selection, at_most, select
-from rankwise.errors import ConfigError, Interrupted, ModelError
+from rankwise.errors import ConfigError, Interrupted, ModelError, ResumeError
 from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.models.rest import packed, rest_of
@@ -23,23 +25,20 @@ from rankwise.plan import RunPlan
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import ProgressFile
-from rankwise.runs.record import Host, Rank, Record
-from rankwise.survival.fault_injection import Faults, NoFaults
-from rankwise.survival.hangs import Limits
-from rankwise.survival.harm import ProcessHarm, ThreadHarm
+from rankwise.runs.record import Record, Seen
+from rankwise.runs.weights import Weights
 from rankwise.survival.watchdog import Watchdog
 from rankwise.system import machine
-from rankwise.training import batch_sizes, compile, cpu_threads
+from rankwise.training import batch_sizes, compile
 from rankwise.training.accounting import standing_by
-from rankwise.training.admission import JoinState, stand_by
+from rankwise.training.admission import JoinState, NotNeeded, come_in
 from rankwise.training.build import build, make_replica
-from rankwise.training.history import RunHistory
-from rankwise.training.loop import Job, train
+from rankwise.training.inside import restore_generators
+from rankwise.training.loop import Job, UnderWay, train
 from rankwise.training.observer import Observer
 from rankwise.training.recorder import Recorder
+from rankwise.training.set_up import Say, begin_history, by_rank_0, faults_of, share_threads, watchdog_of
 from rankwise.training.settled import Settled
-
-Say = Callable[[str], None]
 
 WHITENING_BATCH = 250
 """Images whose patches are in memory at once."""
@@ -57,22 +56,28 @@ def run(
     only. Returns the final record. Raises UsageError before training; after it began Interrupted, on
     all ranks at once and with the record written, or the error of the rank on which it happened.
     """
+    # From before anything is built: a rank that hangs there is waited for in the first exchange.
+    with watchdog_of(plan, folder, world) as watchdog:
+        return _run(plan, world, folder, watchdog, say=say, start=start)
+
+
+def _run(
+    plan: RunPlan, world: World, folder: RunFolder, watchdog: Watchdog, *, say: Say, start: Checkpoint | None
+) -> Record:
     ledger = world.ledger
     announce = _announcer(say)
-    say = _by_rank_0(say, world)
+    say = by_rank_0(say, world)
     world.cross_check = plan.cross_check
     ledger.enter("data")
-    dataset = data.prepare(
-        plan.dataset, data_dir=plan.data_dir, cache_dir=plan.cache_dir, on_progress=announce
-    )
+    dataset = data.prepare_of(plan, announce)
     ledger.enter("startup")
-    threads, hosts = _share_threads(plan, world, say)
+    threads, hosts = share_threads(plan, world, say)
     spares = standing_by(plan, world, threads)
     torch.backends.mkldnn.set_flags(plan.onednn)  # type: ignore[no-untyped-call]
     machine.keep_freed_memory()
     chosen = select(plan, dataset, workers=plan.workers)
     # Also of a spare, which then is there at once when it is needed.
-    replica = _make_replica(plan, dataset, chosen)
+    replica = _make_replica(plan, dataset, chosen, begins=start is None)
     compiled = compile.choose_compile(
         plan,
         replica,
@@ -91,27 +96,25 @@ def run(
         say=say,
     )
     plan = Settled(threads, compiled, sizes).in_force(plan)
-    world.set_aside(plan.ranks)
-    with _watchdog(plan, folder, world) as watchdog:
-        join_state = None
-        if world.rank < 0:
-            world.survives = True  # no rank needs it yet
-            join_state = stand_by(world)
-            if join_state is None:
-                return folder.read()
-        recorder = Recorder(
-            plan,
-            world,
-            folder,
-            join_state.history if join_state else _begin_history(folder, start, spares, world),
-            watchdog,
-            threads=threads,
-            hosts=hosts,
-            resumed_from=start.epoch if start else None,
-            say=say,
-        )
-        job = _make_job(plan, dataset, chosen, replica, world, folder, recorder, join_state)
-        return _train(job, recorder, world, start, join_state, folder)
+    watchdog.steps_begin()
+    try:
+        join_state = come_in(world, plan.ranks)
+    except NotNeeded:
+        return folder.read()
+    recorder = Recorder(
+        plan,
+        world,
+        folder,
+        join_state.history if join_state else begin_history(folder, start, spares, world),
+        watchdog,
+        threads=threads,
+        hosts=hosts,
+        resumed_from=start.epoch if start else None,
+        say=say,
+        seen=Seen.of(dataset),
+    )
+    job = _make_job(plan, dataset, chosen, replica, world, folder, recorder, join_state)
+    return _train(job, recorder, world, start, join_state, folder)
 
 
 def _train(
@@ -124,6 +127,8 @@ def _train(
 ) -> Record:
     """From the first epoch that is not over to the last."""
     ledger, synchroniser = world.ledger, job.synchroniser
+    begun: UnderWay | None = None
+    draw_on: Callable[[], None] | None = None
     if join_state is not None:
         first = join_state.progress.epoch
         world.timeline.begin()
@@ -131,18 +136,22 @@ def _train(
         if start is None:
             recorder.save_checkpoint(job, 0)
         else:
+            require_same_data(start, job)
             synchroniser.resume(start, job.worker)
+            if start.inside is not None:
+                begun = UnderWay.of(synchroniser.resume_inside(start, job.how))
+                draw_on = partial(restore_generators, start, world.rank)
         first = start.epoch + 1 if start else 1
         recorder.write(job, "running")
         ledger.enter("other")
         world.reconcile()  # so that no waiting from before is found out in the first epoch
         world.timeline.begin()
     world.survives = synchroniser.survives
-    recorder.history.training_begins()
+    recorder.history.training_begins(None if join_state else world.ledger.close().wall_ns / 1e9)
     target = recorder.history.target(job.config.target_accuracy)
     try:
         if target is None or not target.reached:
-            train(job, first, recorder)
+            train(job, first, recorder, begun, draw_on)
     except Interrupted as stop:
         message = f"{stop}; go on with: rankwise train --resume {folder.path}"
         recorder.write(job, "interrupted", message)
@@ -152,20 +161,20 @@ def _train(
     return record
 
 
-def _begin_history(
-    folder: RunFolder, start: Checkpoint | None, spares: list[Rank], world: World
-) -> RunHistory:
-    return RunHistory.begin(folder, start, spares, age_s=world.ledger.close().wall_ns / 1e9)
-
-
-def _by_rank_0(say: Say, world: World) -> Say:
-    """Says what this rank has to say while it is rank 0."""
-
-    def speak(line: str) -> None:
-        if world.rank == 0:
-            say(line)
-
-    return speak
+def require_same_data(start: Checkpoint, job: Job) -> None:
+    """Raises ResumeError if a checkpoint is of a run with other training samples."""
+    if start.notes.get("data", job.data) != job.data:
+        raise ResumeError(
+            f"{start.path} was trained on other samples than {job.config.dataset} has now: give the data "
+            "that it had, or start a new run"
+        )
+    found = of_pool(job.pool)
+    expected = str(start.inside["samples"]) if start.inside else found
+    if expected != found:
+        raise ResumeError(
+            f"{start.path} is from inside an epoch of {expected.split()[0]} training samples, and these are "
+            f"{found.split()[0]} or others: leave --train-limit, --validation-split and --seed as they were"
+        )
 
 
 def _announcer(say: Say) -> Callable[[str, int, int], None]:
@@ -180,38 +189,11 @@ def _announcer(say: Say) -> Callable[[str, int, int], None]:
     return announce
 
 
-def _share_threads(plan: RunPlan, world: World, say: Say) -> tuple[int, list[Host]]:
-    """Set this rank's arithmetic threads; returns them, and the hosts of the world in rank order."""
-    works = world.rank < plan.ranks
-    mine = cpu_threads.here(trains=works and not (plan.has_master and world.rank == 0))
-    ranks: list[cpu_threads.RankPlacement] = world.allgather_object(mine)
-    threads = cpu_threads.share_threads(ranks, plan.threads)
-    for warning in cpu_threads.oversubscribed(ranks, threads):
-        say(warning)
-    slow = sorted({rank.host for rank in ranks if not rank.multiplies_bf16})
-    if plan.precision == "bf16" and slow:
-        say(
-            f"--precision bf16 is slow here: {', '.join(slow)} has no instructions for bfloat16 and goes "
-            "by way of float32, which --precision fp32 does at once"
-        )
-    if not works:  # it will take the place of one that trains, most likely
-        threads[world.rank] = min(n for n, rank in zip(threads, ranks, strict=True) if rank.trains)
-    torch.set_num_threads(threads[world.rank])
-    models_of = {rank.host: rank.cpu_model for rank in ranks}
-    hosts = [
-        Host(
-            name=name, cores=cores, ranks=sum(rank.host == name for rank in ranks), cpu_model=models_of[name]
-        )
-        for name, cores in cpu_threads.cores_of_hosts(ranks).items()
-    ]
-    return threads[world.rank], hosts
-
-
-def _make_replica(plan: RunPlan, dataset: Dataset, chosen: Selection) -> Replica:
+def _make_replica(plan: RunPlan, dataset: Dataset, chosen: Selection, *, begins: bool) -> Replica:
     shape, classes = dataset.image_shape, len(dataset.classes)
     smaller = [resizing.shape_at(height, shape) for height, _ in plan.resizing.stages]
     with _SEEDING:
-        torch.manual_seed(plan.seed)
+        torch.default_generator.manual_seed(plan.seed)
         trial = models.trial_of(
             plan.model,
             shape,
@@ -224,6 +206,9 @@ def _make_replica(plan: RunPlan, dataset: Dataset, chosen: Selection) -> Replica
     if plan.whitening:
         seen = at_most(chosen.train_pool, plan.whitening, plan.seed)
         whiten(model, (images for images, _ in feed(dataset.train, seen, WHITENING_BATCH)))
+    if plan.init is not None and begins:
+        # Over whitened patches: as those are not trained, what the weights have been trained for is right.
+        Weights(Path(plan.init)).load_into(model, f"--model {plan.model}")
     if plan.memory_format == "channels-last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks it
     plan.freezing.check(plan.model, [name for name, p in model.named_parameters() if p.requires_grad])
@@ -256,15 +241,17 @@ def _make_job(
         chosen.train_pool,
         dataset.train.labels[chosen.train_pool],
         world,
-        faults=_faults(plan, folder, world, replica),
+        faults=faults_of(plan, folder, world, replica.poison),
         observer=observer,
         join_state=join_state,
     )
     if replica.needs_pairs and join_state is None and synchroniser.sampler.least_batch(1) == 1:
+        balanced = plan.balance != "none" and 1 in plan.batch_sizes
+        given = f"--balance {plan.balance}" if balanced else f"--batch-size {plan.batch_size}"
+        larger = "give each worker a batch of 2 or more" if balanced else "use a larger --batch-size"
         raise ConfigError(
-            f"--batch-size {plan.batch_size} makes a batch of one of the {len(chosen.train_pool)} training "
-            f"samples, on which model {plan.model} cannot be trained, as BatchNorm cannot: use a larger "
-            "--batch-size, or another --train-limit"
+            f"{given} makes a batch of one of the {len(chosen.train_pool)} training samples, on which model "
+            f"{plan.model} cannot be trained, as BatchNorm cannot: {larger}, or another --train-limit"
         )
     return Job(
         config=plan,
@@ -274,27 +261,5 @@ def _make_job(
         val_pool=chosen.val_pool,
         pool=chosen.train_pool,
         progress=ProgressFile(folder.progress, world.number, plan.processes),
-    )
-
-
-def _watchdog(plan: RunPlan, folder: RunFolder, world: World) -> Watchdog:
-    limits = Limits(plan.hang_timeout or math.inf, plan.step_timeout or math.inf)
-    if world.in_threads:
-        limits = Limits()  # ranks that are threads are one process: none of them can be ended alone
-    return Watchdog(folder, rank=world.number, ranks=plan.processes, ledger=world.ledger, limits=limits)
-
-
-def _faults(plan: RunPlan, folder: RunFolder, world: World, replica: Replica) -> NoFaults:
-    if not plan.fault:
-        return NoFaults()
-    if any(fault.kind == "cut" for fault in plan.planned_faults) and not machine.can_cut_links():
-        raise ConfigError("--fault cut takes links down, which needs the program ip and CAP_NET_ADMIN")
-    return Faults(
-        plan.planned_faults,
-        folder.faults,
-        rank=world.number,
-        seed=plan.seed,
-        exchanges=world,
-        harm=ThreadHarm() if world.in_threads else ProcessHarm(),
-        poison=replica.poison,
+        data=fingerprint(dataset.train),
     )

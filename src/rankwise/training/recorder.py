@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 import time
-from importlib import metadata
+from typing import Any, Protocol
 
 from rankwise.comm import World
+from rankwise.data.fingerprint import of_pool
+from rankwise.data.sampler import Batch
 from rankwise.plan import RunPlan
+from rankwise.runs.checkpoint import Place
+from rankwise.runs.checkpoint_names import best_epoch
 from rankwise.runs.checkpoint_writer import CheckpointWriter
 from rankwise.runs.folder import RunFolder
-from rankwise.runs.record import SCHEMA_VERSION, Clock, Fault, Host, Outcome, Rank, Record, seconds_since
+from rankwise.runs.record import (
+    SCHEMA_VERSION,
+    Clock,
+    Fault,
+    Host,
+    Outcome,
+    Rank,
+    Record,
+    Role,
+    Seen,
+    seconds_since,
+    utc_before,
+)
 from rankwise.runs.trackers import NoTracker, Say, Tracker, open_tracker
 from rankwise.survival import causes
 from rankwise.survival.watchdog import Watchdog
 from rankwise.system import machine
 from rankwise.training import accounting
+from rankwise.training.cadence import Cadence
+from rankwise.training.goodput import add_goodput
 from rankwise.training.history import RunHistory, SampleCounts
-from rankwise.training.loop import EpochResult, Job
+from rankwise.training.loop import EpochResult, UnderWay
+from rankwise.training.loop import Job as TrainJob
 from rankwise.training.observer import Recovered
+from rankwise.training.synchroniser import Synchroniser
+
+
+class Job(Protocol):
+    """What one rank trains with, as far as it is written down."""
+
+    @property
+    def synchroniser(self) -> Synchroniser:
+        """Keeps it in step."""
+
+    @property
+    def worker(self) -> int | None:
+        """Its number among the workers, None for a master."""
+
+    @property
+    def first_worker(self) -> int:
+        """The lowest rank that trains."""
+
+    @property
+    def role(self) -> Role:
+        """What it is in the record."""
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint is to know besides."""
 
 
 class Recorder:
     """Observes a run on one rank, and writes it down in the run folder.
 
     `threads` are this rank's, `hosts` those of the world. `resumed_from` is the epoch after which the sitting
-    goes on, None for a new run. `say` gets remarks for the user. Raises UsageError if the tracker that
-    `config` names cannot be opened.
+    goes on, None for a new run. `seen` are the images, if they are known. `say` gets remarks for the user.
+    Raises UsageError if the tracker that `config` names cannot be opened.
     """
 
     def __init__(
@@ -40,8 +84,10 @@ class Recorder:
         hosts: list[Host],
         resumed_from: int | None,
         say: Say,
+        seen: Seen | None = None,
     ) -> None:
         self._config = config
+        self._seen = seen
         self._world = world
         self._folder = folder
         self.history = history
@@ -50,17 +96,31 @@ class Recorder:
         self._resumed_from = resumed_from
         self._say = say
         self._environment = accounting.environment(world, hosts)
-        self._checkpoints = CheckpointWriter(folder.checkpoints, config.checkpoint_keep, folder.require_part)
+        self._cadence = Cadence(config.checkpoints, world)
+        self._checkpoints = CheckpointWriter(
+            folder.checkpoints,
+            config.checkpoint_keep,
+            folder.require_part,
+            keeps_best=config.keep == "best",
+        )
         self._tracker: Tracker = NoTracker()
         if world.rank == 0:
             folder.keep_metrics(history.epochs)
             self._open_tracker()
+
+    def settle(self, config: RunPlan) -> None:
+        """The plan, of which a program has said more."""
+        self._config = config
 
     def recovered(self, event: Recovered) -> None:
         """Ranks were lost, and the others go on. The rank that is now rank 0 writes the folder."""
         self._watchdog.forget(event.lost)
         self._folder.require_part()
         self._checkpoints.give_up()
+        self._cadence.begin_anew()
+        of_all = causes.find_crashes(self._folder, event.lost)
+        if of_all is not None:
+            raise of_all
         history, progress = self.history, event.progress
         now_s = self._world.ledger.close().wall_ns / 1e9
         for member in event.lost:
@@ -73,6 +133,7 @@ class Recorder:
                 ago_s=event.seconds,
             )
             history.add_loss(fault, found_s=now_s - event.seconds, recovery_s=event.seconds)
+        history.goodput.recovered(event, now_s)
         if progress.closed:
             history.all_recovered()  # there is no round to commit
         lost = ", ".join(f"rank {member}{self._why(member)}" for member in event.lost)
@@ -100,7 +161,13 @@ class Recorder:
             self.history.add_epoch(row.model_copy(update={"wall_s": wall_s}), counts)
 
         add()
-        if number % self._config.checkpoint_every == 0 or result.last:
+        every = self._config.checkpoints
+        if every.unit == "epochs":
+            due = number % every.count == 0
+        else:
+            due = self._cadence.is_due(number, result.epoch.steps)
+        due = due or result.last
+        if due or (self._config.keep == "best" and self._is_best(number)):
             self.save_checkpoint(job, number)
             add()  # the checkpoint takes part of the epoch too, but what it holds is without that part
         if self._world.rank == 0:
@@ -109,8 +176,36 @@ class Recorder:
                 self._tracker.epoch(self.history.epochs[-1])
         self.write(job, "running", ended=number)
 
-    def save_checkpoint(self, job: Job, epoch: int) -> None:
-        """Write the checkpoint of `epoch`; all ranks together. Raises StorageError."""
+    def _is_best(self, number: int) -> bool:
+        """Whether no epoch before was as good."""
+        return best_epoch((row.epoch, row.val_accuracy) for row in self.history.epochs) == number
+
+    def round_over(self, job: TrainJob, batch: Batch, under_way: UnderWay) -> None:
+        """Save the run inside the epoch if that is due; all ranks together. With the last round the epoch is
+        over soon. Raises StorageError."""
+        if self._config.checkpoints.unit == "epochs" or not batch.rounds_left:
+            return
+        if self._cadence.is_due(batch.epoch, batch.step):
+            self._save_inside(job, under_way)
+
+    def stopped(self, job: TrainJob, under_way: UnderWay) -> None:
+        """Save the run where it is, if that can be; all ranks together. Raises StorageError."""
+        if job.synchroniser.inside.is_a_place:
+            self._save_inside(job, under_way)
+        self._checkpoints.finish(self._world)
+
+    def _save_inside(self, job: TrainJob, under_way: UnderWay) -> None:
+        with self._world.ledger.phase("checkpoint"):
+            place, of_all = job.synchroniser.inside.take(job.how, under_way.notes)
+        inside = place, {**of_all, "samples": of_pool(job.pool)}
+        self.save_checkpoint(job, job.synchroniser.progress.epoch - 1, inside)
+
+    def save_checkpoint(
+        self, job: Job, epoch: int, inside: tuple[Place, dict[str, Any]] | None = None
+    ) -> None:
+        """Write the checkpoint of `epoch`, or of a place inside the next one; all ranks together. Raises
+        StorageError."""
+        place, of_all = inside or (None, None)
         synchroniser = job.synchroniser
         workers = self._world.size - job.first_worker
         writers = {"keep": workers, "average": 1, "reset": 0}[self._config.optimizer_state]
@@ -129,10 +224,14 @@ class Recorder:
                     "epochs": [row.model_dump() for row in self.history.epochs],
                     "samples": self.history.samples.model_dump(),
                     "rounds": synchroniser.state.rounds,
+                    "saved_at": utc_before(0, "milliseconds"),
                     "config": self._config.model_dump(mode="json"),
+                    **job.notes,
+                    **({"inside": of_all} if of_all else {}),
                 },
+                place=place,
             )
-            if epoch == 0:
+            if epoch == 0 and place is None:
                 self._checkpoints.finish(self._world)  # a run that has a record can be resumed
 
     def complete(self, job: Job) -> Record:
@@ -175,17 +274,19 @@ class Recorder:
         wall_s = live[0].wall_ns / 1e9
         return Record(
             schema_version=SCHEMA_VERSION,
-            rankwise_version=metadata.version("rankwise"),
+            rankwise_version=machine.version_of("rankwise"),
             started_at=history.started_at,
             launched_at=history.launched_at,
             first_step_s=history.first_step_s,
             wall_s=wall_s,
+            written_at=utc_before(0, "milliseconds"),
             elapsed_s=history.elapsed_before_s + wall_s,
             outcome=outcome,
             message=message,
             resumed_from_epoch=self._resumed_from,
-            config=self._config.model_dump(mode="json"),
+            config=self._config.recorded(),
             environment=self._environment,
+            seen=self._seen,
             epochs=history.epochs,
             target=history.target(self._config.target_accuracy),
             ranks=rows,
@@ -193,7 +294,7 @@ class Recorder:
                 error_bound_ns=self._world.clock_error_ns, violations=self._world.exchange_log.violations
             ),
             cpu_percent=accounting.cpu_percent(rows, self._environment.hosts),
-            efficiency=accounting.efficiency(rows),
+            efficiency=add_goodput(accounting.efficiency(rows), history.goodput, wall_s, history.losses),
             samples=history.samples,
             faults=self._faults(),
         )
@@ -224,4 +325,5 @@ class Recorder:
                 role=job.role,
                 host=machine.host_name(),
                 to_common=world.since_start,
+                regions=world.exchange_log.regions.recent,
             )

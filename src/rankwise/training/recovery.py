@@ -6,13 +6,14 @@ the last commit that all of them have, deal anew what the lost ranks had not bro
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rankwise.comm import World
-from rankwise.data.sampler import Sampler
+from rankwise.data.sampler import RoundSampler
 from rankwise.errors import DivergedError, Interrupted, RankLost
 from rankwise.strategies.base import NotFiniteError, Strategy
 from rankwise.survival.fault_injection import NoFaults
@@ -40,7 +41,7 @@ class NoRankRecovery:
     """How often a round was begun again."""
 
     def round_begins(self) -> None:
-        """A round begins, after a commit of all ranks."""
+        """A round begins, after a commit of all ranks, or goes on where a run was stopped in it."""
 
     def exchange(self) -> AbstractContextManager[None]:
         """Around an exchange and its commit, which may have to be taken back."""
@@ -80,7 +81,7 @@ class RankRecovery(NoRankRecovery):
         work: Work,
         replica: Replica,
         strategy: Strategy[Any],
-        sampler: Sampler,
+        sampler: RoundSampler,
         world: World,
         *,
         min_ranks: int,
@@ -104,16 +105,20 @@ class RankRecovery(NoRankRecovery):
             begins_again=strategy.recovery.keeps_local_work or strategy.recovery.syncs_every_step,
             keeps_commits=(spares > 0 and strategy.recovery.keeps_local_work)
             or strategy.recovery.syncs_every_step,
+            undoes_exchanges=strategy.undoes_exchanges,
         )
         self._at_start = (0, 0)  # batches and samples that were under way when the round began
         self._drops = 0
         self._fruitless = 0
+        self._there: list[int] = []
+        self._found_at_s = 0.0
+        self._committed_ns = world.ledger.clock()
         self._found_ns: int | None = None  # when the loss was found after which no round is committed yet
         if join_state is not None:
             self._join(join_state)
 
     def round_begins(self) -> None:
-        self._begin_round(self._work.progress)
+        self._begin_round(None if self._work.under_way else self._work.progress)
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
@@ -134,11 +139,14 @@ class RankRecovery(NoRankRecovery):
 
     def recover(self, *, fill: bool) -> None:
         started_ns = self._world.ledger.clock()
-        there = list(self._members)
+        self._found_at_s = time.time()
+        log = self._world.exchange_log
+        waited_ns, log.failed_ns = log.failed_ns, 0
+        undone_ns = started_ns - waited_ns - self._committed_ns
+        self._there = there = list(self._members)
         while not self._regroup(fill=fill):
             there += [member for member in self._members if member not in there]
-        lost = [member for member in there if member not in self._members]
-        new = [member for member in self._members if member not in there]
+        lost, new = self._changes()
         self._fruitless = 0 if lost else self._fruitless + 1
         if self._fruitless > MOST_FRUITLESS:
             raise RankLost("exchanges fail again and again, though no rank was lost")
@@ -148,7 +156,15 @@ class RankRecovery(NoRankRecovery):
         if not progress.closed:
             self._found_ns = self._found_ns or started_ns
         seconds = (self._world.ledger.clock() - started_ns) / 1e9
-        self._observer.recovered(Recovered(lost, new, seconds, progress))
+        drops = not self._strategy.recovery.keeps_local_work
+        self._observer.recovered(
+            Recovered(lost, new, seconds, progress, waited_ns / 1e9, max(0, undone_ns) / 1e9, drops)
+        )
+
+    def _changes(self) -> tuple[list[int], list[int]]:
+        """The ranks that were lost in this recovery, and those that came in."""
+        lost = [member for member in self._there if member not in self._members]
+        return lost, [member for member in self._members if member not in self._there]
 
     def drop(self, why: str) -> None:
         self._drops += 1
@@ -169,6 +185,7 @@ class RankRecovery(NoRankRecovery):
 
     def _begin_round(self, committed: Progress | None) -> None:
         """A round begins, after a commit at this progress, or again after a recovery."""
+        self._committed_ns = self._world.ledger.clock()
         self._at_start = len(self._work.under_way), self._work.state.pending
         self._snapshots.round_begins(committed)
 
@@ -220,7 +237,9 @@ class RankRecovery(NoRankRecovery):
         ]
         self._members = list(world.members)
         done = [self._kept(standing) for standing in standings]
-        self._sampler.redistribute(work.progress.epoch, work.progress.rounds, before, done, ahead)
+        self._sampler.redistribute(
+            work.progress.epoch, work.progress.rounds, before, done, ahead, left_out=work.left_out
+        )
         work.ahead += sum(map(len, work.trained[len(work.trained) - ahead[world.rank] :]))
 
     def _kept(self, standing: Standing | None) -> int:
@@ -242,6 +261,8 @@ class RankRecovery(NoRankRecovery):
             self._snapshots.commit_at(work.progress).content(),
             self._world.exchange_log.ideal_time,
             self._observer.history,
+            *self._changes(),
+            self._found_at_s,
         )
 
     def _join(self, join_state: JoinState) -> None:
@@ -257,3 +278,5 @@ class RankRecovery(NoRankRecovery):
         if not work.progress.closed:
             work.state = self._strategy.open_epoch(work.state, self._replica, self._world)
         self.round_begins()
+        seconds = max(0.0, time.time() - join_state.found_at_s)
+        self._observer.recovered(Recovered(join_state.lost, join_state.new, seconds, work.progress))

@@ -29,20 +29,23 @@ class Progress:
 class Work:
     """How far this rank is, and what it has trained of the epoch. A step moves it on, a recovery back.
 
-    `trained` holds the samples of each committed round, `under_way` those of the batches since. `ahead`
-    counts samples of committed rounds that others have not come to: they belong to the round under way.
+    `trained` holds the samples of each committed round, `under_way` those of the batches since; the rounds
+    `left_out` were committed without any, as all loops had been left. `ahead` counts samples of committed
+    rounds that others have not come to: they belong to the round under way.
     """
 
     state: State
     progress: Progress = Progress()
     trained: list[Indices] = field(default_factory=list)
     under_way: list[Indices] = field(default_factory=list)
+    left_out: set[int] = field(default_factory=set)
     ahead: int = 0
 
     def open_epoch(self, epoch: int) -> None:
         """An epoch begins, of which nothing is trained yet."""
         self.progress = Progress(epoch, closed=False)
         self.trained.clear()
+        self.left_out.clear()
 
     def commit(self) -> None:
         """The round under way is committed."""
@@ -55,6 +58,7 @@ class Work:
         """The last commit is taken back: what it brought in is under way again."""
         if progress.rounds < self.progress.rounds:
             self.under_way = [self.trained.pop()]
+            self.left_out.discard(progress.rounds)
         self.state, self.progress = state, progress
 
 
@@ -63,7 +67,7 @@ class _Step:
     """What a rank was when an exchange began."""
 
     state: State
-    replica: Snapshot
+    replica: Snapshot | None  # None where only commits are gone back to
     progress: Progress
 
 
@@ -72,14 +76,24 @@ class Snapshots:
 
     The copy from before each exchange is kept until all ranks must have come through it. With `begins_again`
     the one from the beginning of the round is kept too, and with `keeps_commits` those of the last two
-    commits, from which a rank that comes in begins, or all of them.
+    commits, from which a rank that comes in begins, or all of them. Without `undoes_exchanges` there is no
+    copy from before an exchange.
     """
 
-    def __init__(self, replica: Replica, ledger: Ledger, *, begins_again: bool, keeps_commits: bool) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        ledger: Ledger,
+        *,
+        begins_again: bool,
+        keeps_commits: bool,
+        undoes_exchanges: bool = True,
+    ) -> None:
         self._replica = replica
         self._ledger = ledger
         self._begins_again = begins_again
         self._keeps_commits = keeps_commits
+        self._undoes_exchanges = undoes_exchanges
         self._steps: list[_Step] = []
         self._free: Snapshot | None = None
         self._start: Snapshot | None = None
@@ -88,6 +102,9 @@ class Snapshots:
 
     def exchange_begins(self, state: State, progress: Progress) -> None:
         """An exchange begins, which may have to be taken back."""
+        if not self._undoes_exchanges:
+            self._steps.append(_Step(state, None, progress))
+            return
         with self._ledger.phase("recovery"):
             copy, self._free = self._replica.snapshot(self._free), None
             self._steps.append(_Step(state, copy, progress))
@@ -103,14 +120,15 @@ class Snapshots:
             self._steps = self._steps[-1:]
 
     def undo(self) -> tuple[State, Progress]:
-        """Make the replica what it was before the last exchange that is kept; returns state and progress.
+        """Make the replica what it was before the last exchange that is kept, or at the commit before it;
+        returns state and progress.
 
         Raises RuntimeError if there is none.
         """
         if not self._steps:
             raise RuntimeError("there is no step to undo")
         step = self._steps.pop()
-        step.replica.restore()
+        (step.replica or self.commit_at(step.progress)).restore()
         return step.state, step.progress
 
     def reached(self) -> list[tuple[Progress, int]]:

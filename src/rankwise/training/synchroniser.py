@@ -6,7 +6,7 @@ This is the way of a step without failures. What happens when a rank is lost sta
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from rankwise.comm import World
-from rankwise.comm.exchanges import nothing_owed
+from rankwise.comm.exchanges import nothing_owed, raising
 from rankwise.data.partition import NOTHING, Indices
-from rankwise.data.sampler import Batch, Sampler
-from rankwise.errors import ConfigError, OutOfStepError, RankLost
+from rankwise.data.sampler import Batch, RoundSampler, Sampler
+from rankwise.errors import ConfigError, Interrupted, OutOfStepError, RankLost
 from rankwise.models.precision import forget_cast_weights
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.strategies.base import NotFiniteError, State, Strategy, start_alike
@@ -26,6 +26,7 @@ from rankwise.survival.fault_injection import NoFaults
 from rankwise.system.call_sites import here, left_by, place_of
 from rankwise.training.admission import JoinState, replicated
 from rankwise.training.commits import Commits
+from rankwise.training.inside import How, Inside
 from rankwise.training.leaving import Loop, before_use
 from rankwise.training.observer import NoObserver, Observer
 from rankwise.training.recovery import NoRankRecovery, RankRecovery
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+
+def nothing_at_commit(batch: Batch) -> None:
+    """Nothing is done when a round is committed."""
+
 
 RECONCILE_ROUNDS = 1024
 """Rounds of an epoch, of which all ranks make the same number, after which logs are compared: an epoch of
@@ -57,14 +63,15 @@ class Synchroniser:
     `rate_factor(epochs_over, workers)` returns the factor of the learning rates that the optimiser came with.
     With `survives` the other ranks go on when one is lost, as long as `min_ranks` are left, and deal anew
     what it had not brought in; `spares` ranks stand by to take the places of lost ones. A spare that does so
-    begins from its `join_state`. The `observer` gets reports of recoveries.
+    begins from its `join_state`. The `observer` gets reports of recoveries. After each commit, before the
+    next batch, `at_commit` is called with the batch that ended the round; all ranks together.
     """
 
     def __init__(
         self,
         replica: Replica,
         strategy: Strategy[Any],
-        sampler: Sampler,
+        sampler: RoundSampler,
         world: World,
         *,
         rate_factor: Callable[[float, int], float] | None = None,
@@ -84,9 +91,11 @@ class Synchroniser:
         self._rates = [group["lr"] for group in replica.optimizer.param_groups]
         self._batch: Batch | None = None
         self._loop: Loop | None = None
-        self._counts_from_0 = False
+        self._counts_from_0 = self._ended_early = False
         self._goes_on = join_state is not None
         self._fill = True
+        self._stop: Interrupted | None = None
+        self.at_commit: Callable[[Batch], None] = nothing_at_commit
         if join_state is None:
             start_alike(replica, world)
         self._work = Work(strategy.init(replica, world))
@@ -144,6 +153,7 @@ class Synchroniser:
         if epoch < 0:
             raise ConfigError(f"batches({epoch}) was called: epochs count from 0 or from 1")
         self._leave_open_loop()
+        self._require_no_other_loop(epoch)
         self.world.settle()
         self._counts_from_0 = self._counts_from_0 or epoch == 0
         epoch += self._counts_from_0
@@ -151,6 +161,7 @@ class Synchroniser:
         loop = Loop(epoch, here(), work, self._strategy, self.sampler, self.world)
         self.world.irregular = False
         self.world.at_end, self.world.whereabouts = self._leave_open_loop, loop.whereabouts
+        self.world.open_loop = self._place_of_open_loop
         self.replica.require_unchanged()
         if work.progress.epoch != epoch or not self._goes_on:
             work.open_epoch(epoch)
@@ -163,7 +174,7 @@ class Synchroniser:
         except GeneratorExit:
             if self._loop is loop:
                 frame, raises = left_by(sys._getframe().f_back)
-                self._leave(place_of(frame), at_once=not raises)
+                self.leave(place_of(frame), at_once=not raises)
             raise
         finally:
             if self._loop is loop:
@@ -171,16 +182,30 @@ class Synchroniser:
 
     def _leave_open_loop(self) -> None:
         """The loop that is open is not taken to its end."""
-        if self._loop is not None:
-            self._leave(here(), at_once=True)
+        self.leave(here(), at_once=True)
 
-    def _leave(self, place: str, *, at_once: bool) -> None:
-        """The loop was left at this place. Take part in what others do until they learn of it: `at_once`, or
-        before the model is used again or an exchange, as an exception has left it that may end this rank.
-        Nobody hears what is raised while a generator is closed: it is raised before the next exchange too.
+    def _place_of_open_loop(self) -> str:
+        return self._loop.place if self._loop is not None else ""
+
+    def _require_no_other_loop(self, epoch: int) -> None:
+        """Raises OutOfStepError if a loop of another synchroniser is open. In turns of both a rank whose
+        batches of one are over would make the rest of its exchanges while others make those of the other."""
+        if place := self.world.open_loop():
+            raise OutOfStepError(
+                f"batches({epoch}) was asked of a second synchroniser at {here()}, while a loop over batches "
+                f"of another one is open at {place}: take one loop to its end before the next begins, or "
+                "make one model and one optimiser of both"
+            )
+
+    def leave(self, place: str, *, at_once: bool) -> None:
+        """The loop that is open, if one is, was left at this place. Take part in what others do until they
+        learn of it: `at_once`, or before the model is used again or an exchange, as an exception has left it
+        that may end this rank. Nobody hears what is raised while a generator is closed: it is raised before
+        the next exchange too.
         """
         loop, self._loop, self._batch = self._loop, None, None
-        assert loop is not None
+        if loop is None:
+            return
         loop.left = place
         finish = partial(self._finish, loop)
         if not at_once:
@@ -190,7 +215,7 @@ class Synchroniser:
         try:
             finish()
         except BaseException as error:
-            self.world.owed = partial(_raise, error)
+            self.world.owed = raising(error)
 
     def _finish(self, loop: Loop) -> None:
         for batch in self._turns(loop):
@@ -228,6 +253,11 @@ class Synchroniser:
         loop.go_back(self.progress.rounds)
         self._loop = loop
 
+    @property
+    def ended_early(self) -> bool:
+        """Whether all ranks left the last loop before its end."""
+        return self._ended_early
+
     def undo(self) -> None:
         """Take the last commit back: replica and state are as they were when its exchange began.
 
@@ -251,9 +281,14 @@ class Synchroniser:
                 self._goes_on = False
                 return result
             except RankLost:
-                self.world.owed = nothing_owed
-                self._recovery.recover(fill=fill)
-                self._goes_on = True
+                self.recover()
+
+    def recover(self) -> None:
+        """Between two loops over batches: go on without ranks that were lost. Raises RankLost where a lost
+        rank ends the run."""
+        self.world.owed = nothing_owed
+        self._recovery.recover(fill=self._fill)
+        self._goes_on = True
 
     def resume(self, checkpoint: Checkpoint, worker: int | None) -> None:
         """Go on from a checkpoint; `worker` is this rank's number among workers, None for a master. Raises
@@ -262,6 +297,21 @@ class Synchroniser:
         shared = replicated(checkpoint.memory_of(0), self._strategy)
         memory = {**shared, **checkpoint.memory_of(self.world.rank)}
         self._work.state = replace(self.state, memory=memory, rounds=checkpoint.notes.get("rounds", 0))
+
+    @property
+    def inside(self) -> Inside:
+        """Of the epoch under way."""
+        assert isinstance(self.sampler, Sampler)
+        return Inside(self._work, self.replica, self._strategy, self.sampler, self.world)
+
+    def resume_inside(self, checkpoint: Checkpoint, how: How) -> list[Mapping[str, Any]]:
+        """After `resume`, go on in the epoch in which the run was; `how` is as it was taken. Returns what the
+        loop had of its own. Raises ResumeError if the checkpoint does not fit."""
+        found = self.inside.go_on(checkpoint, how)
+        self.faults.begin(self.progress.epoch, self.sampler.steps(self.progress.epoch))
+        self._recovery.round_begins()
+        self._goes_on = True
+        return found
 
     def trained(self) -> Indices:
         """The samples of this epoch that this rank has brought in, each as often as it was; on rank 0 with
@@ -281,13 +331,15 @@ class Synchroniser:
         while not work.progress.closed:
             try:
                 yield from self._batches_left(loop)
-                if loop.ended or work.progress.rounds == len(self.sampler.rounds(loop.epoch)):
+                if loop.ended or self.sampler.is_over(loop.epoch, work.progress.rounds):
                     self.replica.require_unchanged()
                     self._commits.close(loop)
+                    self._ended_early = loop.ended
             except RankLost:
                 self._recover(loop)
 
     def _recover(self, loop: Loop) -> None:
+        self.world.owed = nothing_owed  # or the exchanges of the recovery would raise what led to it
         self._recovery.recover(fill=self._fill)
         loop.go_back(self.progress.rounds + self._strategy.recovery.keeps_local_work)
 
@@ -301,18 +353,24 @@ class Synchroniser:
                 loop.turn_over(batch)
                 continue
             self._set_rates(batch.position)
+            rounds = self.progress.rounds
             self._strategy.expect(self.state, self.replica, batch, self.world)
             self.faults.step(batch.step)
-            if len(batch):
+            if batch.is_made:
                 self._batch, loop.step = batch, loop.step + 1
                 yield batch
                 loop.require_open(self._loop)
-            if self._batch is not None or not len(batch):
-                self._batch, batch = None, loop.left_out(batch) if len(batch) else batch
+            if self._batch is not None or not batch.is_made:
+                self._batch, batch = None, loop.left_out(batch) if batch.is_made else batch
                 self.faults.at("compute")
                 self._step(batch, loop)
+            if self._stop is not None:  # the loop's own turn is over by now
+                stop, self._stop = self._stop, None
+                raise stop
             if loop.ended or self._recovery.begun_again > begun_again:
                 return
+            if self.progress.rounds > rounds:
+                self.at_commit(batch)
 
     def _set_rates(self, epochs_over: float) -> None:
         if self._rate_factor is not None:
@@ -328,7 +386,10 @@ class Synchroniser:
             work.under_way.append(batch.indices)
             loop.turn_over(batch)
             if batch.ends_round:
-                self._commits.commit(batch, loop)
+                self._stop = self._commits.commit(batch, loop)
+        except Interrupted as stop:
+            self._stop = stop
+            return
         except NotFiniteError:
             where = f"in epoch {batch.epoch}, step {batch.step}"
             self._recovery.drop(f"weights or gradients are not finite {where}: try a smaller learning rate")
@@ -344,7 +405,3 @@ class Synchroniser:
         # By a number that all have alike, also those who came in later or made a round again.
         if batch.ends_round and work.progress.rounds % RECONCILE_ROUNDS == 0:
             self.world.reconcile()
-
-
-def _raise(error: BaseException) -> None:
-    raise error

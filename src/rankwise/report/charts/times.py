@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ COLOURS = (GREY, BLUE, ORANGE, VERMILION, PURPLE, GREEN, "#7d6a58")
 FEW = 12
 """The most ranks whose seconds are written into the map of waiting."""
 
+MOST_RANKS = 64
+"""How many ranks a map of waiting shows: it has a cell for each pair."""
+
 MOST_WAITS = 100
 """How many waits are listed under their map."""
 
@@ -39,28 +43,38 @@ def rank_name(row: Rank | RankTimeline) -> str:
 
 def rank_bars(record: Record) -> Chart:
     """Where the seconds of each rank went: a stacked bar a rank."""
-    bars = {rank_name(row): group_seconds(row) for row in record.ranks}
-    return _bars("rank", bars, "seconds", "Seconds of each rank; they add up to its wall time.")
+    seconds_of = {rank_name(row): group_seconds(row) for row in record.ranks}
+    return bars("rank", seconds_of, "seconds", "Seconds of each rank; they add up to its wall time.")
 
 
 def run_bars(runs: Sequence[Run]) -> Chart:
     """Where the seconds of each run went: a stacked bar a run, the mean over its ranks."""
-    bars = {}
+    seconds_of = {}
     for run in runs:
         rows = [group_seconds(row) for row in run.record.ranks]
-        bars[run.name] = {group: sum(row[group] for row in rows) / max(len(rows), 1) for group in LABELS}
-    return _bars("run", bars, "seconds, mean of the ranks", "Seconds of each run, the mean of its ranks.")
+        seconds_of[run.name] = {
+            group: sum(row[group] for row in rows) / max(len(rows), 1) for group in LABELS
+        }
+    return bars(
+        "run", seconds_of, "seconds, mean of the ranks", "Seconds of each run, the mean of its ranks."
+    )
 
 
 def wait_map(record: Record) -> Chart:
-    """Who waited for whom, and for how long."""
-    names = {str(row.rank): rank_name(row) for row in record.ranks}
+    """Who waited for whom, and for how long. Of many ranks those that waited, or were waited for, most."""
+    everybody = {str(row.rank): rank_name(row) for row in record.ranks}
+    part_ns = Counter({str(row.rank): row.phases_ns["wait"] for row in record.ranks})
+    for row in record.ranks:
+        part_ns.update(row.wait_on_ns)
+    shown = {rank for rank, _ in part_ns.most_common(MOST_RANKS)}
+    names = {rank: name for rank, name in everybody.items() if rank in shown}
+    few = len(names) <= FEW
     values: list[dict[str, Any]] = [
         {"waiting": names[str(row.rank)], "for": name, "seconds": row.wait_on_ns.get(other, 0) / 1e9}
         for row in record.ranks
+        if str(row.rank) in shown
         for other, name in names.items()
     ]
-    few = len(names) <= FEW
     most_s = max(value["seconds"] for value in values)
     axis = {"type": "nominal", "sort": list(names.values())}
     colour = {
@@ -94,7 +108,12 @@ def wait_map(record: Record) -> Chart:
     waits = sorted((v for v in values if v["seconds"]), key=lambda v: v["seconds"], reverse=True)
     return Chart(
         spec,
-        "Seconds that the rank of each line waited for the rank of each column, which caused the wait.",
+        "Seconds that the rank of each line waited for the rank of each column, which caused the wait."
+        + (
+            f" The {len(names)} ranks with most waiting, of {len(everybody)}."
+            if len(names) < len(everybody)
+            else ""
+        ),
         f"A map of waiting among {len(names)} ranks; the most is {most_s:.3g} s.",
         Table(
             ("waiting rank", "waited for", "seconds"),
@@ -105,16 +124,22 @@ def wait_map(record: Record) -> Chart:
     )
 
 
-def _bars(name: str, bars: Mapping[str, Mapping[str, float]], x_title: str, caption: str) -> Chart:
-    """Stacked bars of the groups of phases; a click on the legend shows one group alone."""
+def bars(
+    name: str,
+    seconds_of: Mapping[str, Mapping[str, float]],
+    x_title: str,
+    caption: str,
+    labels: Mapping[str, str] = LABELS,
+) -> Chart:
+    """Stacked bars of groups of phases, which `labels` name; a click on the legend shows one group alone."""
     values = [
-        {name: bar, "part": LABELS[group], "order": order, "seconds": seconds}
-        for bar, groups in bars.items()
+        {name: bar, "part": labels[group], "order": order, "seconds": seconds}
+        for bar, groups in seconds_of.items()
         for order, (group, seconds) in enumerate(groups.items())
     ]
     spec: Spec = {
         "data": {"values": values},
-        "height": height(len(bars), widest=26),
+        "height": height(len(seconds_of), widest=26),
         "params": [{"name": "shown", "select": {"type": "point", "fields": ["part"]}, "bind": "legend"}],
         "transform": [{"filter": {"param": "shown"}}],
         "mark": "bar",
@@ -124,19 +149,19 @@ def _bars(name: str, bars: Mapping[str, Mapping[str, float]], x_title: str, capt
             "color": {
                 "field": "part",
                 "type": "nominal",
-                "scale": {"domain": list(LABELS.values()), "range": list(COLOURS)},
+                "scale": {"domain": list(labels.values()), "range": list(COLOURS)},
                 "legend": {"title": None},
             },
             "order": {"field": "order", "type": "quantitative"},
             "tooltip": [{"field": field} for field in (name, "part", "seconds")],
         },
     }
-    rows = tuple((bar, *groups.values(), sum(groups.values())) for bar, groups in bars.items())
+    rows = tuple((bar, *groups.values(), sum(groups.values())) for bar, groups in seconds_of.items())
     return Chart(
         spec,
         f"{caption} A click on the legend shows a part alone, with Shift several.",
-        f"A stacked bar for each {name}, {len(bars)} in all.",
-        Table((name, *LABELS.values(), "sum"), rows, f"Seconds of each {name}", folded=True),
+        f"A stacked bar for each {name}, {len(seconds_of)} in all.",
+        Table((name, *labels.values(), "sum"), rows, f"Seconds of each {name}", folded=True),
     )
 
 

@@ -1,0 +1,1 @@
+"""What a run has learned: its network with the trained weights, and how that does on images."""

@@ -1,0 +1,63 @@
+"""One folder for the ranks of a program that a user's mpiexec or srun started, without a message between
+them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+import psutil
+
+from rankwise.comm.mpi_environment import Placement, job_name
+from rankwise.errors import LaunchError, UsageError
+from rankwise.launch.order import Order, open_folder
+from rankwise.plan import RunPlan
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.program_record import begin_calls
+from rankwise.system.files import write_atomically
+
+PLACE_S = 60.0
+"""How long ranks wait for rank 0 to say where the folder is."""
+
+SLACK_S = 5.0
+"""How far the clock of a file system may be behind this host's."""
+
+
+def given_folder(order: Order, plan: RunPlan, me: Placement) -> RunFolder:
+    """The folder of this job's run. Rank 0 makes it, and writes into a file of the job where it is, or why
+    there is none; the others look for that. Raises UsageError on all of them."""
+    note = (plan.out.parent if plan.out else Path("runs")) / f".job-{job_name()}"
+    began_s = psutil.Process().parent()
+    since_s = (began_s.create_time() if began_s else time.time()) - SLACK_S
+    if me.rank == 0:
+        try:
+            opened = open_folder(order, plan)  # whose claim ends with this process
+        except UsageError as error:
+            with contextlib.suppress(OSError):
+                note.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(note, f"!{error}".encode())
+            raise
+        begin_calls(opened.folder, plan.recorded())
+        write_atomically(note, str(opened.folder.path).encode())
+        _remove_at_end(note)
+        return opened.folder
+    give_up = time.monotonic() + PLACE_S
+    while time.monotonic() < give_up:
+        with contextlib.suppress(OSError):
+            if note.stat().st_mtime >= since_s:
+                told = note.read_text()
+                if told.startswith("!"):
+                    raise UsageError(told[1:])
+                return RunFolder(Path(told))
+        time.sleep(0.01)
+    raise LaunchError(
+        f"rank 0 did not say within {PLACE_S:.0f} s where the run folder is: ranks must share the folder "
+        f"{note.parent.absolute()}"
+    )
+
+
+def _remove_at_end(note: Path) -> None:
+    import atexit
+
+    atexit.register(lambda: note.unlink(missing_ok=True))

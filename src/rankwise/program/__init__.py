@@ -1,0 +1,1 @@
+"""Seeing what a program that uses mpi4py does in MPI."""

@@ -1,0 +1,25 @@
+"""The end of a process that has loaded much."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+from typing import NoReturn
+
+
+def end_process(code: int, *, ends_libraries: bool) -> NoReturn:
+    """End this process as `sys.exit` does, but without tearing down Python's modules: with torch loaded that
+    takes half a second of a core, in which nothing is left to do. `ends_libraries`: what libraries in C have
+    registered for the end is called; without torch's it is over at once."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()  # MPI ends here
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if ends_libraries:
+        ctypes.CDLL(None).exit(code)
+    os._exit(code)
