@@ -103,6 +103,43 @@ def test_an_error_of_the_disk_costs_nothing_of_before(
     assert newest(tmp_path) == 0
 
 
+def test_a_draft_that_was_given_up_goes_though_a_part_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank whose disk is slow still writes its part when all have given the checkpoint up: nothing of it is
+    left when the next one is there, nor at the end if there is none."""
+    writes, goes_on = threading.Event(), threading.Event()
+
+    def slow(path: Path, content: bytes) -> None:
+        if path.name == "worker-0001.safetensors" and "0001." in path.parent.name:
+            writes.set()
+            assert goes_on.wait(20)
+        write_atomically(path, content)
+
+    monkeypatch.setattr(checkpoint_writer, "write_atomically", slow)
+    left: list[list[str]] = []
+
+    def program(world: World, then_saves: bool) -> None:
+        its = CheckpointWriter(tmp_path, keep=2)
+        save(world, its, 0)
+        save(world, its, 1)
+        assert writes.wait(20)
+        its.give_up()
+        if world.rank == 0:
+            # Rank 0 has come as far as it can without the other one.
+            threading.Timer(0.2, goes_on.set).start()
+        if then_saves:
+            save(world, its, 2)
+        its.finish(world)
+
+    for then_saves in (True, False):
+        writes.clear()
+        goes_on.clear()
+        run_in_threads(2, lambda world, saves=then_saves: program(world, saves))  # type: ignore[misc]
+        left.append(sorted(path.name for path in tmp_path.iterdir()))
+    assert left == [["epoch-0000", "epoch-0002"], ["epoch-0000", "epoch-0002"]]
+
+
 def test_what_was_lost_with_a_rank_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint of which a part never comes is no checkpoint, and does not hold up the next one."""
 

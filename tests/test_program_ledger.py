@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.ledger.call_log import CALL, Comm, Kind, RankLog, Site
+from rankwise.ledger.call_log import CALL, Comm, Kind, RankLog, Site, read_logs
 from rankwise.ledger.last_entry import last_to_come
 from rankwise.ledger.program_ledger import account
+from rankwise.program.log import CallLog
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
@@ -412,6 +413,21 @@ def test_a_folder_that_nobody_was_left_to_finish(command: Command, tmp_path: Pat
     page = command.rankwise("report", "run", "--output", "page.html")
     assert page.code == 0, page
     assert "did not come to an end" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("said", ["", '{"what": "rank", "rank": 1', '{"what": "begun", "begun_ns": 7}\n'])
+def test_a_rank_that_was_ended_before_it_said_who_it_is(tmp_path: Path, said: str) -> None:
+    """It counts for nothing, whatever its file holds by then, and the others are accounted as without it."""
+    first = CallLog(tmp_path, 0)
+    first.say("rank", rank=0, size=2, host="here", start_ns=1)
+    first.say("comm", members=[0, 1], peers=[0, 1], number=0)
+    first.main.note(Kind.COLLECTIVE, -1, 10, 20)
+    first.close()
+    alone = account(read_logs(tmp_path))
+    CallLog(tmp_path, 1).close()
+    (tmp_path / "rank-0001.jsonl").write_text(said)
+    assert account(read_logs(tmp_path)) == alone
+    assert [row.rank for row in alone] == [0]
 
 
 def test_a_program_without_mpi_computes(command: Command, tmp_path: Path) -> None:

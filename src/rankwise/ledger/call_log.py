@@ -112,8 +112,8 @@ def paths_of(folder: Path, rank: int) -> tuple[Path, Path]:
 
 
 def read_logs(folder: Path, *, rows: bool = True) -> list[RankLog]:
-    """What the ranks have left in a folder, in rank order, without their calls if `rows` are not wanted; a
-    line that was being written does not count."""
+    """What the ranks have left in a folder, in rank order, without their calls if `rows` are not wanted. A
+    line that was being written does not count, nor a rank that was ended before it could say who it is."""
     logs = []
     for path in sorted(folder.glob("rank-*.jsonl")):
         rank = int(path.stem.removeprefix("rank-"))
@@ -132,8 +132,9 @@ def read_logs(folder: Path, *, rows: bool = True) -> list[RankLog]:
         for line in path.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
                 _take(log, json.loads(line))
-        _to_common(log)
-        logs.append(log)
+        if "start_ns" in log.said:
+            _to_common(log)
+            logs.append(log)
     return logs
 
 

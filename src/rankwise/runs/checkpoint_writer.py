@@ -95,6 +95,8 @@ class CheckpointWriter:
         draft = self._new_draft(epoch, inside=place is not None) if world.rank == 0 else None
         draft = Path(world.allgather_object(draft)[0])
         self._complete()  # of the one before all parts are there now
+        if world.rank == 0:
+            self._sweep(draft)
         files: dict[str, bytes] = {}
         if world.rank == 0:
             files |= _files_of(replica.model, MODEL, REST)
@@ -122,6 +124,8 @@ class CheckpointWriter:
         self._wait_for_part()
         world.barrier()
         self._complete()
+        if world.rank == 0:
+            self._sweep()
 
     def give_up(self) -> None:
         """Ranks were lost: what is under way may never be whole."""
@@ -133,13 +137,8 @@ class CheckpointWriter:
 
     def _new_draft(self, epoch: int, *, inside: bool) -> Path:
         self._may_write()
-        while self._given_up:  # or its folder might be renamed while it is removed
-            self._given_up.pop().thread.join()
-        kept = self._under_way.draft if self._under_way else None
-        for path in self._folder.glob(".epoch-*"):
-            if path != kept:
-                shutil.rmtree(path, ignore_errors=True)
-        part = 1 + max(self._parts_of(epoch, kept), default=0) if inside else 0
+        under_way = self._under_way.draft if self._under_way else None
+        part = 1 + max(self._parts_of(epoch, under_way), default=0) if inside else 0
         draft = self._folder / f".{name_of(epoch, part)}.{os.urandom(4).hex()}"
         try:
             draft.mkdir(parents=True)
@@ -155,7 +154,16 @@ class CheckpointWriter:
             number for its, *parts in filter(None, map(numbers_of, names)) if its == epoch for number in parts
         ]
 
+    def _sweep(self, kept: Path | None = None) -> None:
+        """Remove all drafts but one; nobody writes into the others any more."""
+        self._may_write()
+        for path in self._folder.glob(".epoch-*"):
+            if path != kept:
+                shutil.rmtree(path, ignore_errors=True)
+
     def _wait_for_part(self) -> None:
+        while self._given_up:  # or its draft might be renamed, or written into, while it is removed
+            self._given_up.pop().thread.join()
         if self._under_way is not None:
             self._under_way.written.wait()
             if self._under_way.error is not None:
