@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.ledger.call_log import CALL, Comm, Kind, RankLog, Site, read_logs
+from rankwise.ledger.call_log import CALL, Comm, Kind, RankLog, Site, paths_of, read_logs
 from rankwise.ledger.last_entry import last_to_come
 from rankwise.ledger.program_ledger import account
-from rankwise.program.log import CallLog
+from rankwise.program.log import ENTERED_AT, SITE_AT, CallLog
 from rankwise.runs.folder import RunFolder
+from rankwise.runs.program_record import record_of_calls
 from rankwise.runs.record import Record
 
 from .conftest import Command
-from .effort import daily
+from .effort import daily, examples
 from .known_delays import LATE_S
 
 TOLERANCE_S = 0.03
@@ -439,3 +442,52 @@ def test_a_program_without_mpi_computes(command: Command, tmp_path: Path) -> Non
     assert "did not come to MPI" in done.err
     (rank,) = record(tmp_path / "run").ranks
     assert rank.wall_ns == rank.phases_ns["startup"] + rank.phases_ns["compute"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from(("comm", "enter", "leave", "region", "end"))),
+        max_size=25,
+    )
+)
+@examples(20, 300)
+def test_ranks_killed_at_any_moment_leave_what_was_known(turns: list[tuple[int, str]]) -> None:
+    """Whatever each rank had written when all were killed, of the three that there were, makes a record in
+    which the time of each that had begun closes."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(Path(place))
+        folder.calls.mkdir()
+        logs: dict[int, CallLog] = {}
+        sites, entered, over = Counter[int](), {}, set()
+        for now, (rank, what) in enumerate(turns, start=1):
+            if rank not in logs:
+                log = logs[rank] = CallLog(folder.calls, rank)
+                if what != "end":  # else it was killed before it could say who it is
+                    said = {"host": "here", "cores": 2, "cpu_model": "", "clock": "monotonic", "python": "3"}
+                    log.say("rank", rank=rank, size=3, pid=1, start_ns=now, **said)
+                    continue
+            log = logs[rank]
+            if rank in over:
+                continue
+            match what:
+                case "comm":
+                    log.add_comm([0, 1, 2], [0, 1, 2], sites[rank])
+                case "enter" if rank not in entered:
+                    log.say("site", file="a.py", line=now, function="f", call="Barrier")
+                    log.main.last[ENTERED_AT], log.main.last[SITE_AT] = now, sites[rank]
+                    entered[rank], sites[rank] = now, sites[rank] + 1
+                case "leave" if rank in entered:
+                    log.main.note(Kind.COLLECTIVE, sites[rank] - 1, entered.pop(rank), now)
+                case "region":
+                    log.begin("r")
+                    log.end()
+                case "end":
+                    log.say("end", ended_ns=now, exit_code=0, words="")
+                    over.add(rank)
+        record = record_of_calls(folder, {}, "failed", None)
+        begun = {
+            rank for rank, log in logs.items() if b'"rank"' in paths_of(folder.calls, rank)[1].read_bytes()
+        }
+        assert {row.rank for row in record.ranks} == begun if record else not begun
+        for row in record.ranks if record else ():
+            assert row.wall_ns == sum(row.phases_ns.values())
