@@ -16,7 +16,7 @@ from rankwise.errors import Interrupted, LaunchError, TrainingError
 from rankwise.launch import supervision
 from rankwise.launch.command_line import SURVIVING_BETWEEN_HOSTS, command_line
 from rankwise.launch.mpiexec import RestartableError, RestartBackoff, _judge
-from rankwise.launch.supervision import Line, MpiexecResult, supervise
+from rankwise.launch.supervision import Line, MpiexecResult, start, supervise
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Outcome
 from rankwise.system import machine
@@ -90,7 +90,7 @@ def test_banners_are_held_back_and_the_ranks_words_shown() -> None:
     ruler = "-" * 60
     script = f"print('one\\n{ruler}\\nMPI_ABORT was invoked\\n{ruler}\\ntwo'); raise SystemExit(3)"
     shown: list[Line] = []
-    ending = supervise([sys.executable, "-c", script], shown.append)
+    ending = supervise(start([sys.executable, "-c", script], shown.append))
     assert shown == [Line("one", None, False), Line("two", None, False)]
     assert (ending.code, ending.interrupted, ending.last_words) == (3, False, "MPI_ABORT was invoked")
 
@@ -106,7 +106,7 @@ def test_what_is_marked_as_a_ranks_is_no_banner() -> None:
     ]
     words += [f"[1,0]<stderr>: {line}" for line in ("-" * 74, "MPI_ABORT was invoked on rank 0", "-" * 74)]
     shown: list[Line] = []
-    supervise([sys.executable, "-c", f"print({chr(10).join(words)!r})"], shown.append)
+    supervise(start([sys.executable, "-c", f"print({chr(10).join(words)!r})"], shown.append))
     assert shown == [
         Line(text, rank, False) for text, rank in (("-" * 60, 2), ("d", 2), ("a", 0), ("b", 1), ("c", 0))
     ]
@@ -115,7 +115,7 @@ def test_what_is_marked_as_a_ranks_is_no_banner() -> None:
 def test_an_mpiexec_that_does_not_end_its_ranks_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a rank has left word that the run fails, and mpiexec goes on all the same, it is ended."""
     monkeypatch.setattr(supervision, "ABORT_S", 0.1)
-    ending = supervise([sys.executable, "-c", "import time; time.sleep(60)"], print, lambda: True)
+    ending = supervise(start([sys.executable, "-c", "import time; time.sleep(60)"], print), lambda: True)
     assert (ending.code, ending.interrupted) == (-signal.SIGTERM, False)
 
 

@@ -18,9 +18,9 @@ from .processes import wait_for
 LAUNCHER = """
 import sys
 from pathlib import Path
-from rankwise.launch.supervision import supervise
+from rankwise.launch.supervision import start, supervise
 print("begins", flush=True)
-result = supervise([sys.executable, "-c", RANKS], lambda line: print(line.text, flush=True))
+result = supervise(start([sys.executable, "-c", RANKS], lambda line: print(line.text, flush=True)))
 print("ended", flush=True)
 Path("result").write_text(f"{result.code} {result.interrupted}")
 """
@@ -77,8 +77,8 @@ def test_under_nohup_it_goes_on(tmp_path: Path) -> None:
 def test_nothing_is_left_open() -> None:
     """A launcher closes what it read from its ranks: Python has no ResourceWarning to give."""
     code = (
-        "import sys; from rankwise.launch.supervision import supervise\n"
-        "supervise([sys.executable, '-c', 'print(1)'], lambda line: None)\n"
+        "import sys; from rankwise.launch.supervision import start, supervise\n"
+        "supervise(start([sys.executable, '-c', 'print(1)'], lambda line: None))\n"
         "import gc; gc.collect()"
     )
     words = [sys.executable, "-W", "default", "-c", code]

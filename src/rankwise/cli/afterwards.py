@@ -141,3 +141,39 @@ def stop(
         print(json.dumps(line.to_json(), indent=1))
     else:
         print(f"{run}: {line.state}" + (f", {line.message}" if line.message else ""))
+
+
+@app.command
+def resize(
+    run: Annotated[Path, Parameter(help="Run folder of a run that goes on, started by rankwise train.")],
+    /,
+    *,
+    ranks: Annotated[
+        int | None,
+        Parameter(help="Ranks to go on with, a master included. By default as many as --hosts have slots."),
+    ] = None,
+    hosts: Annotated[str | None, Parameter(help="Hosts to go on with, as in train's --hosts.")] = None,
+    hostfile: Annotated[Path | None, Parameter(help="The same as a file, as in train's --hostfile.")] = None,
+    format: Format = "text",
+    debug: Debug = False,
+) -> None:
+    """Let a running run go on with more or fewer ranks, or on other hosts, from its next synchronisation on.
+
+    The new ranks get ready while the present ones train. This returns once they have committed what they
+    trained first. No sample of the epoch under way is lost or trained twice.
+    """
+    from rankwise.launch.running import resize as resize_run
+    from rankwise.system.hosts import hosts_asked_for
+
+    slots = hosts_asked_for(hosts, hostfile)
+    given: dict[str, Any] = {"hosts": ",".join(map(str, slots))} if slots else {}
+    if ranks is not None:
+        given["ranks"] = ranks
+    if not given:
+        raise UsageError("nothing was given that is to change: expected --ranks N, --hosts or --hostfile")
+    record = resize_run(run, given, lambda words: print(f"rankwise: {words}", file=sys.stderr, flush=True))
+    if format == "json":
+        print(record.model_dump_json(indent=1))
+    else:
+        size = record.config["ranks"]
+        print(f"{run}: {size} rank{'s' * (size > 1)} since epoch {len(record.epochs) + 1}")

@@ -13,7 +13,7 @@ from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.errors import LaunchError
 from rankwise.launch.command_line import command_line
 from rankwise.launch.hosts import ask, differences
-from rankwise.launch.supervision import Line, supervise
+from rankwise.launch.supervision import Line, start, supervise
 from rankwise.system.hosts import Host
 
 MARK = "rankwise-link "
@@ -54,7 +54,7 @@ def survey(hosts: Sequence[Host], say: Callable[[str], None]) -> dict[str, Any]:
     program = [sys.executable, "-m", "rankwise.launch.links"]
     if pairs:
         single = [Host(host.name, 1) for host in hosts]
-        ending = supervise(command_line(mpiexec, len(hosts), program, hosts=single), hear)
+        ending = supervise(start(command_line(mpiexec, len(hosts), program, hosts=single), hear))
         if len(links) < pairs:
             words = " ".join(ending.last_words.split())[:300] or f"mpiexec ended with code {ending.code}"
             raise LaunchError(f"{pairs - len(links)} of {pairs} links could not be measured: {words}")

@@ -6,19 +6,22 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
 from rankwise.launch.command_line import command_line
+from rankwise.launch.generations import Generations
 from rankwise.launch.hosts import answering, check, fit
 from rankwise.launch.order import Order
 from rankwise.launch.output import Output, plain
 from rankwise.launch.plan_file import write_plan
 from rankwise.launch.preflight import PreparedRun
 from rankwise.launch.program_end import close_calls
-from rankwise.launch.supervision import MpiexecResult, supervise
+from rankwise.launch.supervision import Line, MpiexecResult, Started, start, supervise
+from rankwise.plan import RunPlan
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.program_record import begin_calls
 from rankwise.runs.record import Record
@@ -55,14 +58,10 @@ def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Re
     far as the options allow. Raises the error of the rank that failed first, or Interrupted.
     """
     plan = prepared.plan
-    mpiexec = find_mpiexec() if plan.processes > 1 or plan.hosts else None
     names = check(plan.host_list, folder.path)
-    survives = plan.on_failure == "continue"
     live = order.console.is_terminal
-    # -P keeps files of this folder from being taken for modules of Python's or of a library.
-    module = "rankwise.launch.program_rank" if plan.program else "rankwise.launch.rank"
-    program = [sys.executable, "-P", "-m", module, str(folder.path)]
     pauses = RestartBackoff()
+    restarts = 0
     if plan.program and not folder.record.exists():
         begin_calls(folder, plan.recorded())
     with order.display(folder, prepared.epochs, prepared.samples_per_epoch, live=live) as display:
@@ -71,36 +70,55 @@ def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Re
             if plan.program
             else plain(display.say)
         )
-        for restarts in range(plan.max_restarts + 1):
-            before = _content(folder)
-            command = program
-            if mpiexec is not None:
-                command = command_line(
-                    mpiexec, plan.processes, program, survives=survives, hosts=plan.host_list
-                )
-            ending = supervise(command, show, folder.failure.exists, is_rank=mpiexec is None)
-            if plan.program and not folder.record.exists():
-                return close_calls(ending, folder, plan)
-            try:
-                return _judge(ending, folder, plan.processes, before)
-            except RestartableError as error:
-                over = plan.on_failure == "stop" or restarts == plan.max_restarts
-                if over or not folder.record.exists():
-                    raise
-                left = answering(plan.host_list, folder.path, display.say)
-                lost = [names[host.name] for host in plan.host_list if host not in left]
-                _note_losses(folder, ending, lost)
-                if lost:
-                    plan = fit(plan, left)
-                    write_plan(folder, order.config, plan.with_options(out=folder.path))
-                pause_s = pauses.after(len(folder.read().epochs))
-                display.say(
-                    f"{error}; starting again in {pause_s:g} s ({restarts + 1} of {plan.max_restarts})"
-                )
-                time.sleep(pause_s)
-                folder.forget_failures()
-                folder.begin()
-    raise AssertionError("the last restart returns or raises")
+
+        def start_ranks(plan: RunPlan, *mark: str) -> Started:
+            return _start(plan, folder, show, mark)
+
+        with Generations(order, folder, start_ranks, display.say) as generations:
+            ranks = start_ranks(plan)
+            while True:
+                before = _content(folder)
+                ending = supervise(ranks, folder.failure.exists, partial(generations.look, ranks))
+                if plan.program and not folder.record.exists():
+                    return close_calls(ending, folder, plan)
+                if coming := generations.take_over(ending):
+                    order, plan, ranks = coming.order, coming.plan, coming.started
+                    names = check(plan.host_list, folder.path)
+                    continue
+                try:
+                    return _judge(ending, folder, plan.processes, before)
+                except RestartableError as error:
+                    over = plan.on_failure == "stop" or restarts == plan.max_restarts
+                    if over or not folder.record.exists():
+                        raise
+                    generations.abandon("ranks were lost meanwhile, and the run was started again")
+                    restarts += 1
+                    left = answering(plan.host_list, folder.path, display.say)
+                    lost = [names[host.name] for host in plan.host_list if host not in left]
+                    _note_losses(folder, ending, lost)
+                    if lost:
+                        plan = fit(plan, left)
+                        write_plan(folder, order.config, plan.with_options(out=folder.path))
+                    pause_s = pauses.after(len(folder.read().epochs))
+                    display.say(
+                        f"{error}; starting again in {pause_s:g} s ({restarts} of {plan.max_restarts})"
+                    )
+                    time.sleep(pause_s)
+                    folder.forget_failures()
+                    folder.begin()
+                    ranks = start_ranks(plan)
+
+
+def _start(plan: RunPlan, folder: RunFolder, show: Callable[[Line], None], mark: Sequence[str]) -> Started:
+    """Start the ranks of a run, or those of the start `mark` that are to take over."""
+    # -P keeps files of this folder from being taken for modules of Python's or of a library.
+    module = "rankwise.launch.program_rank" if plan.program else "rankwise.launch.rank"
+    program = [sys.executable, "-P", "-m", module, str(folder.path), *mark]
+    if plan.program and plan.processes == 1 and not plan.hosts:
+        return start(program, show, is_rank=True)
+    survives = plan.on_failure == "continue"
+    words = command_line(find_mpiexec(), plan.processes, program, survives=survives, hosts=plan.host_list)
+    return start(words, show)
 
 
 def _note_losses(folder: RunFolder, ending: MpiexecResult, lost_hosts: Sequence[str]) -> None:

@@ -116,6 +116,7 @@ def open_folder(order: Order, plan: RunPlan) -> OpenFolder:
         if order.resume is None:
             folder.require_no_run()  # which another start may have made since it was looked at last
         folder.forget_failures()
+        folder.forget_resize()
         write_plan(folder, order.config, plan.with_options(out=folder.path))
         asked_s = (time.monotonic_ns() - order.asked_ns) / 1e9
         folder.begin(utc_before(asked_s, "milliseconds"))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rankwise.comm import World, solo_world
-from rankwise.comm.mpi import may_vanish, mpi_world
+from rankwise.comm.mpi import may_vanish, mpi_transport, mpi_world
 from rankwise.errors import (
     ConfigError,
     Interrupted,
@@ -29,15 +29,18 @@ from rankwise.launch.preflight import PreparedRun
 from rankwise.ledger.phases import Ledger, measure_cost
 from rankwise.plan import RunPlan, make_plan
 from rankwise.report.live import Display
-from rankwise.runs import checkpoint
+from rankwise.runs import checkpoint, resize
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 from rankwise.survival import causes, crashes
 from rankwise.system import machine
 from rankwise.system.process_end import end_process
 from rankwise.training.agreement import require_same_options
-from rankwise.training.rank import run
+from rankwise.training.rank import get_ready, run
 from rankwise.training.set_up import Say, stop_on_signal
+
+LOOK_S = 0.02
+"""How often a rank that waits to take over looks whether it is to."""
 
 FIRST_WORD_S = 2.0
 """How long a rank that fails too leaves the first one to say why, before it ends the job itself."""
@@ -65,7 +68,8 @@ def train_alone(order: Order, prepared: PreparedRun, folder: RunFolder) -> Recor
 
 
 def main() -> None:
-    """``python -P -m rankwise.launch.rank FOLDER``: one of the ranks that our launcher started.
+    """``python -P -m rankwise.launch.rank FOLDER [START]``: one of the ranks that our launcher started; with
+    the name of a START one that takes over once that is the run's.
 
     Ends with the exit code of its error, which stands in the folder, and prints nothing of it: the launcher
     tells the user.
@@ -73,7 +77,7 @@ def main() -> None:
     folder = RunFolder(Path(sys.argv[1]))
     code = 0
     try:
-        train_as_launched(folder)
+        train_as_launched(folder, *sys.argv[2:])
     except KeyboardInterrupt:
         code = Interrupted.exit_code
     except RankwiseError as error:
@@ -81,23 +85,48 @@ def main() -> None:
     end_process(code, ends_libraries=not may_vanish())
 
 
-def train_as_launched(folder: RunFolder) -> Record:
-    """One rank of the run whose plan is in `folder`.
+def train_as_launched(folder: RunFolder, mark: str = "") -> Record:
+    """One rank of the run whose plan is in `folder`; with a `mark` one of those that take over when the start
+    of this name begins.
 
     A rank that fails leaves word in the folder, and ends all ranks, unless they can go on without it.
     """
     machine.die_with_parent(signal.SIGKILL)  # or it might stay behind when a host's daemon is lost
-    try:
-        plan = read_plan(folder)
-        world = mpi_world(new_ledger())
-    except UsageError as error:
-        write_failure(folder, 0, error, error)
-        raise
+    if mark:
+        plan, world = take_over(folder, mark)
+    else:
+        try:
+            plan = read_plan(folder)
+            world = mpi_world(new_ledger())
+        except UsageError as error:
+            write_failure(folder, 0, error, error)
+            raise
     with ending_all_ranks(world, folder, lambda told: None):
         _require_size(world, plan)
         record = _train(plan, world, folder, lambda line: print(line, file=sys.stderr, flush=True))
     world.close()
     return record
+
+
+def take_over(folder: RunFolder, mark: str) -> tuple[RunPlan, World]:
+    """Get ready for the run, and wait until the present ranks have left it to those of the start `mark`.
+
+    The time of this rank begins then: until then it was others' run. Until then, too, what goes wrong ends
+    these ranks alone.
+    """
+    transport = mpi_transport()
+    world = World(transport)
+    with ending_all_ranks(world, None, lambda told: print(f"rankwise: {told}", file=sys.stderr, flush=True)):
+        plan = read_plan(folder, is_next=True)
+        _require_size(world, plan)
+        get_ready(plan)
+        world.barrier()
+        if world.rank == 0:
+            resize.tell(folder.resize, "ready")
+        while not folder.has_begun(mark):
+            time.sleep(LOOK_S)
+    with ending_all_ranks(world, folder, lambda told: None):
+        return plan, World(transport, Ledger(cost_ns=measure_cost(), cpu_s_before=machine.cpu_seconds()))
 
 
 def _require_size(world: World, plan: RunPlan) -> None:

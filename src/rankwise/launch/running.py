@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rankwise.config import TrainConfig
 from rankwise.errors import LaunchError, UsageError
+from rankwise.launch.generations import resized
+from rankwise.launch.order import Order
+from rankwise.launch.plan_file import read_plan
+from rankwise.runs import resize as change
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 from rankwise.survival.beats import live_processes
@@ -103,6 +108,15 @@ def look(path: Path) -> RunLine:
         record = folder.read() if folder.record.exists() else None
     except UsageError as error:
         return RunLine(path, "damaged", None, holder, str(error))
+    handed = change.read_resize(folder.resize)
+    if (
+        record is not None
+        and handed is not None
+        and handed.state == "handing over"
+        and holder
+        and holder.alive
+    ):
+        return RunLine(path, "running", record, holder)
     if record is not None and record.outcome != "running":
         if holder is not None and holder.alive and _begins_again(folder):
             return RunLine(path, "starting", record, holder)
@@ -155,22 +169,30 @@ def _has_open(pid: int, path: Path) -> bool:
     return False
 
 
-def stop(path: Path, say: Callable[[str], None], *, patience_s: float = PATIENCE_S) -> RunLine:
-    """Ask a run to end as Ctrl-C does, and wait until it has. Raises UsageError for what cannot be stopped
-    from here, and LaunchError if it takes too long."""
+def _running(path: Path, what: str) -> RunLine:
+    """A run that goes on here. Raises UsageError for another, of which one wants to do `what`."""
     if not _is_run(path):
         raise UsageError(f"{path} holds no run: there is no plan.json or record.json in it")
     line = look(path)
     if line.state in ("completed", "interrupted", "failed"):
         assert line.record is not None
-        raise UsageError(f"{path} is over ({line.state}, {len(line.record.epochs)} epochs): nothing to stop")
+        over = f"{path} is over ({line.state}, {len(line.record.epochs)} epochs)"
+        raise UsageError(f"{over}: nothing to {what}")
     if line.state in ("died", "damaged") or line.holder is None:
         raise UsageError(f"{path} does not run: {line.message or 'it was never started'}")
     if line.state == "elsewhere":
-        raise UsageError(
-            f"{path} runs on {line.holder.host}, and this is {socket.gethostname()}: say there rankwise stop "
-            f"{path}, or ssh {line.holder.host} kill -INT {line.holder.pid}"
-        )
+        there = f"say there rankwise {what} {path}"
+        if what == "stop":
+            there += f", or ssh {line.holder.host} kill -INT {line.holder.pid}"
+        raise UsageError(f"{path} runs on {line.holder.host}, and this is {socket.gethostname()}: {there}")
+    return line
+
+
+def stop(path: Path, say: Callable[[str], None], *, patience_s: float = PATIENCE_S) -> RunLine:
+    """Ask a run to end as Ctrl-C does, and wait until it has. Raises UsageError for what cannot be stopped
+    from here, and LaunchError if it takes too long."""
+    line = _running(path, "stop")
+    assert line.holder is not None
     pid = line.holder.pid if line.holder.alive else min(live_processes(RunFolder(path).beats))
     try:
         os.kill(pid, signal.SIGINT)
@@ -180,6 +202,49 @@ def stop(path: Path, say: Callable[[str], None], *, patience_s: float = PATIENCE
         pass  # it has just ended
     say(f"asked process {pid} to stop; ranks save at their next synchronisation")
     return _ended(path, pid, patience_s)
+
+
+def resize(path: Path, given: dict[str, Any], say: Callable[[str], None]) -> Record:
+    """Let a run of `rankwise train` go on with other ranks or hosts, and wait until they have committed what
+    they trained first. Returns its record then. Raises UsageError for what cannot be resized, or to that, and
+    LaunchError if nothing came of it, while the run goes on as it was."""
+    line = _running(path, "resize")
+    folder = RunFolder(path)
+    plan = read_plan(folder)
+    if plan.program:
+        raise UsageError(
+            f"{path} holds a program whose own loop trains, which cannot be resized while it runs: stop it "
+            f"with rankwise stop {path}, and go on with rankwise run --resume {path} --ranks N"
+        )
+    if line.record is None:
+        raise UsageError(f"{path} has not begun to train yet: ask again in a moment")
+    if line.holder is None or not line.holder.alive or line.holder.pid in live_processes(folder.beats):
+        raise UsageError(
+            f"{path} was not started by rankwise train --ranks N, which alone can start other ranks: stop "
+            f"it, and go on with rankwise train --resume {path} --ranks N"
+        )
+    order = Order(TrainConfig())
+    _, wanted = resized(order, folder, given)
+    if (wanted.ranks, wanted.spares, wanted.hosts) == (plan.ranks, plan.spares, plan.hosts):
+        raise UsageError(f"{path} runs on {plan.ranks} ranks already: nothing to resize")
+    change.ask(folder.resize, given)
+    say(f"{wanted.processes} ranks get ready; the present ones train on until then")
+    return _resized(folder, line.holder)
+
+
+def _resized(folder: RunFolder, launcher: Holder) -> Record:
+    while True:
+        now = change.read_resize(folder.resize)
+        if now is not None and now.state == "refused":
+            raise UsageError(now.message)
+        if now is not None and now.state == "failed":
+            raise LaunchError(f"{folder.path} was not resized: {now.message}")
+        if now is not None and now.state == "done":
+            return folder.read()
+        if not _has_open(launcher.pid, folder.claimed):
+            record = folder.read()
+            raise LaunchError(f"{folder.path} is over ({record.outcome}), before its new ranks had begun")
+        time.sleep(LOOK_S)
 
 
 def _ended(path: Path, pid: int, patience_s: float) -> RunLine:

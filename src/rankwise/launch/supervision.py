@@ -46,6 +46,53 @@ class MpiexecResult:
     last_words: str
 
 
+class Started:
+    """An mpiexec that has been started, and what it shows and says; `asked_at` are the moments at which its
+    ranks were asked to stop."""
+
+    def __init__(self, process: subprocess.Popen[bytes], readers: list[threading.Thread]) -> None:
+        self.process = process
+        self.readers = readers
+        self.banners: list[str] = []
+        self.asked_at: list[float] = []
+
+    def ask_to_stop(self) -> None:
+        """Ask the ranks to save and to leave. The signal becomes SIGUSR1 in them, which mpiexec passes on
+        untouched (SIGTERM it would follow with SIGKILL a quarter of a second later)."""
+        self.asked_at.append(time.monotonic())
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGUSR1)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether mpiexec has ended."""
+        return self.process.poll() is not None
+
+    def end(self) -> None:
+        """End mpiexec and its ranks, if they are there, and wait until they are gone."""
+        if not self.is_over:
+            self.kill()
+        self.clear_up()
+
+    def kill(self) -> None:
+        """End mpiexec and, through it, the ranks; then whatever is left of its session."""
+        self.process.terminate()
+        try:
+            self.process.wait(3)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def clear_up(self) -> None:
+        """mpiexec has ended: wait for its ranks and for what they have printed."""
+        _end_session(self.process.pid)
+        for reader in self.readers:
+            reader.join()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+
+
 @dataclass(frozen=True)
 class Line:
     """A line that a rank has printed, of which mpiexec told the number, or None; `is_error` is for stderr."""
@@ -55,19 +102,11 @@ class Line:
     is_error: bool
 
 
-def supervise(
-    command: list[str],
-    show: Callable[[Line], None],
-    failed: Callable[[], bool] = lambda: False,
-    *,
-    is_rank: bool = False,
-) -> MpiexecResult:
-    """Run mpiexec to its end, in a session of its own so that a terminal's Ctrl-C does not reach it.
+def start(command: list[str], show: Callable[[Line], None], *, is_rank: bool = False) -> Started:
+    """Start mpiexec in a session of its own, so that a terminal's Ctrl-C does not reach it.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 here become SIGUSR1 to mpiexec, which passes it on to the ranks
-    untouched (SIGTERM it would follow with SIGKILL a quarter of a second later). A second one ends the ranks
-    at once. `show` gets what ranks print, line by line; mpiexec's own banners are held back. `failed` says
-    whether a rank has left word that the run fails. With `is_rank` the command is the only rank itself.
+    `show` gets what ranks print, line by line; mpiexec's own banners are held back. With `is_rank` the
+    command is the only rank itself. Raises LaunchError.
     """
     try:
         process = subprocess.Popen(
@@ -83,67 +122,62 @@ def supervise(
         raise LaunchError(f"cannot start {command[0]}: {error.strerror}") from None
     assert process.stdout is not None
     assert process.stderr is not None
-    banners: list[str] = []
-    readers = [
-        threading.Thread(
-            target=_pass_on,
-            args=(stream, stream is process.stderr, show, banners),
-            kwargs={"is_rank": is_rank},
-        )
-        for stream in (process.stdout, process.stderr)
-    ]
-    for reader in readers:
+    started = Started(process, [])
+    for stream in (process.stdout, process.stderr):
+        words = (stream, stream is process.stderr, show, started.banners)
+        reader = threading.Thread(target=_pass_on, args=words, kwargs={"is_rank": is_rank})
+        started.readers.append(reader)
         reader.start()
-    failed_at = math.inf
-    with _stop_signals(process) as asked_at:
+    return started
+
+
+def supervise(
+    started: Started,
+    failed: Callable[[], bool] = lambda: False,
+    look: Callable[[], None] = lambda: None,
+) -> MpiexecResult:
+    """Stand by an mpiexec to its end.
+
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 here ask the ranks to stop; a second one ends them at once. `failed`
+    says whether a rank has left word that the run fails. `look` is called ten times in a second.
+    """
+    process, failed_at = started.process, math.inf
+    with _stop_signals(started) as by_user:
         while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)
+            look()
             now = time.monotonic()
             if failed():
                 failed_at = min(failed_at, now)
+            asked_at = started.asked_at
             late = now > failed_at + ABORT_S or (asked_at and now > asked_at[0] + GRACE_S)
-            if late or len(asked_at) > 1:
-                _kill(process)
-    _end_session(process.pid)
-    for reader in readers:
-        reader.join()
-    process.stdout.close()
-    process.stderr.close()
-    last_words = "\n".join(banners)
+            if late or len(by_user) > 1:
+                started.kill()
+    started.clear_up()
+    last_words = "\n".join(started.banners)
     killed = re.search(r"a rank was ended by signal (\d+)", last_words)
     # MPICH gives a signal's number as code, as if a rank had said it, and ORs those of several ranks.
     code = 128 + int(killed[1]) if killed else process.returncode
-    return MpiexecResult(code, bool(asked_at), last_words)
+    return MpiexecResult(code, bool(by_user), last_words)
 
 
 @contextlib.contextmanager
-def _stop_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float]]:
+def _stop_signals(started: Started) -> Iterator[list[int]]:
     """While inside, SIGINT, SIGTERM, SIGHUP and SIGUSR1 (a batch system's notice) ask the ranks to stop;
-    gives the moments at which they came."""
-    asked_at: list[float] = []
+    gives those that came."""
+    came: list[int] = []
 
     def ask(number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             leave_lost_terminal()
-            if asked_at:  # of a closed terminal both the kernel and the shell tell
+            if came:  # of a closed terminal both the kernel and the shell tell
                 return
-        asked_at.append(time.monotonic())
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGUSR1)
+        came.append(number)
+        started.ask_to_stop()
 
     with handling(STOP, ask):
-        yield asked_at
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End mpiexec and, through it, the ranks; then whatever is left of its session."""
-    process.terminate()
-    try:
-        process.wait(3)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        yield came
 
 
 def _end_session(leader: int) -> None:

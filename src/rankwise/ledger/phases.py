@@ -91,7 +91,8 @@ class Ledger:
     `clock` counts integer ns and never goes back; `start_ns` is the start of the process on that
     clock, so that what came before this object is charged to ``startup``. `cpu_clock` counts the CPU
     time of the thread that uses the ledger. `cost_ns` is what one change of phase takes (`measure_cost`):
-    each one moves that much from the phase in which it happened to ``instrument``.
+    each one moves that much from the phase in which it happened to ``instrument``. `cpu_s_before` is the CPU
+    time of the process, in s, that came before `start_ns`.
 
     `mark_ns` and `cpu_mark_ns` are what the clocks showed when the running phase began.
 
@@ -105,10 +106,12 @@ class Ledger:
         *,
         cpu_clock: Clock = time.thread_time_ns,
         cost_ns: int = 0,
+        cpu_s_before: float = 0.0,
     ) -> None:
         self.clock = clock
         self.cpu_clock = cpu_clock
         self._cost_ns = cost_ns
+        self.cpu_s_before = cpu_s_before
         self.start_ns = clock() if start_ns is None else start_ns
         self.mark_ns = self.start_ns
         # A thread's CPU time counts from the thread's start, as `start_ns` does if it is given.

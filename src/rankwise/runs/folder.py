@@ -36,6 +36,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.plan = path / "plan.json"
+        self.next_plan = path / ".next-plan.json"
+        self.resize = path / ".resize"
         self.record = path / "record.json"
         self.metrics = path / "metrics.jsonl"
         self.timeline = path / "timeline"
@@ -114,11 +116,21 @@ class RunFolder:
         for path in (self.last_words, self._crashes):
             shutil.rmtree(path, ignore_errors=True)
 
-    def begin(self, launched_at: str = "") -> None:
+    def forget_resize(self) -> None:
+        """Nothing comes any more of a change of ranks that a start before was at."""
+        for path in (self.resize, self.next_plan):
+            path.unlink(missing_ok=True)
+
+    def begin(self, launched_at: str = "", *, mark: str = "") -> None:
         """The run is about to be started, by a command that was given at `launched_at` (UTC): ranks of an
-        earlier start, wherever they are, may not write any more, and what they were at is over."""
+        earlier start, wherever they are, may not write any more, and what they were at is over. Ranks that
+        wait for the start of the name `mark` begin now."""
         self.beats.unlink(missing_ok=True)
-        write_atomically(self._start, f"{os.urandom(8).hex()} {launched_at}".encode())
+        write_atomically(self._start, f"{mark or os.urandom(8).hex()} {launched_at}".encode())
+
+    def has_begun(self, mark: str) -> bool:
+        """Whether the start that began last is the one of this name."""
+        return self._last_start().partition(" ")[0] == mark
 
     def take_part(self) -> None:
         """This process is a rank of the start that began last."""
@@ -162,7 +174,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """No run came about in a folder that was there before: take away what a start has put there."""
-        files = (self.plan, self.failure, self.beats, self.progress, self.rank_0, self._start, self.claimed)
+        files = (
+            *(self.plan, self.failure, self.beats, self.progress, self.rank_0, self._start, self.claimed),
+            *(self.next_plan, self.resize),
+        )
         for path in files:
             path.unlink(missing_ok=True)
         for path in (self.last_words, self._crashes, self.calls):

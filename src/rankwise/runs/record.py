@@ -110,6 +110,9 @@ def longest_waits(wait_on_ns: Mapping[int, int]) -> dict[str, Any]:
     return {"wait_on_ns": kept, "wait_on_others_ns": sum(wait_on_ns.values()) - sum(kept.values())}
 
 
+MOST_EARLIER = 1024
+"""Rows of ranks of generations that are over which a record keeps."""
+
 MOST_REGIONS = 64
 """Names of regions in a rank's row, those with most time."""
 
@@ -168,6 +171,19 @@ class Rank(_Row):
     regions: list[RegionTimes] = Field(
         default_factory=list, description="of those that the program named, in the order in which they ended"
     )
+
+
+class Generation(_Row):
+    """The ranks of one start of a run: of its first, of one that went on, or of those that took over while it
+    ran."""
+
+    number: int = Field(description="from 0")
+    started_at: str = Field(description="UTC: when its time begins")
+    pause_s: float | None = Field(
+        default=None,
+        description="from the last word of the ranks before to its first step; None of the first",
+    )
+    ranks: list[Rank] = Field(description="their rows as they were written last")
 
 
 class Seen(_Row):
@@ -338,7 +354,14 @@ class Record(_Row):
     seen: Seen | None = Field(default=None, description="None of a program that makes its network itself")
     epochs: list[EpochRow]
     target: Target | None = Field(default=None, description="None without --target-accuracy")
-    ranks: list[Rank]
+    ranks: list[Rank] = Field(description="of the last generation")
+    generation: int = Field(default=0, description="its number: how often others were started before it")
+    pause_s: float | None = Field(
+        default=None, description="from the last word of the ranks before them to their first step"
+    )
+    earlier: list[Generation] = Field(
+        default_factory=list, description="generations that are over; of very many rows the last"
+    )
     clock: Clock
     cpu_percent: float = Field(default=0.0, description="CPU time of all ranks, of all cores of their hosts")
     efficiency: Efficiency
@@ -357,6 +380,16 @@ class Record(_Row):
         """Seconds from the start of its first sitting to a moment that `utc_before` gave."""
         sitting_s = (datetime.fromisoformat(moment) - datetime.fromisoformat(self.started_at)).total_seconds()
         return sitting_s + max(self.elapsed_s - self.wall_s, 0.0)
+
+    def as_earlier(self) -> list[Generation]:
+        """The generations that are over when others begin after this record: those before, and its own."""
+        mine = Generation(
+            number=self.generation, started_at=self.started_at, pause_s=self.pause_s, ranks=self.ranks
+        )
+        kept = [*self.earlier, mine]
+        while len(kept) > 1 and sum(len(each.ranks) for each in kept) > MOST_EARLIER:
+            del kept[0]
+        return kept
 
     @property
     def evaluated(self) -> list[Evaluated]:

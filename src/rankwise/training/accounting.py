@@ -28,7 +28,7 @@ def standing_by(config: RunPlan, world: World, threads: int) -> list[Rank]:
 def rank_row(world: World, role: Role, threads: int, measured: dict[str, float]) -> dict[str, Any]:
     """This rank's row in the record, up to now."""
     totals = world.ledger.close()
-    cpu_s = machine.cpu_seconds()
+    cpu_s = machine.cpu_seconds() - world.ledger.cpu_s_before
     traffic = world.traffic
     return {
         "rank": world.number,

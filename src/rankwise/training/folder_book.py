@@ -124,7 +124,7 @@ class FolderBook(Book):
             world.reconcile()  # so that no waiting from before is found out in the first epoch
         world.timeline.begin()
         world.survives = turns.synchroniser.survives
-        recorder.history.training_begins(None if self.join_state else world.ledger.close().wall_ns / 1e9)
+        recorder.training_begins(joins=self.join_state is not None)
         self._watchdog.steps_begin()
 
     def epochs_come(self, epochs: int) -> None:

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from rankwise.errors import ResumeError, one_line
 from rankwise.runs.checkpoint import Checkpoint
 from rankwise.runs.folder import RunFolder
-from rankwise.runs.record import EpochRow, Fault, Rank, Samples, Target, seconds_since, utc_before
+from rankwise.runs.record import EpochRow, Fault, Generation, Rank, Samples, Target, seconds_since, utc_before
 from rankwise.training.goodput import Goodput
 
 _EPOCHS = TypeAdapter(list[EpochRow])
@@ -34,7 +34,9 @@ class RunHistory:
     that were lost, all by the numbers with which the ranks began. `losses` tells of the ranks that were lost;
     after the first `recovered` of them a round was committed again. The first sitting was asked for at
     `launched_at`; this sitting began at `started_at`, and the sittings before took `elapsed_before_s`.
-    `first_step_s` is the time from the launch to the first step, None before it.
+    `first_step_s` is the time from the launch to the first step, None before it. `earlier` are generations
+    of ranks that are over, of which the last wrote its last word `before_s` before this sitting began;
+    `pause_s` is the time from then to the first step.
     """
 
     epochs: list[EpochRow]
@@ -47,6 +49,9 @@ class RunHistory:
     elapsed_before_s: float
     first_step_s: float | None
     goodput: Goodput
+    earlier: list[Generation] = field(default_factory=list)
+    before_s: float | None = None
+    pause_s: float | None = None
     rows: dict[int, Rank] = field(default_factory=dict)
     dead: dict[int, Rank] = field(default_factory=dict)
 
@@ -73,6 +78,8 @@ class RunHistory:
                 started_at=started_at,
                 elapsed_before_s=before.elapsed_before_s(started_at) if before else 0.0,
                 first_step_s=before.first_step_s if before else None,
+                earlier=before.as_earlier() if before else [],
+                before_s=seconds_since(before.written_at) - age_s if before and before.written_at else None,
                 goodput=Goodput.after(
                     before, ranks, notes.get("saved_at"), began_at=utc_before(age_s, "milliseconds")
                 ),
@@ -97,6 +104,8 @@ class RunHistory:
         that comes in later."""
         if now_s is not None:
             self.goodput.training_begins(now_s)
+            if self.before_s is not None:
+                self.pause_s = self.before_s + now_s
         if self.first_step_s is None:
             self.first_step_s = seconds_since(self.launched_at)
 

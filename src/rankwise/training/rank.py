@@ -61,6 +61,17 @@ def run(
         return _run(plan, world, folder, watchdog, say=say, start=start)
 
 
+def get_ready(plan: RunPlan) -> None:
+    """Have in memory what a run needs, on a rank that is to take over later: libraries, data, kernels.
+
+    It makes what `run` makes anew, and throws it away: the network and a step of it cost a rank most when it
+    makes them for the first time.
+    """
+    dataset = data.prepare_of(plan, lambda *_: None)
+    chosen = select(plan, dataset, workers=plan.workers)
+    _make_replica(plan, dataset, chosen, begins=False)
+
+
 def _run(
     plan: RunPlan, world: World, folder: RunFolder, watchdog: Watchdog, *, say: Say, start: Checkpoint | None
 ) -> Record:
@@ -147,7 +158,7 @@ def _train(
         world.reconcile()  # so that no waiting from before is found out in the first epoch
         world.timeline.begin()
     world.survives = synchroniser.survives
-    recorder.history.training_begins(None if join_state else world.ledger.close().wall_ns / 1e9)
+    recorder.training_begins(joins=join_state is not None)
     target = recorder.history.target(job.config.target_accuracy)
     try:
         if target is None or not target.reached:

@@ -9,6 +9,7 @@ from rankwise.comm import World
 from rankwise.data.fingerprint import of_pool
 from rankwise.data.sampler import Batch
 from rankwise.plan import RunPlan
+from rankwise.runs import resize
 from rankwise.runs.checkpoint import Place
 from rankwise.runs.checkpoint_names import best_epoch
 from rankwise.runs.checkpoint_writer import CheckpointWriter
@@ -97,6 +98,8 @@ class Recorder:
         self._say = say
         self._environment = accounting.environment(world, hosts)
         self._cadence = Cadence(config.checkpoints, world)
+        change = resize.read_resize(folder.resize)
+        self._takes_over = change is not None and change.state == "handing over"
         self._checkpoints = CheckpointWriter(
             folder.checkpoints,
             config.checkpoint_keep,
@@ -111,6 +114,14 @@ class Recorder:
     def settle(self, config: RunPlan) -> None:
         """The plan, of which a program has said more."""
         self._config = config
+
+    def training_begins(self, *, joins: bool) -> None:
+        """The first step of the sitting is next, or of a rank that `joins` it later. Where the sitting takes
+        a run over from ranks that trained until just now, what was start-up is a pause."""
+        ledger = self._world.ledger
+        self.history.training_begins(None if joins else ledger.close().wall_ns / 1e9)
+        if self._takes_over and not joins:
+            ledger.move("startup", "recovery", ledger.spent_ns["startup"])
 
     def recovered(self, event: Recovered) -> None:
         """Ranks were lost, and the others go on. The rank that is now rank 0 writes the folder."""
@@ -183,6 +194,10 @@ class Recorder:
     def round_over(self, job: TrainJob, batch: Batch, under_way: UnderWay) -> None:
         """Save the run inside the epoch if that is due; all ranks together. With the last round the epoch is
         over soon. Raises StorageError."""
+        if self._takes_over:
+            self._takes_over = False
+            if self._world.rank == 0:
+                resize.tell(self._folder.resize, "done")
         if self._config.checkpoints.unit == "epochs" or not batch.rounds_left:
             return
         if self._cadence.is_due(batch.epoch, batch.step):
@@ -290,6 +305,9 @@ class Recorder:
             epochs=history.epochs,
             target=history.target(self._config.target_accuracy),
             ranks=rows,
+            generation=history.earlier[-1].number + 1 if history.earlier else 0,
+            pause_s=history.pause_s,
+            earlier=history.earlier,
             clock=Clock(
                 error_bound_ns=self._world.clock_error_ns, violations=self._world.exchange_log.violations
             ),

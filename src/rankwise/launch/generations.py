@@ -1,0 +1,131 @@
+"""Generations of ranks: the next one gets ready beside the present one, and takes over where that one stops.
+
+It is started as the present one was, joins a world of its own, has its data and its network in memory, and
+waits for its start to be the run's. The present one is asked to stop as by Ctrl-C, saves at its next
+synchronisation, and leaves; what is left of the epoch is dealt to those that take over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from rankwise.config import TrainConfig
+from rankwise.errors import RankwiseError, one_line
+from rankwise.launch import preflight
+from rankwise.launch.hosts import check
+from rankwise.launch.order import Order, resumed
+from rankwise.launch.plan_file import write_plan
+from rankwise.launch.supervision import MpiexecResult, Started
+from rankwise.plan import RunPlan, make_plan
+from rankwise.runs.folder import RunFolder
+from rankwise.runs.resize import read_resize, tell
+
+StartRanks = Callable[[RunPlan, str], Started]
+"""Starts the ranks of a plan, which wait until the start of this name is the run's."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Ranks that were started to take over, the plan they have, and what that was made of."""
+
+    order: Order
+    plan: RunPlan
+    started: Started
+    mark: str
+
+
+class Generations:
+    """The launcher's part in changes of a run's ranks. Entered as long as the run goes on: what waits when it
+    ends is ended too."""
+
+    def __init__(
+        self, order: Order, folder: RunFolder, start_ranks: StartRanks, say: Callable[[str], None]
+    ) -> None:
+        self._order = order
+        self._folder = folder
+        self._start_ranks = start_ranks
+        self._say = say
+        self._next: Generation | None = None
+        self._hands_over = False
+
+    def __enter__(self) -> Generations:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon("the run ended before")
+
+    def look(self, present: Started) -> None:
+        """See to a change that was asked for: start the next generation, or let the present one hand over to
+        it once it is ready."""
+        asked = read_resize(self._folder.resize)
+        if asked is None or self._hands_over:
+            return
+        if self._next is None:
+            if asked.state == "asked":
+                self._begin(asked.given)
+        elif self._next.started.is_over:
+            self._give_up("the new ranks ended before they were ready")
+        elif asked.state == "ready" and asked.mark == self._next.mark:
+            self._hands_over = True
+            tell(self._folder.resize, "handing over")
+            present.ask_to_stop()
+
+    def take_over(self, ending: MpiexecResult) -> Generation | None:
+        """The generation that goes on now that the present one has ended, None if none is to."""
+        coming = self._next
+        if coming is None or not self._hands_over or ending.interrupted or self._folder.failure.exists():
+            return None
+        if self._folder.read().outcome not in ("interrupted", "running") or coming.started.is_over:
+            return None
+        self._next, self._hands_over, self._order = None, False, coming.order
+        os.replace(self._folder.next_plan, self._folder.plan)
+        self._folder.forget_failures()
+        self._folder.begin(mark=coming.mark)
+        return coming
+
+    def abandon(self, why: str) -> None:
+        """Nothing comes of a change that is under way."""
+        if self._next is not None:
+            self._give_up(why)
+        else:
+            asked = read_resize(self._folder.resize)
+            if asked is not None and asked.state == "asked":
+                tell(self._folder.resize, "failed", message=why)
+
+    def _begin(self, given: dict[str, object]) -> None:
+        try:
+            order, plan = resized(self._order, self._folder, given)
+            check(plan.host_list, self._folder.path)
+            mark = os.urandom(8).hex()
+            write_plan(self._folder, order.config, plan.with_options(out=self._folder.path), is_next=True)
+            tell(self._folder.resize, "starting", mark=mark)
+            started = self._start_ranks(plan, mark)
+        except RankwiseError as error:
+            tell(self._folder.resize, "refused", message=one_line(error))
+            self._say(f"the run was not resized: {one_line(error)}")
+            return
+        self._next = Generation(order, plan, started, mark)
+        for remark in order.remarks:
+            self._say(remark)
+        self._say(f"{plan.processes} ranks get ready to take over")
+
+    def _give_up(self, why: str) -> None:
+        assert self._next is not None
+        self._next.started.end()
+        self._next, self._hands_over = None, False
+        with contextlib.suppress(OSError):
+            self._folder.next_plan.unlink(missing_ok=True)
+        tell(self._folder.resize, "failed", message=why)
+        self._say(f"the run was not resized: {why}")
+
+
+def resized(order: Order, folder: RunFolder, given: dict[str, object]) -> tuple[Order, RunPlan]:
+    """What a run is asked for with other ranks or hosts, and its plan. Raises UsageError, one line, for what
+    it cannot go on with."""
+    new = resumed(replace(order, config=TrainConfig(**given), resume=folder.path), folder, folder.read())
+    plan = make_plan(new.config, resumes=True)
+    preflight.prepare(plan)
+    return new, plan
