@@ -198,6 +198,6 @@ def test_a_signal_is_one_on_mpich_too() -> None:
     and shells say, and eleven lines become one."""
     shown: list[Line] = []
     code = f"import sys; print('mine'); print({HYDRA.strip()!r}); print('===='); sys.exit(9)"
-    result = supervise([sys.executable, "-c", code], shown.append)
+    result = supervise(start([sys.executable, "-c", code], shown.append))
     assert [line.text for line in shown] == ["mine", "===="]
     assert (result.code, result.last_words) == (137, "a rank was ended by signal 9 (Killed)")

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from rankwise.config import TrainConfig
+from rankwise.errors import ConfigError, UsageError
+from rankwise.launch.elastic import Elastic
+from rankwise.launch.generations import Generations
+from rankwise.launch.order import Order
+from rankwise.launch.plan_file import read_asked, read_plan
+from rankwise.launch.running import resize as resize_run
+from rankwise.launch.supervision import MpiexecResult
+from rankwise.plan import RunPlan, recorded_plan, resolve
+from rankwise.runs import resize
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
 from .conftest import Command
 from .processes import wait_for
 from .test_mpi import closes
+from .test_running import running
 
 SMALL = ("--dataset", "digits", "--model", "mlp", "--lr", "0.01", "--strategy", "allreduce")
 
@@ -24,10 +39,12 @@ class Running:
     def __init__(self, command: Command, tmp_path: Path, *words: str) -> None:
         self.command = command
         self.folder = RunFolder(tmp_path / "run")
-        self.process = command.start(
-            *(command.python, "-m", "rankwise", "train", *SMALL, "--epochs", "100000", "--out", "run", *words)
-        )
-        wait_for(lambda: bool(self.folder.read_metrics()))
+        words = words or ("--resume", "run")
+        if words[0] != "--resume":
+            words = (*SMALL, "--epochs", "100000", "--out", "run", *words)
+        self.process = command.start(command.python, "-m", "rankwise", "train", *words)
+        epochs = len(self.folder.read_metrics())
+        wait_for(lambda: len(self.folder.read_metrics()) > epochs)
 
     def resize(self, *words: str) -> Any:
         """Ask for other ranks, and wait for them."""
@@ -72,3 +89,269 @@ def test_a_run_goes_on_with_more_and_with_fewer_ranks(command: Command, tmp_path
         assert pause_s is not None
         assert 0 < pause_s < 30
         assert all(row.phases_ns["startup"] == 0 < row.phases_ns["recovery"] for row in ranks)
+
+
+def ranks_of(folder: RunFolder, mark: str) -> dict[int, int]:
+    """The processes of the ranks that were started for a run: those with the name of a start, or without."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words, rank = process.cmdline(), process.environ().get("OMPI_COMM_WORLD_RANK")
+            mine = "rankwise.launch.rank" in words and process.cwd() == str(folder.path.parent)
+            if mine and rank is not None and words[-1] == (mark or "run"):
+                found[int(rank)] = process.pid
+    return found
+
+
+MOMENTS = [(state, victim) for state in ("starting", "ready", "handing over") for victim in range(-1, 5)]
+
+
+@pytest.mark.cold
+@pytest.mark.ulfm
+@pytest.mark.mpi
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("state", "victim"), MOMENTS)
+def test_whoever_is_killed_while_ranks_change(
+    command: Command, tmp_path: Path, state: str, victim: int
+) -> None:
+    """A rank of the present generation (0, 1), of the next one (2 to 4) or the launcher (-1) is killed in
+    each phase of a hand-over: the run goes on, by itself or by --resume, and trains each sample once."""
+    run = Running(command, tmp_path, "--ranks", "2", "--max-restarts", "3")
+    asks = command.start(*(command.python, "-m", "rankwise", "resize", "run", "--ranks", "3"))
+    change = None
+
+    def is_there() -> bool:
+        nonlocal change
+        change = resize.read_resize(run.folder.resize)
+        return change is not None and (change.state == state or change.is_over)
+
+    wait_for(is_there)
+    assert change is not None
+    if victim < 0:
+        run.process.kill()
+        run.process.wait(30)
+        command.belongings.launcher_was_killed = True
+        assert asks.wait(60) == 1
+        wait_for(lambda: not ranks_of(run.folder, "") and not ranks_of(run.folder, change.mark))
+        Running(command, tmp_path).stop()
+        return
+    number = victim if victim < 2 else victim - 2
+    with contextlib.suppress(KeyError, ProcessLookupError):  # it has left already
+        os.kill(ranks_of(run.folder, change.mark if victim > 1 else "")[number], signal.SIGKILL)
+    _, told = asks.communicate(timeout=120)
+    assert asks.returncode in (0, 1), told
+    run.stop()
+
+
+class Ranks:
+    """Ranks that are no processes: what a launcher does with them is written down."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+        self.is_over = False
+
+    def ask_to_stop(self) -> None:
+        self.did.append("asked to stop")
+
+    def end(self) -> None:
+        self.did.append("ended")
+
+
+class Launcher:
+    """A launcher's part in a run of two ranks; `told` is what the user reads."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.present, self.coming = Ranks(), Ranks()
+        self.started: list[RunPlan] = []
+        self.told: list[str] = []
+        plan = recorded_plan(folder.read().config)
+        self.generations = Generations(Order(TrainConfig()), plan, folder, self.start, self.told.append)
+
+    def start(self, plan: RunPlan, mark: str) -> Any:
+        self.started.append(plan)
+        return self.coming
+
+    def look(self) -> resize.Resize:
+        """Have a look, as ten times in a second; returns how far the change is then."""
+        self.generations.look(self.present)  # type: ignore[arg-type]
+        found = resize.read_resize(self.folder.resize)
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+def launcher(
+    train_in_threads: Callable[..., object], config: Callable[..., object], tmp_path: Path
+) -> Launcher:
+    """Of a run that is asked for three ranks."""
+    folder = running(train_in_threads, config, tmp_path)
+    resize.ask(folder.resize, {"ranks": 3})
+    return Launcher(folder)
+
+
+ENDED = MpiexecResult(130, interrupted=False, last_words="")
+
+
+def test_the_next_generation_takes_over_when_the_present_one_has_left(launcher: Launcher) -> None:
+    """It is started once, the present one is asked to stop when it is ready, and then the start that it waits
+    for begins, with its plan in force."""
+    folder, generations = launcher.folder, launcher.generations
+    starting = launcher.look()
+    assert (starting.state, launcher.look()) == ("starting", starting)
+    assert [plan.ranks for plan in launcher.started] == [3]
+    assert generations.take_over(ENDED) is None
+    assert launcher.present.did == []
+    resize.tell(folder.resize, "ready")
+    assert launcher.look().state == "handing over"
+    assert launcher.look().state == "handing over"
+    assert launcher.present.did == ["asked to stop"]
+    assert not folder.has_begun(starting.mark)
+    coming = generations.take_over(ENDED)
+    assert coming is not None
+    assert coming.started is launcher.coming
+    assert folder.has_begun(starting.mark)
+    assert read_plan(folder).ranks == 3
+    generations.abandon("it is over")
+    assert launcher.coming.did == []
+
+
+@pytest.mark.parametrize("event", ["dies", "a user's stop", "the end", "a failure"])
+def test_a_generation_that_does_not_take_over_is_ended(launcher: Launcher, event: str) -> None:
+    """Where the next one dies, or the run ends before, nothing of it is left, and whoever asked is told; in
+    the first case the present one trains on."""
+    folder, generations = launcher.folder, launcher.generations
+    launcher.look()
+    if event == "dies":
+        launcher.coming.is_over = True
+        assert launcher.look().state == "failed"
+        assert launcher.present.did == []
+        assert not folder.next_plan.exists()
+    else:
+        resize.tell(folder.resize, "ready")
+        launcher.look()
+        if event == "the end":
+            folder.write(folder.read().model_copy(update={"outcome": "completed"}))
+        if event == "a failure":
+            folder.leave_failure({"rank": 0})
+        ending = MpiexecResult(130, interrupted=event == "a user's stop", last_words="")
+        assert generations.take_over(ending) is None
+        generations.__exit__()
+        change = resize.read_resize(folder.resize)
+        assert change is not None
+        assert (change.state, change.message) == ("failed", "the run ended before")
+    assert launcher.coming.did == ["ended"]
+    assert read_asked(folder) is None  # no plan but that of the run itself is in force
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"ranks": 0}, "ranks"),
+        ({"ranks": 4000}, "training samples"),
+        ({"hosts": "a:1,a:1,b:1", "ranks": 4}, "have room for 3 ranks"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_run_goes_on(
+    launcher: Launcher, given: dict[str, Any], told: str
+) -> None:
+    """Ranks that the data or the hosts have no room for: in one line, and nothing is started."""
+    resize.tell(launcher.folder.resize, "failed")
+    resize.ask(launcher.folder.resize, given)
+    change = launcher.look()
+    assert change.state == "refused"
+    assert told in change.message
+    assert launcher.started == launcher.present.did == []
+    assert launcher.told[-1] == f"the run was not resized: {change.message}"
+
+
+def test_one_change_at_a_time(tmp_path: Path) -> None:
+    """Who asks while another change is under way is told of that one; a damaged file is in nobody's way."""
+    path = tmp_path / ".resize"
+    resize.ask(path, {"ranks": 3})
+    with pytest.raises(UsageError, match="being resized already"):
+        resize.ask(path, {"ranks": 4})
+    resize.tell(path, "done")
+    resize.ask(path, {"ranks": 4})
+    path.write_text("{")
+    resize.ask(path, {"ranks": 5})
+    found = resize.read_resize(path)
+    assert found is not None
+    assert (found.state, found.given) == ("asked", {"ranks": 5})
+
+
+def test_what_cannot_be_resized_is_one_line(
+    train_in_threads: Callable[..., object], config: Callable[..., object], tmp_path: Path
+) -> None:
+    """A run that is over, one that is its own launcher, a folder without a run."""
+    folder = running(train_in_threads, config, tmp_path)
+    for path, said in (
+        (tmp_path / "whole", r"whole is over \(completed, 3 epochs\): nothing to resize"),
+        (folder.path, "does not run"),
+        (tmp_path, "holds no run"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            resize_run(path, {"ranks": 3}, print)
+
+
+def test_an_elastic_run_gets_back_what_it_lost(launcher: Launcher) -> None:
+    """Lost ranks are replaced when the launcher looks next, which after a change that failed is twice as
+    late; with a hostfile the run has as many as it has room for, within the bounds, from then on."""
+    folder, now_s = launcher.folder, 0.0
+    config = TrainConfig(ranks=3, elastic="2:4")
+    record = folder.read()
+    rows = [record.ranks[0].model_copy(update={"rank": rank}) for rank in range(3)]
+    folder.write(record.model_copy(update={"ranks": rows}))
+    plan = recorded_plan(record.config).with_options(ranks=3, elastic="2:4")
+    elastic = Elastic(Order(config), plan, folder, clock=lambda: now_s)
+
+    def looks(at_s: float, *, failed: bool = False) -> dict[str, Any] | None:
+        nonlocal now_s
+        now_s = at_s
+        return elastic.change(plan, failed=failed)
+
+    assert looks(5.0) is None  # nobody is missing
+    rows[1] = rows[1].model_copy(update={"died_at_s": 1.0})
+    folder.write(record.model_copy(update={"ranks": rows}))
+    assert looks(9.9) is None
+    assert looks(10.0) == {"ranks": 3}
+    assert looks(15.0, failed=True) == {"ranks": 3}
+    assert looks(20.0) is None
+    assert looks(25.0) == {"ranks": 3}
+    hostfile = folder.path / "hosts"
+    elastic = Elastic(
+        Order(config.model_copy(update={"hostfile": hostfile})), plan, folder, clock=lambda: now_s
+    )
+    for slots, change in (
+        (3, {"ranks": 3, "hosts": "a:3"}),
+        (9, {"ranks": 4, "hosts": "a:9"}),
+        (1, None),  # fewer than it may have
+    ):
+        hostfile.write_text(f"a slots={slots}\n")
+        assert looks(now_s + 5) == change
+    hostfile.write_text("a slots=x\n")  # being written just now
+    assert looks(now_s + 5) is None
+
+
+@pytest.mark.parametrize("text", ["2", "4:2", "0:3", "1:3", "a:b", "2:3:4", "5:8"])
+def test_what_elastic_may_say(text: str) -> None:
+    """Two numbers from 2, between which the run begins; the line says what was given."""
+    with pytest.raises(ConfigError, match=f"--elastic {text} was given"):
+        resolve(TrainConfig(ranks=3, elastic=text))
+
+
+@pytest.mark.ulfm
+@pytest.mark.mpi
+@pytest.mark.full
+@pytest.mark.timeout(200)
+def test_killed_ranks_are_replaced(command: Command, tmp_path: Path) -> None:
+    """An elastic run whose rank is killed trains on without it, and then with as many as before, in one
+    record in which each sample counts once."""
+    run = Running(command, tmp_path, "--ranks", "3", "--elastic", "2:3")
+    os.kill(ranks_of(run.folder, "")[1], signal.SIGKILL)
+    wait_for(lambda: run.folder.read().generation == 1)
+    record = run.stop()
+    assert [fault.action for fault in record.faults] == ["continue"]
+    assert [len(record.earlier[0].ranks), len(record.ranks)] == [3, 3]
+    assert all(row.died_at_s is None for row in record.ranks)

@@ -355,6 +355,11 @@ class TrainConfig(CheckedOptions):
         ge=0,
         description="Ranks over and above --ranks that sleep until one is lost, and take its place.",
     )
+    elastic: str | None = Field(
+        None,
+        description="MIN:MAX ranks. Where ranks were lost, others get ready while the rest train, and take "
+        "over; and with --hostfile there are as many as the file has slots for, whenever it changes.",
+    )
     min_ranks: int = Field(
         1, ge=1, description="The least ranks to go on with; with fewer the run is started again."
     )
@@ -470,6 +475,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "hang_timeout",
             "step_timeout",
             "spares",
+            "elastic",
             "min_ranks",
             "on_shrink",
             "max_restarts",

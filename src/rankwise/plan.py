@@ -116,6 +116,11 @@ class RunPlan(TrainConfig):
         return tuple(map(parse_fault, self.fault))
 
     @property
+    def elastic_range(self) -> tuple[int, int] | None:
+        """The fewest and the most ranks that the run may have as it goes on."""
+        return parse_elastic(self.elastic) if self.elastic else None
+
+    @property
     def checkpoints(self) -> Every:
         """How often checkpoints are written."""
         return parse_every(self.checkpoint_every)
@@ -205,7 +210,16 @@ def resolve(config: TrainConfig) -> RunPlan:
     _check_freezing(plan)
     _check_balance(plan)
     _check_checkpoints(plan)
+    _check_elastic(plan)
     return plan
+
+
+def parse_elastic(text: str) -> tuple[int, int]:
+    """The fewest and the most ranks of ``MIN:MAX``. Raises ConfigError, one line."""
+    least, colon, most = text.partition(":")
+    if not (colon and least.isdecimal() and most.isdecimal() and 2 <= int(least) <= int(most)):
+        raise ConfigError(f"--elastic {text} was given, expected MIN:MAX ranks, from 2, e.g. 2:8")
+    return int(least), int(most)
 
 
 def recorded_plan(options: Mapping[str, Any]) -> RunPlan:
@@ -354,6 +368,17 @@ def _check_checkpoints(plan: RunPlan) -> None:
         raise ConfigError(
             f"--checkpoint-every {plan.checkpoint_every} was given, but the ranks of --strategy "
             f"{plan.strategy} meet at the end of epochs only: give a number of epochs"
+        )
+
+
+def _check_elastic(plan: RunPlan) -> None:
+    if plan.elastic_range is None:
+        return
+    least, most = plan.elastic_range
+    if not least <= plan.ranks <= most:
+        raise ConfigError(
+            f"--elastic {plan.elastic} was given, but the run begins with {plan.ranks} ranks: expected from "
+            f"{least} to {most}"
         )
 
 

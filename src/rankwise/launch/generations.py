@@ -13,18 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rankwise.config import TrainConfig
-from rankwise.errors import RankwiseError, one_line
+from rankwise.errors import ConfigError, RankwiseError, one_line
 from rankwise.launch import preflight
+from rankwise.launch.elastic import Elastic
 from rankwise.launch.hosts import check
 from rankwise.launch.order import Order, resumed
 from rankwise.launch.plan_file import write_plan
 from rankwise.launch.supervision import MpiexecResult, Started
 from rankwise.plan import RunPlan, make_plan
 from rankwise.runs.folder import RunFolder
-from rankwise.runs.resize import read_resize, tell
+from rankwise.runs.resize import ask, read_resize, tell
 
 StartRanks = Callable[[RunPlan, str], Started]
 """Starts the ranks of a plan, which wait until the start of this name is the run's."""
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,11 @@ class Generations:
     ends is ended too."""
 
     def __init__(
-        self, order: Order, folder: RunFolder, start_ranks: StartRanks, say: Callable[[str], None]
+        self, order: Order, plan: RunPlan, folder: RunFolder, start_ranks: StartRanks, say: Say
     ) -> None:
         self._order = order
+        self._plan = plan
+        self._elastic = Elastic(order, plan, folder)
         self._folder = folder
         self._start_ranks = start_ranks
         self._say = say
@@ -61,7 +66,12 @@ class Generations:
         """See to a change that was asked for: start the next generation, or let the present one hand over to
         it once it is ready."""
         asked = read_resize(self._folder.resize)
-        if asked is None or self._hands_over:
+        if self._hands_over:
+            return
+        if asked is None or asked.is_over:
+            failed = asked is not None and asked.state != "done"
+            if change := self._elastic.change(self._plan, failed=failed):
+                ask(self._folder.resize, change)
             return
         if self._next is None:
             if asked.state == "asked":
@@ -80,7 +90,8 @@ class Generations:
             return None
         if self._folder.read().outcome not in ("interrupted", "running") or coming.started.is_over:
             return None
-        self._next, self._hands_over, self._order = None, False, coming.order
+        self._next, self._hands_over = None, False
+        self._order, self._plan = coming.order, coming.plan
         os.replace(self._folder.next_plan, self._folder.plan)
         self._folder.forget_failures()
         self._folder.begin(mark=coming.mark)
@@ -127,5 +138,11 @@ def resized(order: Order, folder: RunFolder, given: dict[str, object]) -> tuple[
     it cannot go on with."""
     new = resumed(replace(order, config=TrainConfig(**given), resume=folder.path), folder, folder.read())
     plan = make_plan(new.config, resumes=True)
+    room = sum(host.slots for host in plan.host_list)
+    if plan.hosts and plan.processes > room:
+        raise ConfigError(
+            f"--hosts {plan.hosts} have room for {room} ranks, but {plan.processes} were asked for: give "
+            "them more slots, or ask for fewer ranks"
+        )
     preflight.prepare(plan)
     return new, plan

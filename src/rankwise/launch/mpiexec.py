@@ -74,7 +74,7 @@ def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Re
         def start_ranks(plan: RunPlan, *mark: str) -> Started:
             return _start(plan, folder, show, mark)
 
-        with Generations(order, folder, start_ranks, display.say) as generations:
+        with Generations(order, plan, folder, start_ranks, display.say) as generations:
             ranks = start_ranks(plan)
             while True:
                 before = _content(folder)

@@ -164,6 +164,11 @@ def _opened(order: Order, processes: int) -> OpenFolder:
     spares = order.config.spares
     if processes <= spares:
         raise ConfigError(f"--spares {spares} of {processes} ranks leaves none to train")
+    if order.config.elastic:
+        raise ConfigError(
+            f"--elastic {order.config.elastic} was given, but under mpiexec or srun nobody can start other "
+            "ranks: leave it out, or let rankwise train start the ranks"
+        )
     config = order.config.model_copy(update={"ranks": processes - spares})
     return open_folder(replace(order, config=config), make_plan(config, resumes=order.resume is not None))
 

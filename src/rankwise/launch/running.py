@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.config import TrainConfig
-from rankwise.errors import LaunchError, UsageError
+from rankwise.errors import LaunchError, TrainingError, UsageError
 from rankwise.launch.generations import resized
 from rankwise.launch.order import Order
 from rankwise.launch.plan_file import read_plan
@@ -207,7 +207,7 @@ def stop(path: Path, say: Callable[[str], None], *, patience_s: float = PATIENCE
 def resize(path: Path, given: dict[str, Any], say: Callable[[str], None]) -> Record:
     """Let a run of `rankwise train` go on with other ranks or hosts, and wait until they have committed what
     they trained first. Returns its record then. Raises UsageError for what cannot be resized, or to that, and
-    LaunchError if nothing came of it, while the run goes on as it was."""
+    TrainingError if nothing came of it, while the run goes on as it was."""
     line = _running(path, "resize")
     folder = RunFolder(path)
     plan = read_plan(folder)
@@ -238,12 +238,12 @@ def _resized(folder: RunFolder, launcher: Holder) -> Record:
         if now is not None and now.state == "refused":
             raise UsageError(now.message)
         if now is not None and now.state == "failed":
-            raise LaunchError(f"{folder.path} was not resized: {now.message}")
+            raise TrainingError(f"{folder.path} was not resized: {now.message}")
         if now is not None and now.state == "done":
             return folder.read()
         if not _has_open(launcher.pid, folder.claimed):
             record = folder.read()
-            raise LaunchError(f"{folder.path} is over ({record.outcome}), before its new ranks had begun")
+            raise TrainingError(f"{folder.path} is over ({record.outcome}), before its new ranks had begun")
         time.sleep(LOOK_S)
 
 

@@ -55,6 +55,7 @@ def _page_of_one(runs: Sequence[Run], notices: Iterable[Notice]) -> Page:
             Section("A few steps", tuple(_steps(run))),
             Section("Throughput", tuple(_throughput(runs))),
             *(Section("Faults", (table,)) for table in run_tables.faults(record)),
+            *(Section("Generations of ranks", (table,)) for table in run_tables.generations(record)),
             Section(
                 "Configuration and environment",
                 (run_tables.options(runs), *run_tables.environments(runs)),
@@ -101,6 +102,7 @@ def _one_of_several(run: Run) -> Iterable[Block]:
     yield from _waits(run.record)
     yield from _steps(run)
     yield from run_tables.faults(run.record)
+    yield from run_tables.generations(run.record)
 
 
 def _outcome(run: Run) -> Iterable[Notice]:

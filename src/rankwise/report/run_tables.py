@@ -162,6 +162,27 @@ def faults(record: Record) -> Iterable[Table]:
         yield Table(columns, rows, "Faults")
 
 
+def generations(record: Record) -> Iterable[Table]:
+    """The ranks of each start of a run, one after the other, if there was more than one."""
+    if not record.earlier:
+        return
+    columns = ("generation", "ranks", "began (UTC)", "seconds", "pause before, s", "waiting", "hosts")
+    rows = []
+    for each in record.as_earlier():
+        wall_ns = sum(row.wall_ns for row in each.ranks)
+        waited_ns = sum(row.phases_ns["wait"] for row in each.ranks)
+        rows.append(
+            (
+                *(each.number, len(each.ranks), each.started_at),
+                max((row.wall_ns for row in each.ranks), default=0) / 1e9,
+                each.pause_s,
+                percent(waited_ns / max(wall_ns, 1)),
+                ", ".join(sorted({row.host for row in each.ranks})),
+            )
+        )
+    yield Table(columns, tuple(rows), "Generations of ranks")
+
+
 def options(runs: Sequence[Run]) -> Table:
     """Every option of each run."""
     names = dict.fromkeys(name for run in runs for name in run.record.config)
