@@ -19,6 +19,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import psutil
 
+from rankwise.comm.mpi_environment import shared_memory_of
+
 MARK = "RANKWISE_TEST"
 HOOK = Path(__file__).with_name("stacks")
 GRACE_S = 5.0
@@ -92,7 +94,7 @@ class Belongings:
         jobs = {stack.job for stack in self.stacks() if stack.job}
         return {
             job: [
-                *Path("/dev/shm").glob(f"sm_segment.*.{segment_mark(job)}.*"),
+                *shared_memory_of(job),
                 *Path(tempfile.gettempdir()).glob(f"ompi.{launcher_of(job)}"),
             ]
             for job in jobs
@@ -181,18 +183,6 @@ def where_all_stand() -> str:
 def launcher_of(job: str) -> int:
     """The process of the mpiexec that runs a job of Open MPI: prterun-HOST-PID@NUMBER."""
     return int(job.partition("@")[0].rpartition("-")[2])
-
-
-def segment_mark(job: str) -> str:
-    """How Open MPI names a job in its files in shared memory: 16 bits of Jenkins' hash, and its number."""
-    name, _, number = job.partition("@")
-    mixed = 0
-    for byte in name.encode():
-        mixed = (mixed + byte) * 1025 & 0xFFFFFFFF
-        mixed ^= mixed >> 6
-    mixed = mixed * 9 & 0xFFFFFFFF
-    mixed = (mixed ^ mixed >> 11) * 32769 & 0xFFFFFFFF
-    return f"{(mixed >> 16 ^ mixed & 0xFFFF) << 16 | int(number):x}"
 
 
 def _wait(happened: Callable[[], Any], timeout_s: float) -> bool:

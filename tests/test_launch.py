@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rankwise.comm.mpi_environment import Mpiexec
+from rankwise.comm.mpi_environment import Mpiexec, segment_mark
 from rankwise.errors import Interrupted, LaunchError, TrainingError
 from rankwise.launch import supervision
 from rankwise.launch.command_line import SURVIVING_BETWEEN_HOSTS, command_line
@@ -201,3 +202,22 @@ def test_a_signal_is_one_on_mpich_too() -> None:
     result = supervise(start([sys.executable, "-c", code], shown.append))
     assert [line.text for line in shown] == ["mine", "===="]
     assert (result.code, result.last_words) == (137, "a rank was ended by signal 9 (Killed)")
+
+
+def test_what_killed_ranks_leave_in_shared_memory_is_removed(tmp_path: Path) -> None:
+    """When an mpiexec is over, files of its job in shared memory go, and those of another one stay."""
+    theirs = f"prterun-{socket.gethostname()}-{{}}@1"
+    process = start([sys.executable, "-c", ""], print)
+    kept, removed = (
+        Path(f"/dev/shm/sm_segment.{tmp_path.name}.0.{segment_mark(theirs.format(pid))}.0")
+        for pid in (process.process.pid + 1, process.process.pid)
+    )
+    for path in (kept, removed):
+        path.touch()
+    try:
+        supervise(process)
+        assert not removed.exists()
+        assert kept.exists()
+    finally:
+        kept.unlink(missing_ok=True)
+        removed.unlink(missing_ok=True)

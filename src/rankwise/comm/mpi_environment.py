@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -173,6 +174,33 @@ def mpi_environment() -> dict[str, str]:
     # Nor shall it print thirty lines of addresses for each rank that crashes, which ranks say in one.
     environment.setdefault("OMPI_MCA_opal_signal", "")
     return environment
+
+
+def segment_mark(job: str) -> str:
+    """How Open MPI names a job, prterun-HOST-PID@NUMBER, in its files in shared memory: 16 bits of Jenkins'
+    hash of the name, and the number."""
+    name, _, number = job.partition("@")
+    mixed = 0
+    for byte in name.encode():
+        mixed = (mixed + byte) * 1025 & 0xFFFFFFFF
+        mixed ^= mixed >> 6
+    mixed = mixed * 9 & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 11) * 32769 & 0xFFFFFFFF
+    return f"{(mixed >> 16 ^ mixed & 0xFFFF) << 16 | int(number):x}"
+
+
+def shared_memory_of(job: str) -> list[Path]:
+    """The files in shared memory on this host of a job of Open MPI."""
+    return [*Path("/dev/shm").glob(f"sm_segment.*.{segment_mark(job)}.*")]
+
+
+def clear_shared_memory(launcher: int) -> None:
+    """Remove what ranks that are gone have left in shared memory on this host; `launcher` is the process of
+    their mpiexec. Now and then Open MPI's leaves that of a rank which was killed as it ended."""
+    for host in {socket.gethostname(), socket.gethostname().partition(".")[0]}:
+        for path in shared_memory_of(f"prterun-{host}-{launcher}@1"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _ask(*command: str) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 from types import FrameType
 from typing import IO
 
-from rankwise.comm.mpi_environment import mpi_environment
+from rankwise.comm.mpi_environment import clear_shared_memory, mpi_environment
 from rankwise.errors import LaunchError
 from rankwise.system import machine
 from rankwise.system.signals import STOP, handling, leave_lost_terminal
@@ -86,6 +86,7 @@ class Started:
     def clear_up(self) -> None:
         """mpiexec has ended: wait for its ranks and for what they have printed."""
         _end_session(self.process.pid)
+        clear_shared_memory(self.process.pid)
         for reader in self.readers:
             reader.join()
         for stream in (self.process.stdout, self.process.stderr):
