@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from rankwise.submit.kubernetes import SETTINGS
 from rankwise.system.hosts import Host, parse_hosts, read_hostfile
 
 from .hosts import Hosts, why_not
+from .processes import wait_for
 from .test_cli import call
 from .test_mpi import closes
 
@@ -379,3 +381,44 @@ def test_a_link_is_cut(hosts: Hosts, tmp_path: Path) -> None:
     assert f"host {hosts.addresses[2]} does not answer" in err
     manifests = [json.loads(path.read_bytes()) for path in (tmp_path / "run").glob("checkpoints/*/*.json")]
     assert {manifest["epoch"] for manifest in manifests if "epoch" in manifest} <= {3, 4}
+
+
+@pytest.mark.ulfm
+@pytest.mark.mpi
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("hosts", [(None, None)], indirect=True, ids=["two"])
+def test_a_host_comes_and_goes(hosts: Hosts, tmp_path: Path) -> None:
+    """An elastic run follows its hostfile: onto a host that is added to it, and off one that is taken out,
+    in one record in which each sample counts once."""
+    hostfile, folder = tmp_path / "hosts", RunFolder(tmp_path / "run")
+    one, other = (f"{address} slots=2\n" for address in hosts.addresses)
+    hostfile.write_text(one)
+    small = ["--dataset", "digits", "--model", "mlp", "--lr", "0.01", "--strategy", "local-sgd"]
+    words = [*small, "--epochs", "100000", "--elastic", "2:4", "--hostfile", "hosts", "--out", "run"]
+    process = hosts.start(sys.executable, "-m", "rankwise", "train", *words, cwd=tmp_path)
+    try:
+        wait_for(lambda: bool(folder.read_metrics()))
+        for generation, (lines, ranks) in enumerate(((one + other, 4), (other, 2)), start=1):
+            hostfile.write_text(lines)
+
+            def is_there(generation: int = generation) -> bool:
+                return folder.read().generation == generation and process.poll() is None
+
+            wait_for(is_there)
+            record = folder.read()
+            assert len(record.ranks) == ranks
+            epochs = len(record.epochs)
+            wait_for(lambda epochs=epochs: len(folder.read().epochs) > epochs + 1)  # type: ignore[misc]
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, told
+    record = folder.read()
+    assert [host.name for host in record.environment.hosts] == hosts.names[1:]
+    assert [len(each.ranks) for each in record.earlier] == [2, 4]
+    assert record.samples.trained == record.samples.expected > 0
+    assert (record.samples.lost, record.samples.duplicated) == (0, 0)
+    assert closes(record)
+    assert [hosts.processes(host) for host in range(len(hosts.names))] == [[]] * len(hosts.names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -355,3 +356,24 @@ def test_killed_ranks_are_replaced(command: Command, tmp_path: Path) -> None:
     assert [fault.action for fault in record.faults] == ["continue"]
     assert [len(record.earlier[0].ranks), len(record.ranks)] == [3, 3]
     assert all(row.died_at_s is None for row in record.ranks)
+
+
+def test_a_full_disk_hands_nothing_over(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the present ranks could not save, they are not asked to stop: they train on, and it is told."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    launcher.look()
+    resize.tell(launcher.folder.resize, "ready")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        change = launcher.look()
+    assert (change.state, launcher.present.did, launcher.coming.did) == ("failed", [], ["ended"])
+    assert change.message.endswith("No space left on device")
+    assert not [*launcher.folder.checkpoints.glob(".room")]
+    resize.ask(launcher.folder.resize, {"ranks": 3})
+    launcher.coming = Ranks()
+    launcher.look()
+    resize.tell(launcher.folder.resize, "ready")
+    assert launcher.look().state == "handing over"

@@ -194,6 +194,10 @@ def main() -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
+    mpi = sys.modules.get("mpi4py.MPI")
+    ends_itself = mpi is None or sys.modules["mpi4py"].rc.finalize is False
+    if not ends_itself and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()  # as mpi4py does by itself when Python is torn down
     # To tear torch down takes half a second, and nothing is left that could tell.
     os._exit(code or 0)
 

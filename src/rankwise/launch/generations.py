@@ -79,6 +79,9 @@ class Generations:
         elif self._next.started.is_over:
             self._give_up("the new ranks ended before they were ready")
         elif asked.state == "ready" and asked.mark == self._next.mark:
+            if trouble := no_room_for_a_checkpoint(self._folder):
+                self._give_up(trouble)
+                return
             self._hands_over = True
             tell(self._folder.resize, "handing over")
             present.ask_to_stop()
@@ -131,6 +134,23 @@ class Generations:
             self._folder.next_plan.unlink(missing_ok=True)
         tell(self._folder.resize, "failed", message=why)
         self._say(f"the run was not resized: {why}")
+
+
+def no_room_for_a_checkpoint(folder: RunFolder) -> str:
+    """Why the present ranks could not save what they are to hand over; empty if they can."""
+    sizes = [
+        sum(path.stat().st_size for path in checkpoint.iterdir())
+        for checkpoint in folder.checkpoints.glob("epoch-*")
+    ]
+    probe = folder.checkpoints / ".room"
+    try:
+        with probe.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(sizes, default=1))
+    except OSError as error:
+        return f"there is no room for the checkpoint that hands the run over: {error.strerror}"
+    finally:
+        probe.unlink(missing_ok=True)
+    return ""
 
 
 def resized(order: Order, folder: RunFolder, given: dict[str, object]) -> tuple[Order, RunPlan]:
