@@ -14,6 +14,8 @@ from rankwise.runs.record import Record
 from rankwise.training import compile
 from rankwise.training.compile import _judge, _Trial
 
+from . import effort
+
 Make = Callable[..., TrainConfig]
 Train = Callable[..., tuple[Record, RunFolder, dict[str, torch.Tensor]]]
 
@@ -56,6 +58,7 @@ def test_a_compiled_run_trains_the_same(
         assert torch.allclose(value, weights[name], atol=1e-5), name
 
 
+@effort.only_in_full
 def test_inductor_agrees(config: Make, train_in_threads: Train) -> None:
     """With the compiler of this machine, if there is one, a run ends where one that was not compiled does."""
     options = {"train_limit": 100, "val_limit": 50, "batch_size": 16}

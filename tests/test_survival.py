@@ -63,7 +63,7 @@ def _logs_are_compared_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "topology", "lost", "call"),
-    effort.rotating(SYNCHRONOUS + OUT_OF_STEP, [0, 1, 2], [63, 101], daily_each=2),
+    effort.rotating(SYNCHRONOUS + OUT_OF_STEP, [0, 1, 2], [63, 101]),
 )
 def test_a_rank_is_lost_and_no_sample(
     config: Make, train_in_threads: Train, strategy: str, topology: str, lost: int, call: int
