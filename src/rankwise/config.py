@@ -355,6 +355,12 @@ class TrainConfig(CheckedOptions):
         ge=0,
         description="Ranks over and above --ranks that sleep until one is lost, and take its place.",
     )
+    keep_copies: bool = Field(
+        False,
+        description="After each synchronisation send what only this rank has (its optimiser's state, what "
+        "its compression has left out) to another one, on another host where there is one, so that it is not "
+        "lost with the rank.",
+    )
     min_ranks: int = Field(
         1, ge=1, description="The least ranks to go on with; with fewer the run is started again."
     )
@@ -470,6 +476,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "hang_timeout",
             "step_timeout",
             "spares",
+            "keep_copies",
             "min_ranks",
             "on_shrink",
             "max_restarts",
