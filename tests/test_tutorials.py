@@ -85,7 +85,7 @@ def test_commands_of_a_tutorial_work(command: Command, tmp_path: Path, page: Pat
 def small_disk(folder: Path) -> Iterator[None]:
     """While inside, a folder is a disk of its own, which a run fills in a few epochs."""
     folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    words = ["mount", "-t", "tmpfs", "-o", "size=25m", "tmpfs", str(folder)]
     if subprocess.run(words, capture_output=True, check=False).returncode:
         pytest.skip("no disk can be mounted here")
     try:
