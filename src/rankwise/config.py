@@ -360,6 +360,12 @@ class TrainConfig(CheckedOptions):
         description="MIN:MAX ranks. Where ranks were lost, others get ready while the rest train, and take "
         "over; and with --hostfile there are as many as the file has slots for, whenever it changes.",
     )
+    keep_copies: bool = Field(
+        False,
+        description="After each synchronisation send what only this rank has (its optimiser's state, what "
+        "its compression has left out) to another one, on another host where there is one, so that it is not "
+        "lost with the rank.",
+    )
     min_ranks: int = Field(
         1, ge=1, description="The least ranks to go on with; with fewer the run is started again."
     )
@@ -476,6 +482,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "step_timeout",
             "spares",
             "elastic",
+            "keep_copies",
             "min_ranks",
             "on_shrink",
             "max_restarts",

@@ -435,4 +435,24 @@ def choose_on_failure(plan: RunPlan, asked: str | None, mpi_survives: Callable[[
             f"--spares {plan.spares} was given, but nobody can come in with --strategy {plan.strategy}, "
             "where the ranks of a host are alike: leave it out"
         )
+    _check_copies(plan)
     return plan
+
+
+def _check_copies(plan: RunPlan) -> None:
+    if not plan.keep_copies:
+        return
+    what, strategy = "--keep-copies was given, but", plan.entry.strategy
+    if plan.on_failure != "continue":
+        raise ConfigError(f"{what} it is for --on-failure continue with 2 ranks or more")
+    if plan.topology == "master" or not strategy.recovery.synchronous or strategy.recovery.syncs_every_step:
+        raise ConfigError(
+            f"{what} not with --strategy {plan.strategy} --topology {plan.topology}: take local-sgd, "
+            "parameter-averaging, post-local-sgd, slowmo, diloco or allreduce with --topology allreduce"
+        )
+    keeps = plan.spares > 0 and not strategy.shares_optimizer and plan.optimizer_state == "keep"
+    if not keeps and plan.compress == "none":
+        raise ConfigError(
+            f"{what} no rank has anything of its own that could be kept: it is for --compress, and for "
+            "--optimizer-state keep with --spares"
+        )

@@ -95,6 +95,11 @@ class Replica:
         self.unshared = places[: len(buffers)] + places[len(buffers) + behind :]
 
     @property
+    def of_optimizer(self) -> range:
+        """The places of the optimiser's state among the tensors of a snapshot."""
+        return range(len(self._all), len(self._all) + len(self.optimizer_state()))
+
+    @property
     def size(self) -> int:
         """Numbers in all parameters that are trained."""
         return sum(parameter.numel() for parameter in self.parameters)

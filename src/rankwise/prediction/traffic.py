@@ -9,7 +9,7 @@ from rankwise.plan import RunPlan
 from rankwise.prediction import collectives
 from rankwise.prediction.collectives import Hop, Hops
 from rankwise.strategies.base import marks_traffic
-from rankwise.strategies.traffic import Collective, Exchange, Messages, ModelSize, Traffic
+from rankwise.strategies.traffic import ITEM_BYTES, Collective, Exchange, Messages, ModelSize, Traffic
 
 SUMMARY = (32, 8, 8)
 """Bytes per rank of each of the sums by which an epoch is summarised: its losses, the proof that no sample is
@@ -53,12 +53,21 @@ def traffic(config: RunPlan, model: ModelSize, hosts: Sequence[int]) -> RunTraff
     model = replace(model, moments=_moments(config))
     said = strategy.traffic(model, hosts)
     summary = tuple(Collective("allreduce", size) for size in SUMMARY)
+    if config.keep_copies:
+        copy = Messages("neighbours", ITEM_BYTES * _own_numbers(config, model), count=1)
+        said = replace(said, each_round=(*said.each_round, copy))
     return RunTraffic(
         said,
         _transfer(said.each_step, hosts),
         _transfer(said.each_round, hosts),
         _transfer((*strategy.closing_traffic(model), *marks_traffic(strategy.recovery), *summary), hosts),
     )
+
+
+def _own_numbers(config: RunPlan, model: ModelSize) -> int:
+    """What only one rank has of a model: its optimiser's state and what its compression leaves out."""
+    of_optimizer = config.spares > 0 and not config.entry.strategy.shares_optimizer
+    return model.parameters * (model.moments * of_optimizer + (config.compress != "none"))
 
 
 def _moments(config: RunPlan) -> int:

@@ -15,6 +15,9 @@ from rankwise.strategies.base import S, State
 from rankwise.strategies.compression import Compressor, Flat
 from rankwise.strategies.traffic import Collective, Traffic, flat_bytes, gather_and_broadcast
 
+LEFT_OUT = "residual"
+"""In a state's memory: what this rank's compression has left out, and adds the next time."""
+
 
 @dataclass(frozen=True)
 class Reduction(ABC):
@@ -98,13 +101,13 @@ class CompressedSum(Reduction):
     def __call__(self, flat: Flat, weights: NDArray[np.float64], world: Ranks, state: S) -> tuple[bool, S]:
         with world.ledger.phase("pack"):
             values = flat[:-1].astype(np.float32)
-            values += state.memory.get("residual", np.float32(0))
+            values += state.memory.get(LEFT_OUT, np.float32(0))
             random = np.random.default_rng([world.rank, state.rounds])
         add_up = self.compressor.sum_by_master if self.by_master else self.compressor.sum_by_allreduce
         reduced = add_up(values, bool(flat[-1]), world, state.memory, random)
         with world.ledger.phase("pack"):
             flat[:-1] = reduced.total
-            memory = {**reduced.memory, "residual": values - reduced.mine}
+            memory = {**reduced.memory, LEFT_OUT: values - reduced.mine}
         return reduced.flag, replace(
             state, memory=memory, measured=_measured(state, values.nbytes, reduced.payload_bytes)
         )

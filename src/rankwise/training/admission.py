@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rankwise.comm import World
@@ -13,6 +13,7 @@ from rankwise.errors import RankLost
 from rankwise.ledger.ideal_time import IdealTime
 from rankwise.strategies.base import Strategy
 from rankwise.strategies.compression import Memory
+from rankwise.training.copies import NoCopies, Own, Standing, meeting_point, takers
 from rankwise.training.snapshots import Progress
 
 if TYPE_CHECKING:
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
 
 class NotNeeded(SystemExit):
     """A rank that stood by is at its end, and so is its program."""
-
-
-Standing = list[tuple[Progress, int]]
-"""Where a rank can go back to, and at the end where it was when another was lost; each with the samples that
-the rank had trained there since the last commit."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,12 @@ class JoinState:
     new: list[int]
     found_at_s: float
 
+    def owning(self, own: Own) -> JoinState:
+        """With what the rank whose place the newcomer takes had of its own."""
+        tensors, rest = self.replica
+        tensors = [own.tensors.get(place, tensor) for place, tensor in enumerate(tensors)]
+        return replace(self, replica=(tensors, rest), memory={**self.memory, **own.memory})
+
 
 def replicated(memory: Memory, strategy: Strategy[Any]) -> Memory:
     """The arrays of a rank's memory that are the same on all ranks."""
@@ -52,24 +54,36 @@ def replicated(memory: Memory, strategy: Strategy[Any]) -> Memory:
 
 
 def admit(
-    world: World, standings: Sequence[Standing | None], make: Callable[[], JoinState] | None = None
+    world: World,
+    standings: Sequence[Standing | None],
+    make: Callable[[], JoinState] | None = None,
+    copies: NoCopies | None = None,
 ) -> JoinState:
     """Give newcomers, whose standing is None, what they need; all ranks together.
 
-    The last of the others makes it, since that one is a worker if any of them is. Raises RankLost on all
-    ranks if one of them was lost.
+    The last of the others makes it, since that one is a worker if any of them is. What a lost rank had of its
+    own one of them has in its `copies`. Raises RankLost on all ranks if one of them was lost.
     """
+    progress = meeting_point(standings, world.members)
     donor = max(rank for rank, standing in enumerate(standings) if standing)
     # Before the others wait for it, as it may fail: what users keep may be of any kind.
     mine = pickle.dumps(make()) if make and world.rank == donor else b""
     sent: bytes | None = None
+    own: Own | None = None
+    done = False
     try:
         sent = world.broadcast_object(mine, donor)
+        for member, holder, newcomer in takers(standings, world.members, progress):
+            if newcomer is not None:
+                its = copies.own_of(member, progress) if copies and world.rank == holder else None
+                its = world.broadcast_object(its, holder)
+                own = its if world.rank == newcomer else own
+        done = True
     finally:
-        world.confirm(sent is not None)
+        world.confirm(done)
     assert sent is not None
     join_state: JoinState = pickle.loads(sent)
-    return join_state
+    return join_state if own is None else join_state.owning(own)
 
 
 def stand_by(world: World) -> JoinState | None:

@@ -114,6 +114,7 @@ def build(
         survives=plan.on_failure == "continue" and world.size > 1,
         min_ranks=plan.min_ranks,
         spares=plan.spares,
+        keeps_copies=plan.keep_copies,
         faults=faults,
         observer=observer,
         join_state=join_state,

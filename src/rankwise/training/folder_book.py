@@ -51,7 +51,7 @@ class LoopJob:
         """How many passes are over, how many epochs' samples each loader has drawn for them, and where its
         stream goes on."""
         loaders = self.turns.loaders
-        draws, places = [its.draws for its in loaders], [its.place for its in loaders]
+        draws, places = [its.draws_in_all for its in loaders], [its.place_in_all for its in loaders]
         return {"passes": self.turns.passes, "draws": draws, "places": places}
 
 

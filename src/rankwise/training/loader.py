@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterDataPipe
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterDataPipe, get_worker_info
 
 from rankwise.data.partition import Indices, join
 from rankwise.errors import ConfigError
@@ -51,6 +51,17 @@ class Loader(Generic[T]):
         self.draws = 0
         self.place: list[int] | None = None
         """How many samples of each worker's stream are taken, where `run.steps` goes on in it."""
+
+    @property
+    def draws_in_all(self) -> int:
+        """Epochs drawn, those of sittings before too, which a loader that is not asked yet in this one has
+        still to draw again."""
+        return max(self.draws, self._run.drawn_before(self))
+
+    @property
+    def place_in_all(self) -> Sequence[int] | None:
+        """`place`, or where the sitting before has left it, if the loader is not asked yet in this one."""
+        return self.place if self.draws else self._run.place_before(self)
 
     @property
     def dataset(self) -> Any:
@@ -126,8 +137,11 @@ class Loader(Generic[T]):
                 del due[0]
             self._due = deque(due)
             self._data = None  # what was fetched ahead may be another rank's now
+            seed = self._run.worker_seed()
             self._batches.indices = [its.tolist() for its in due if len(its)]
-            self.seed.manual_seed(self._run.worker_seed())
+            if self._loader.persistent_workers:
+                self._batches.begin_pass(seed, self._loader.num_workers)
+            self.seed.manual_seed(seed)
             if self._inner is None:
                 self._inner = like(self._loader, self._loader.dataset, self.seed, batch_sampler=self._batches)
             self._data = iter(self._inner)
@@ -157,6 +171,33 @@ class _Batches:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def begin_pass(self, seed: int, workers: int) -> None:
+        """Let workers that stay draw as those do that begin with this pass, by the first batch of each."""
+        first = [_FirstBatch(seed, its) for its in self.indices[:workers]]
+        self.indices[:workers] = first
+
+
+class _FirstBatch(list[int]):
+    """What a worker fetches first in a pass. On its way into the worker's process, which torch makes of its
+    own, it brings the seed along: what a worker has drawn in earlier passes nobody could draw again."""
+
+    def __init__(self, seed: int, samples: list[int]) -> None:
+        super().__init__(samples)
+        self._seed = seed
+
+    def __reduce__(self) -> tuple[Callable[[int, list[int]], list[int]], tuple[int, list[int]]]:
+        return _seed_worker, (self._seed, [*self])
+
+
+def _seed_worker(seed: int, samples: list[int]) -> list[int]:
+    """In a worker: seed what it draws from. Returns the samples."""
+    info = get_worker_info()
+    words = np.random.SeedSequence([seed, info.id if info else 0]).generate_state(3, np.uint32)
+    torch.manual_seed(int(words[0]))
+    np.random.seed(words[1])  # noqa: NPY002
+    random.seed(int(words[2]))
+    return samples
 
 
 def like(

@@ -17,7 +17,8 @@ from rankwise.data.sampler import RoundSampler
 from rankwise.errors import DivergedError, Interrupted, RankLost
 from rankwise.strategies.base import NotFiniteError, Strategy
 from rankwise.survival.fault_injection import NoFaults
-from rankwise.training.admission import JoinState, Standing, admit, replicated
+from rankwise.training.admission import JoinState, admit, replicated
+from rankwise.training.copies import Copies, NoCopies, Standing, meeting_point, takers
 from rankwise.training.observer import Observer, Recovered
 from rankwise.training.snapshots import Progress, Snapshots, Work
 
@@ -86,6 +87,7 @@ class RankRecovery(NoRankRecovery):
         *,
         min_ranks: int,
         spares: int,
+        keeps_copies: bool,
         faults: NoFaults,
         observer: Observer,
         join_state: JoinState | None,
@@ -107,6 +109,15 @@ class RankRecovery(NoRankRecovery):
             or strategy.recovery.syncs_every_step,
             undoes_exchanges=strategy.undoes_exchanges,
         )
+        self._copies = NoCopies()
+        if keeps_copies:
+            self._copies = Copies(
+                replica,
+                strategy,
+                world,
+                self._snapshots,
+                keeps_optimizer=spares > 0 and not strategy.shares_optimizer,
+            )
         self._at_start = (0, 0)  # batches and samples that were under way when the round began
         self._drops = 0
         self._fruitless = 0
@@ -136,6 +147,11 @@ class RankRecovery(NoRankRecovery):
         if self._found_ns is not None:
             self._observer.committed((self._world.ledger.clock() - self._found_ns) / 1e9)
             self._found_ns = None
+        work = self._work
+        if sent := self._copies.exchange(work.progress, work.state):
+            sent_before = work.state.measured.get("copy_bytes", 0)
+            measured = {**work.state.measured, "copy_bytes": sent_before + sent}
+            work.state = replace(work.state, measured=measured)
 
     def recover(self, *, fill: bool) -> None:
         started_ns = self._world.ledger.clock()
@@ -192,7 +208,8 @@ class RankRecovery(NoRankRecovery):
     def _regroup(self, *, fill: bool) -> bool:
         """Meet the ranks that are left; returns whether those that came in have all that they need."""
         world, work = self._world, self._work
-        mine: Standing = [*self._snapshots.reached(), (work.progress, work.state.pending + work.ahead)]
+        now = work.progress, work.state.pending + work.ahead
+        mine = Standing([*self._snapshots.reached(), now], self._members, self._copies.held)
         with self._faults.during("recovery"):
             standings: list[Standing | None] = world.repair(mine, fill=fill)
         if world.size < self._min_ranks:
@@ -204,19 +221,20 @@ class RankRecovery(NoRankRecovery):
                 work.under_way.clear()
             if self._strategy.recovery.syncs_every_step:
                 self._snapshots.commit_at(work.progress).restore()
-            if all(standings):
-                return True
-            try:
-                admit(world, standings, self._join_state)
-            except RankLost:
-                return False
+            if not all(standings):
+                try:
+                    admit(world, standings, self._join_state, self._copies)
+                except RankLost:
+                    return False
+            found = takers(standings, world.members, work.progress)
+            work.state = self._copies.settle(found, work.progress, work.state)
             return True
 
     def _meet(self, standings: Sequence[Standing | None]) -> list[int]:
         """Bring this rank to the point from which all go on; returns how many rounds ahead of it each rank
         stays."""
         work = self._work
-        first = min(standing[-1][0] for standing in standings if standing)
+        first = meeting_point(standings, self._world.members)
         last = first if self._strategy.recovery.synchronous else replace(first, rounds=work.progress.rounds)
         while work.progress > last:
             self.undo()
@@ -226,7 +244,7 @@ class RankRecovery(NoRankRecovery):
         mine = work.progress.rounds - first.rounds
         work.state = replace(work.state, rounds=work.state.rounds - mine)
         work.progress = first
-        return [standing[-1][0].rounds - first.rounds if standing else 0 for standing in standings]
+        return [its.points[-1][0].rounds - first.rounds if its else 0 for its in standings]
 
     def _redistribute(self, standings: Sequence[Standing | None], ahead: list[int]) -> None:
         """Deal what lost ranks had not brought in to the ranks of the new world."""
@@ -247,8 +265,8 @@ class RankRecovery(NoRankRecovery):
         if not standing or not self._strategy.recovery.keeps_local_work:
             return 0
         if self._strategy.recovery.synchronous:
-            return dict(standing).get(self._work.progress, 0)
-        return standing[-1][1]
+            return dict(standing.points).get(self._work.progress, 0)
+        return standing.points[-1][1]
 
     def _join_state(self) -> JoinState:
         """What a newcomer gets from this rank."""

@@ -63,8 +63,9 @@ class Synchroniser:
     `rate_factor(epochs_over, workers)` returns the factor of the learning rates that the optimiser came with.
     With `survives` the other ranks go on when one is lost, as long as `min_ranks` are left, and deal anew
     what it had not brought in; `spares` ranks stand by to take the places of lost ones. A spare that does so
-    begins from its `join_state`. The `observer` gets reports of recoveries. After each commit, before the
-    next batch, `at_commit` is called with the batch that ended the round; all ranks together.
+    begins from its `join_state`. With `keeps_copies` another rank keeps what only this one has. The
+    `observer` gets reports of recoveries. After each commit, before the next batch, `at_commit` is called
+    with the batch that ended the round; all ranks together.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Synchroniser:
         survives: bool = False,
         min_ranks: int = 1,
         spares: int = 0,
+        keeps_copies: bool = False,
         faults: NoFaults | None = None,
         observer: Observer | None = None,
         join_state: JoinState | None = None,
@@ -109,6 +111,7 @@ class Synchroniser:
                 world,
                 min_ranks=min_ranks,
                 spares=spares,
+                keeps_copies=keeps_copies,
                 faults=self.faults,
                 observer=observer or NoObserver(),
                 join_state=join_state,

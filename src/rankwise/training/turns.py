@@ -243,7 +243,7 @@ class Turns:
     def steps(self, count: int) -> Iterator[int]:
         """`count` turns, each with data of the loop's own, of which all ranks have equally much."""
         self._require_no_open_turn()
-        self._draws = [its.draws for its in self.loaders]
+        self._draws = [its.draws_in_all for its in self.loaders]
         if not self.around.arrival.enters_pass():
             if not self._begin_pass(f"make {count} steps", NO_DRAW):
                 return
@@ -313,7 +313,7 @@ class Turns:
             means=around.means,
             counts=self._counts,
             ended_early=self._ended_early,
-            draws=self._draws if is_open else [its.draws for its in self.loaders],
+            draws=self._draws if is_open else [its.draws_in_all for its in self.loaders],
             drawn=self._drawn if is_open else NO_DRAW,
             gradients=self._gradients(),
             names=sorted(self.metrics.sums()),
@@ -363,7 +363,7 @@ class Turns:
     def _draw(self, draw: Callable[[], Draw]) -> Draw:
         """What this rank would have in a pass, on all ranks, as each may be rank 0 the next time; what it has
         drawn already for one that did not begin."""
-        self._draws = [its.draws for its in self.loaders]
+        self._draws = [its.draws_in_all for its in self.loaders]
         kept, self._drawn_for_nothing = self._drawn_for_nothing, NO_DRAW
         return draw() if kept is NO_DRAW else kept
 
