@@ -6,10 +6,7 @@ import time
 from typing import Any, Protocol
 
 from rankwise.comm import World
-from rankwise.data.fingerprint import of_pool
-from rankwise.data.sampler import Batch
 from rankwise.plan import RunPlan
-from rankwise.runs.checkpoint import Place
 from rankwise.runs.checkpoint_names import best_epoch
 from rankwise.runs.checkpoint_writer import CheckpointWriter
 from rankwise.runs.folder import RunFolder
@@ -34,8 +31,7 @@ from rankwise.training import accounting
 from rankwise.training.cadence import Cadence
 from rankwise.training.goodput import add_goodput
 from rankwise.training.history import RunHistory, SampleCounts
-from rankwise.training.loop import EpochResult, UnderWay
-from rankwise.training.loop import Job as TrainJob
+from rankwise.training.loop import EpochResult, Take, Taken
 from rankwise.training.observer import Recovered
 from rankwise.training.synchroniser import Synchroniser
 
@@ -180,29 +176,26 @@ class Recorder:
         """Whether no epoch before was as good."""
         return best_epoch((row.epoch, row.val_accuracy) for row in self.history.epochs) == number
 
-    def round_over(self, job: TrainJob, batch: Batch, under_way: UnderWay) -> None:
-        """Save the run inside the epoch if that is due; all ranks together. With the last round the epoch is
-        over soon. Raises StorageError."""
-        if self._config.checkpoints.unit == "epochs" or not batch.rounds_left:
-            return
-        if self._cadence.is_due(batch.epoch, batch.step):
-            self._save_inside(job, under_way)
+    def round_over(self, job: Job, epoch: int, step: int, take: Take) -> None:
+        """Save the run inside the epoch if that is due; all ranks together. Raises StorageError."""
+        if self._config.checkpoints.unit != "epochs" and self._cadence.is_due(epoch, step):
+            self._save_inside(job, take)
 
-    def stopped(self, job: TrainJob, under_way: UnderWay) -> None:
-        """Save the run where it is, if that can be; all ranks together. Raises StorageError."""
-        if job.synchroniser.inside.is_a_place:
-            self._save_inside(job, under_way)
+    def stopped(self, job: Job, take: Take) -> bool:
+        """Save the run where it is, if that can be; all ranks together. Returns whether it can. Raises
+        StorageError."""
+        is_saved = self._save_inside(job, take)
         self._checkpoints.finish(self._world)
+        return is_saved
 
-    def _save_inside(self, job: TrainJob, under_way: UnderWay) -> None:
+    def _save_inside(self, job: Job, take: Take) -> bool:
         with self._world.ledger.phase("checkpoint"):
-            place, of_all = job.synchroniser.inside.take(job.how, under_way.notes)
-        inside = place, {**of_all, "samples": of_pool(job.pool)}
-        self.save_checkpoint(job, job.synchroniser.progress.epoch - 1, inside)
+            taken = take()
+        if taken is not None:
+            self.save_checkpoint(job, len(self.history.epochs), taken)
+        return taken is not None
 
-    def save_checkpoint(
-        self, job: Job, epoch: int, inside: tuple[Place, dict[str, Any]] | None = None
-    ) -> None:
+    def save_checkpoint(self, job: Job, epoch: int, inside: Taken | None = None) -> None:
         """Write the checkpoint of `epoch`, or of a place inside the next one; all ranks together. Raises
         StorageError."""
         place, of_all = inside or (None, None)
