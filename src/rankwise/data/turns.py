@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,13 +194,15 @@ class TurnSampler:
         """This rank's part of each turn, from a round on; the last of each round says so, and may be
         empty."""
         rounds = self.rounds(epoch)
-        sizes = np.array([its.sizes.sum() for its in rounds])
-        over = np.concatenate([[0.0], np.cumsum(sizes)])
+        # As Python's own numbers, with which a turn reckons several times as fast as with numpy's.
+        sizes = [float(its.sizes.sum()) for its in rounds]
+        over = [0.0, *accumulate(sizes)]
+        total = max(over[-1], 1.0)
+        nothing = (NOTHING,) * self.workers
         step = sum(its.steps for its in rounds[:first_round])
         for number, its in enumerate(rounds[first_round:], start=first_round):
             weights = its.sizes / sizes[number] if sizes[number] else np.full(self.workers, 1 / self.workers)
             before = over[number] + sum(map(len, its.kept))
-            nothing = (NOTHING,) * self.workers
             step += its.over
             for turn, parts in enumerate(its.turns or [nothing]):
                 indices, size = parts[self._rank], sum(map(len, parts))
@@ -211,8 +213,8 @@ class TurnSampler:
                     ends_round=turn >= len(its.turns) - 1,
                     weights=weights,
                     share=len(indices) / max(sizes[number], 1),
-                    position=epoch - 1 + float(before + size / 2) / over[-1],
-                    end=epoch - 1 + float(before + size) / over[-1],
+                    position=epoch - 1 + (before + size / 2) / total,
+                    end=epoch - 1 + (before + size) / total,
                     rounds_left=len(rounds) - 1 - number,
                     step=step,
                     lent=NOTHING if len(indices) else next(filter(len, parts), NOTHING),

@@ -128,7 +128,7 @@ class Passes:
         self._before: list[Tensor | None] = []
         self._at = 0, 0
         self._grown: dict[tuple[int, int], list[Tensor | None]] = {}  # gradients with which turns began
-        self._task = -1
+        self._task, self._graph_task = -1, torch._C._current_graph_task_id
         self._holds = self._is_held = self._weighted = False
         self._error: RankLost | Interrupted | None = None
         self.stops = False
@@ -224,11 +224,11 @@ class Passes:
     def _came(self, _: Tensor) -> None:
         """A gradient has come, and is added to what the parameter has after this. At the first one of a pass
         that is set aside."""
-        import torch
-
-        task = torch._C._current_graph_task_id()
+        task = self._graph_task()
         if task == self._task:
             return
+        import torch
+
         self._add_back()  # of a pass that has failed
         self._task = task
         self._set_aside()

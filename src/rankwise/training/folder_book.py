@@ -165,7 +165,7 @@ class FolderBook(Book):
         rank = self._world.rank
         found = turns.synchroniser.resume_inside(start, how)
         turns.come_in(place_in(start, rank, found), partial(restore_generators, start, rank))
-        self._elapsed_s = max((float(its["elapsed"]) for its in found), default=0.0)
+        self._elapsed_s = max((float(its.get("elapsed", 0.0)) for its in found), default=0.0)
 
     def _round_over(self, batch: Batch) -> None:
         if batch.rounds_left and self._job is not None:
