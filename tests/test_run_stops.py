@@ -3,7 +3,7 @@ was never stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from rankwise.comm import World, run_in_threads
 from rankwise.config import TrainConfig
@@ -32,6 +32,13 @@ Loop = Callable[[Run, Callable[[], None]], np.ndarray]
 """A user's loop, which says when a turn is made."""
 
 
+class Numbers(IterableDataset):  # type: ignore[type-arg]
+    """A stream of samples."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        return iter(dataset(12))
+
+
 class Sittings:
     """Runs of a loop on ranks that are threads, which leave a folder, and stop where one of them is asked."""
 
@@ -40,6 +47,7 @@ class Sittings:
         self.folder.create()
         self._loop = loop
         self._options = options
+        self.said: list[str] = []
 
     def sit(self, ranks: int, *, stop: tuple[int, int] | None = None, **options: Any) -> list[np.ndarray]:
         """What the loop returns on each rank. Raises Interrupted if it comes to `stop`, a rank and the number
@@ -57,7 +65,7 @@ class Sittings:
                 made += 1
                 world.asked_to_stop = world.asked_to_stop or stop == (world.rank, made)
 
-            book = FolderBook(plan, world, self.folder, say=str, start=start)
+            book = FolderBook(plan, world, self.folder, say=self.said.append, start=start)
             try:
                 found = self._loop(Run(plan, world, book), turn)
                 book.complete()
@@ -141,6 +149,20 @@ def around_passes(run: Run, turn: Callable[[], None]) -> np.ndarray:
     return flat(first, second)
 
 
+def by_steps(run: Run, turn: Callable[[], None]) -> np.ndarray:
+    """A budget of steps, and no epochs, with data that a generator of the loop's own picks."""
+    model = run.model(network())
+    run.keep(optimizer=(optimizer := torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)))
+    x, y = dataset(40).tensors
+    for step in run.steps(6):
+        rows = torch.randperm(40, generator=torch.Generator().manual_seed(step))[: 3 + step]
+        optimizer.zero_grad()
+        F.mse_loss(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+        turn()
+    return flat(model)
+
+
 def turns_of(loop: Loop, ranks: int, folder: Path) -> int:
     """Turns that a rank makes in all."""
     made: list[int] = []
@@ -152,7 +174,7 @@ def turns_of(loop: Loop, ranks: int, folder: Path) -> int:
     return made.count(0)
 
 
-@pytest.mark.parametrize("loop", [shuffled, around_passes])
+@pytest.mark.parametrize("loop", [shuffled, around_passes, by_steps])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stopping_at_each_turn_changes_no_bit(tmp_path: Path, loop: Loop, ranks: int) -> None:
     """Stopped behind any turn, the first and the last of an epoch among them, and again behind the first turn
@@ -160,7 +182,8 @@ def test_stopping_at_each_turn_changes_no_bit(tmp_path: Path, loop: Loop, ranks:
     whole = Sittings(tmp_path / "whole", loop)
     expected = whole.sit(ranks)
     turns = turns_of(loop, ranks, tmp_path / "counted")
-    for at in range(1, turns - 1, 1 if effort.FULL else 3):
+    # Several ranks hear in the turn behind that one, in each of the two sittings that are stopped.
+    for at in range(1, turns - 2, 1 if effort.FULL else 3):
         parts = Sittings(tmp_path / f"parts-{at}", loop)
         found = parts.to_the_end(ranks, [(ranks - 1, at), (0, 1)])
         for rank in range(ranks):
@@ -169,8 +192,9 @@ def test_stopping_at_each_turn_changes_no_bit(tmp_path: Path, loop: Loop, ranks:
         assert parts.folder.read().samples == whole.folder.read().samples
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "local-sgd", "diloco"])
-@pytest.mark.parametrize("compress", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("strategy", "compress"), effort.rotating(["allreduce", "local-sgd", "diloco"], ["none", "int8"])
+)
 def test_checkpoints_inside_an_epoch(tmp_path: Path, strategy: str, compress: str) -> None:
     """With `--checkpoint-every 2steps` one is written behind every second turn, or the next synchronisation,
     from which a run that ended without a word goes on, to the bit, what compression remembers included."""
@@ -206,13 +230,17 @@ def test_checkpoints_inside_an_epoch(tmp_path: Path, strategy: str, compress: st
     assert told(parts.folder.read()) == told(whole.folder.read())
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2), (2, 3)])
-def test_going_on_with_other_ranks(tmp_path: Path, before: int, after: int) -> None:
-    """What is left of an epoch is dealt to the ranks that are there: each sample is trained once."""
+@pytest.mark.parametrize(
+    ("before", "after", "strategy"),
+    [(2, 1, "single"), (1, 2, "allreduce"), (3, 2, "allreduce"), (2, 3, "allreduce"), (2, 2, "local-sgd")],
+)
+def test_going_on_with_other_ranks(tmp_path: Path, before: int, after: int, strategy: str) -> None:
+    """What is left of an epoch is dealt to the ranks that are there, by whatever strategy: each sample is
+    trained once."""
     run = Sittings(tmp_path / "run", shuffled)
     with pytest.raises(Interrupted):
         run.sit(before, stop=(0, 2))
-    found = run.sit(after)
+    found = run.sit(after, strategy=strategy)
     for other in found:
         np.testing.assert_array_equal(other, found[0])
     samples = run.folder.read().samples
@@ -230,6 +258,46 @@ def test_local_steps_that_are_stopped_in_a_round(tmp_path: Path) -> None:
     run.sit(2)
     samples = run.folder.read().samples
     assert (samples.expected, samples.trained, samples.duplicated, samples.lost) == (38, 38, 0, 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stream_is_begun_anew(tmp_path: Path, ranks: int) -> None:
+    """In a stream no checkpoint is written by steps, of which one line tells, and a run that is stopped there
+    says so, goes on from the epoch's beginning, and trains each sample once."""
+
+    def streams(run: Run, turn: Callable[[], None]) -> np.ndarray:
+        model = run.model(network())
+        run.keep(optimizer=(optimizer := torch.optim.SGD(model.parameters(), lr=0.05)))
+        loader = run.loader(DataLoader(Numbers(), batch_size=2))
+        for _ in run.epochs(2):
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.mse_loss(model(x), y).backward()
+                optimizer.step()
+                turn()
+        return flat(model)
+
+    expected = Sittings(tmp_path / "whole", streams).sit(ranks)
+    run = Sittings(tmp_path / "run", streams, checkpoint_every="1steps")
+    with pytest.raises(Interrupted, match="in a stream"):
+        run.sit(ranks, stop=(0, 2))
+    assert run.said == [
+        "--checkpoint-every 1steps writes none inside of epoch 1, as no run could go on from "
+        "the middle of a stream"
+    ]
+    assert run.newest.inside is None
+    np.testing.assert_array_equal(run.sit(ranks)[0], expected[0])
+    samples = run.folder.read().samples
+    assert (samples.expected, samples.trained, samples.duplicated, samples.lost) == (24, 24, 0, 0)
+
+
+def test_ranks_that_are_rounds_apart_save_epochs() -> None:
+    """The ranks of gossip meet at the end of epochs only, and other units are refused."""
+    given = TrainConfig(ranks=2, strategy="gossip", checkpoint_every="5steps")
+    with pytest.raises(
+        ConfigError, match=r"--checkpoint-every 5steps was given, but .* gossip meet at the end"
+    ):
+        program_plan(given, ("loop.py",), mpi_survives=lambda: True)
 
 
 def with_data(samples: int, batch: int) -> Loop:

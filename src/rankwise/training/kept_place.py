@@ -57,9 +57,10 @@ def place_in(checkpoint: Checkpoint, rank: int, of_ranks: Sequence[Mapping[str, 
     assert checkpoint.inside is not None
     first = checkpoint.place_of(0)
     is_new = rank >= int(checkpoint.inside["ranks"])
-    notes, arrays = first.notes["loop"], part_of(first, OF_LOOP)
+    arrays = part_of(first, OF_LOOP)
     mine = arrays if is_new else part_of(checkpoint.place_of(rank), OF_LOOP)
     try:
+        notes = first.notes["loop"]
         batches = arrays.get(BATCHES)
         sums = [
             {name: (float(value), float(weight)) for name, (value, weight) in its["sums"].items()}

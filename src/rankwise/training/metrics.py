@@ -57,11 +57,12 @@ class Metrics:
         """The sum of what was logged by this name in the turn that began last."""
         return self._open.get(name, NOTHING)[0]
 
-    def sums(self) -> Sums:
-        """Of all turns of the epoch."""
+    def sums(self, until: float = math.inf) -> Sums:
+        """Of all turns of the epoch up to this one."""
         total: Sums = {}
-        for its in self._turns.values():
-            total = added(total, its)
+        for number, its in self._turns.items():
+            if number <= until:
+                total = added(total, its)
         return total
 
 

@@ -93,6 +93,7 @@ class Recorder:
         self._say = say
         self._environment = accounting.environment(world, hosts)
         self._cadence = Cadence(config.checkpoints, world)
+        self._said_nowhere = False
         self._checkpoints = CheckpointWriter(
             folder.checkpoints,
             config.checkpoint_keep,
@@ -177,9 +178,17 @@ class Recorder:
         return best_epoch((row.epoch, row.val_accuracy) for row in self.history.epochs) == number
 
     def round_over(self, job: Job, epoch: int, step: int, take: Take) -> None:
-        """Save the run inside the epoch if that is due; all ranks together. Raises StorageError."""
-        if self._config.checkpoints.unit != "epochs" and self._cadence.is_due(epoch, step):
-            self._save_inside(job, take)
+        """Save the run inside the epoch if that is due; all ranks together. Says so, once, where that cannot
+        be. Raises StorageError."""
+        every = self._config.checkpoints
+        if every.unit == "epochs" or not self._cadence.is_due(epoch, step) or self._save_inside(job, take):
+            return
+        if not self._said_nowhere:
+            self._said_nowhere = True
+            self._say(
+                f"--checkpoint-every {self._config.checkpoint_every} writes none inside of epoch {epoch}, as "
+                "no run could go on from the middle of a stream"
+            )
 
     def stopped(self, job: Job, take: Take) -> bool:
         """Save the run where it is, if that can be; all ranks together. Returns whether it can. Raises

@@ -339,10 +339,16 @@ class Turns:
         return replace(
             self.history,
             gradients=self.replica.gradients(),
-            sums=self.metrics.sums(),
+            sums=self.metrics.sums(self.around.turns_over + self._turns_committed),
             seconds=seconds,
             history=None,
         )
+
+    @property
+    def _turns_committed(self) -> int:
+        """Of the pass under way."""
+        progress = self.synchroniser.progress
+        return sum(its.steps for its in self._sampler.rounds(progress.epoch)[: progress.rounds])
 
     def _gradients(self) -> list[Tensor | None]:
         """What is in `.grad` where all go on."""
@@ -368,10 +374,7 @@ class Turns:
         self.passes = progress.epoch - place.is_open
         self._passes_before = self.passes - place.passes_over
         self._counts, self._drawn = dict(place.counts), place.drawn
-        self._turns_before = place.turns
-        if place.is_open:
-            rounds = self._sampler.rounds(progress.epoch)[: progress.rounds]
-            self._turns_before += sum(its.steps for its in rounds)
+        self._turns_before = place.turns + (self._turns_committed if place.is_open else 0)
         self._ended_early = place.ended_early
         self._kind, self.seconds = place.kind, place.seconds
         self.around.come_in(place, draw_on)
