@@ -56,12 +56,12 @@ def _of_several(config: TrainConfig) -> TrainConfig:
 
 def require_loop_can(plan: RunPlan) -> None:
     """Raises ConfigError, one line, for a strategy that a loop of one's own cannot have."""
-    if plan.checkpoints.unit != "epochs":
-        raise ConfigError(
-            f"--checkpoint-every {plan.checkpoint_every} was given, but what a loop of one's own has at hand "
-            "inside an epoch no checkpoint holds: give a number of epochs"
-        )
     strategy = plan.entry.strategy
+    if plan.checkpoints.unit != "epochs" and not strategy.recovery.synchronous:
+        raise ConfigError(
+            f"--checkpoint-every {plan.checkpoint_every} was given, but in a loop of one's own the ranks of "
+            f"--strategy {plan.strategy} meet at the end of epochs only: give a number of epochs"
+        )
     what = f"--strategy {plan.strategy} was given, but"
     if plan.has_master or plan.entry.replicates:
         raise ConfigError(

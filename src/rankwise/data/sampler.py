@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -87,6 +87,33 @@ class Plan:
     rounds: list[Round]
     credited: Indices
 
+    def arrays(self, number: int, done: Indices) -> dict[str, Indices]:
+        """All of it but the epoch, by name; of the round `number` ranks have `done` so many samples
+        [ranks]."""
+        sizes = np.array([[len(part) for part in its.parts] for its in self.rounds], np.int64)
+        over = np.array([its.done for its in self.rounds], np.int64)
+        if number < len(over):
+            over[number] = done
+        return {
+            "samples": join(part for its in self.rounds for part in its.parts),
+            "sizes": sizes,
+            "done": over,
+            "credited": self.credited,
+            "batch_sizes": np.array(self.batch_sizes, np.int64),
+            "first_worker": np.array([self.first_worker]),
+        }
+
+    @classmethod
+    def of_arrays(cls, its: Mapping[str, Indices], epoch: int) -> Plan:
+        """The plan of an epoch that gave these arrays."""
+        parts = iter(np.split(its["samples"], np.cumsum(its["sizes"].ravel())[:-1]))
+        rounds = [
+            Round(tuple(next(parts) for _ in sizes), tuple(done.tolist()))
+            for sizes, done in zip(its["sizes"], its["done"], strict=True)
+        ]
+        first_worker, batch_sizes = int(its["first_worker"][0]), tuple(its["batch_sizes"].tolist())
+        return cls(first_worker, batch_sizes, epoch, rounds, its["credited"])
+
 
 class RoundSampler(Protocol):
     """Cuts epochs into rounds and batches, alike on all ranks, and anew when ranks are lost."""
@@ -128,8 +155,18 @@ class RoundSampler(Protocol):
     def plan(self, epoch: int) -> Any:
         """What a newcomer needs."""
 
+    def plan_of(self, arrays: Mapping[str, Indices], epoch: int) -> Any:
+        """The plan of an epoch that gave these `arrays`, as a checkpoint keeps it."""
+
     def follow(self, plan: Any, rank: int) -> None:
         """Go on, as this rank, where the sampler was that made the plan."""
+
+    def follow_alike(self, plan: Any) -> bool:
+        """The same, as this rank, if the sampler was like this one; returns whether it was."""
+
+    def deal_rest(self, plan: Any, trained: Sequence[Indices], kept: Sequence[Indices]) -> int:
+        """Deal what is left of an epoch that ranks of another number have begun by `plan`; returns how many
+        rounds are over."""
 
     def credited(self, epoch: int) -> Indices:
         """What ranks that were lost had committed in an epoch."""
@@ -329,6 +366,10 @@ class Sampler:
     def plan(self, epoch: int) -> Plan:
         """What a newcomer needs."""
         return Plan(self._first_worker, self._batch_sizes, epoch, self.rounds(epoch), self.credited(epoch))
+
+    def plan_of(self, arrays: Mapping[str, Indices], epoch: int) -> Plan:
+        """The plan of an epoch that gave these `arrays`."""
+        return Plan.of_arrays(arrays, epoch)
 
     def follow(self, plan: Plan, rank: int) -> None:
         """Go on, as this rank, where the sampler was that made the plan."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,33 @@ class TurnPlan:
     epoch: int
     rounds: list[TurnRound]
     credited: Indices
+
+    def arrays(self, number: int, done: Indices) -> dict[str, Indices]:
+        """All of it but the epoch, by name, between two rounds, where no rank has `done` any of the next."""
+        rows = [row for its in self.rounds for row in (its.kept, *its.turns)]
+        return {
+            "samples": join(part for row in rows for part in row),
+            "sizes": np.array([[*map(len, row)] for row in rows], np.int64),
+            "turns": np.array([len(its.turns) for its in self.rounds], np.int64),
+            "over": np.array([its.over for its in self.rounds], np.int64),
+            "credited": self.credited,
+            "batch_sizes": np.array(self.batch_sizes, np.int64),
+            "numbers": np.array([self.usual_batch, self.least, self.drawn], np.int64),
+            **({} if self.ends is None else {"ends": self.ends}),
+        }
+
+    @classmethod
+    def of_arrays(cls, its: Mapping[str, Indices], epoch: int) -> TurnPlan:
+        """The plan of an epoch that gave these arrays."""
+        parts = iter(np.split(its["samples"], np.cumsum(its["sizes"].ravel())[:-1]))
+        rows = iter([tuple(next(parts) for _ in sizes) for sizes in its["sizes"]])
+        rounds = [
+            TurnRound(next(rows), [next(rows) for _ in range(turns)], over)
+            for turns, over in zip(its["turns"].tolist(), its["over"].tolist(), strict=True)
+        ]
+        usual_batch, least, drawn = its["numbers"].tolist()
+        sizes, ends = tuple(its["batch_sizes"].tolist()), its.get("ends")
+        return cls(sizes, usual_batch, least, drawn, ends, epoch, rounds, its["credited"])
 
 
 class TurnSampler:
@@ -167,13 +194,15 @@ class TurnSampler:
         """This rank's part of each turn, from a round on; the last of each round says so, and may be
         empty."""
         rounds = self.rounds(epoch)
-        sizes = np.array([its.sizes.sum() for its in rounds])
-        over = np.concatenate([[0.0], np.cumsum(sizes)])
+        # As Python's own numbers, with which a turn reckons several times as fast as with numpy's.
+        sizes = [float(its.sizes.sum()) for its in rounds]
+        over = [0.0, *accumulate(sizes)]
+        total = max(over[-1], 1.0)
+        nothing = (NOTHING,) * self.workers
         step = sum(its.steps for its in rounds[:first_round])
         for number, its in enumerate(rounds[first_round:], start=first_round):
             weights = its.sizes / sizes[number] if sizes[number] else np.full(self.workers, 1 / self.workers)
             before = over[number] + sum(map(len, its.kept))
-            nothing = (NOTHING,) * self.workers
             step += its.over
             for turn, parts in enumerate(its.turns or [nothing]):
                 indices, size = parts[self._rank], sum(map(len, parts))
@@ -184,8 +213,8 @@ class TurnSampler:
                     ends_round=turn >= len(its.turns) - 1,
                     weights=weights,
                     share=len(indices) / max(sizes[number], 1),
-                    position=epoch - 1 + float(before + size / 2) / over[-1],
-                    end=epoch - 1 + float(before + size) / over[-1],
+                    position=epoch - 1 + (before + size / 2) / total,
+                    end=epoch - 1 + (before + size) / total,
                     rounds_left=len(rounds) - 1 - number,
                     step=step,
                     lent=NOTHING if len(indices) else next(filter(len, parts), NOTHING),
@@ -265,6 +294,36 @@ class TurnSampler:
         self._drawn, self._ends = plan.drawn, plan.ends
         self._planned = (plan.epoch, plan.rounds)
         self._credited = (plan.epoch, plan.credited)
+
+    def plan_of(self, arrays: Mapping[str, Indices], epoch: int) -> TurnPlan:
+        """The plan of an epoch that gave these `arrays`."""
+        return TurnPlan.of_arrays(arrays, epoch)
+
+    def follow_alike(self, plan: TurnPlan) -> bool:
+        """Go on where the sampler of this rank's number was that made the plan, if this one is alike; returns
+        whether it is."""
+        alike = plan.batch_sizes == self._sizes(plan.usual_batch)
+        if alike:
+            self.follow(plan, self._rank)
+        return alike
+
+    def deal_rest(self, plan: TurnPlan, trained: Sequence[Indices], kept: Sequence[Indices]) -> int:
+        """Cut into turns anew what is left of an epoch that ranks of another number have begun by `plan`, and
+        of which they have `trained` [ranks], and `kept` none. Returns how many rounds are over, which is
+        one."""
+        all_ranks, done = range(len(plan.batch_sizes)), join(trained)
+        parts = [join(its.part(rank) for rank in all_ranks) for its in plan.rounds]
+        turns = sum(
+            its.steps for its, part in zip(plan.rounds, parts, strict=True) if np.isin(part, done).all()
+        )
+        self._usual_batch, self._least = plan.usual_batch, plan.least
+        self._drawn, self._ends = plan.drawn, plan.ends
+        self._batch_sizes = self._sizes(plan.usual_batch)
+        over = [trained[rank] if rank < len(trained) else NOTHING for rank in range(self._ranks)]
+        left = np.setdiff1d(join(parts), done)
+        self._planned = (plan.epoch, [TurnRound(tuple(over), (), turns), *self._cut(left, plan.epoch)])
+        self._credited = (plan.epoch, join([plan.credited, *trained[self._ranks :]]))
+        return 1
 
     def credited(self, epoch: int) -> Indices:
         """What ranks that were lost had committed in an epoch."""

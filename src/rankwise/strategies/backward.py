@@ -14,9 +14,9 @@ from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.data.streams import WHOLE_STREAM
 from rankwise.errors import Interrupted, OutOfStepError, RankLost
-from rankwise.strategies.base import State, Strategy
+from rankwise.strategies.base import Flagged, State, Strategy
 from rankwise.strategies.exchange import reduction_of
-from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.recovery import Recovery, Stop
 from rankwise.system.call_sites import here
 
 if TYPE_CHECKING:
@@ -44,13 +44,15 @@ class BackwardAveraging(Strategy[State]):
     what they are there. A turn of the loop is a round, in which all ranks make the same passes.
 
     A pass that fails, since a rank is lost, leaves this rank's own gradients, and the turn goes on to its
-    end, where it is undone. `Passes`, attached to the replica, make the exchanges.
+    end, where it is undone. One in which ranks hear that the run is to stop is like any other: the turn is
+    committed. `Passes`, attached to the replica, make the exchanges.
     """
 
     topologies: ClassVar = ("allreduce",)
     shares_optimizer: ClassVar = True
     sends_gradients: ClassVar = True
     recovery: ClassVar = Recovery.ROLL_BACK
+    stop: ClassVar = Stop.AFTER_ROUND
     replicated: ClassVar = ("directions",)
     undoes_exchanges: ClassVar = False
 
@@ -68,8 +70,13 @@ class BackwardAveraging(Strategy[State]):
         return state.trained(len(batch))
 
     def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> State:
-        after = replica.attached(Passes).end_turn()
-        return replace(state, memory=after.memory, measured=after.measured)
+        passes = replica.attached(Passes)
+        after = passes.end_turn()
+        prepared = replace(state, memory=after.memory, measured=after.measured)
+        stops, passes.stops = passes.stops, False
+        if stops:
+            raise Flagged(f"stopped in epoch {batch.epoch}", prepared=prepared)
+        return prepared
 
     def commit(self, state: State, replica: Replica, prepared: State, world: World) -> State:
         return prepared.commit()
@@ -92,7 +99,8 @@ class Passes:
     number for each parameter, on how many ranks it has one, and a tail by which each rank finds out whether
     all are in the same pass and have read the same stream, and whether one is to stop. These are never
     compressed. What compression leaves out of a pass is added to the pass of the same number in the next
-    turn: that of a model's and of another's have nothing to do with each other.
+    turn: that of a model's and of another's have nothing to do with each other. `stops` says that a rank was
+    to stop in the turn, in which all made the same passes so far.
     """
 
     def __init__(self, parameters: Sequence[Tensor], compress: str, world: World) -> None:
@@ -120,9 +128,10 @@ class Passes:
         self._before: list[Tensor | None] = []
         self._at = 0, 0
         self._grown: dict[tuple[int, int], list[Tensor | None]] = {}  # gradients with which turns began
-        self._task = -1
+        self._task, self._graph_task = -1, torch._C._current_graph_task_id
         self._holds = self._is_held = self._weighted = False
         self._error: RankLost | Interrupted | None = None
+        self.stops = False
         for parameter in self._parameters:
             parameter.register_hook(self._came)  # type: ignore[no-untyped-call]
 
@@ -179,6 +188,7 @@ class Passes:
         self._pass = 0
         self._is_held = False
         self._error = None
+        self.stops = False
 
     def lose(self, error: RankLost) -> None:
         """An exchange of the loop's own has failed: the turn ends as if one of a pass had."""
@@ -214,11 +224,11 @@ class Passes:
     def _came(self, _: Tensor) -> None:
         """A gradient has come, and is added to what the parameter has after this. At the first one of a pass
         that is set aside."""
-        import torch
-
-        task = torch._C._current_graph_task_id()
+        task = self._graph_task()
         if task == self._task:
             return
+        import torch
+
         self._add_back()  # of a pass that has failed
         self._task = task
         self._set_aside()
@@ -271,7 +281,9 @@ class Passes:
         # Without weight they count for nothing, also those that are no numbers, as of a mean over nothing.
         with torch.no_grad():
             gradients = [
-                torch.zeros_like(view) if its is None or not scale else its.to_dense()
+                torch.zeros_like(view)
+                if its is None or not scale
+                else (its.to_dense() if its.is_sparse else its)
                 for its, view in zip(found, views, strict=True)
             ]
             if not self._is_held:
@@ -324,17 +336,19 @@ class Passes:
         tail[MARK], tail[SQUARE], tail[STOPS] = mark, mark * mark, world.stopping
         try:
             world.allreduce(self._behind if self._reduction.compresses else self._flat)
-            if self._reduction.compresses and not tail[STOPS] and mark < MARKS - len(PLACES):
+            if self._reduction.compresses and mark < MARKS - len(PLACES):
                 self._sum_compressed()
         except RankLost as error:
             self._error = error
             return False
-        if tail[STOPS]:
+        are_alike = tail[MARK] ** 2 == tail[SQUARE] * world.size
+        if are_alike:
+            self.stops = self.stops or bool(tail[STOPS])
+            return True
+        if tail[STOPS]:  # a rank may have left its loop, which they tell each other where the turn ends
             self._error = Interrupted("stopped in a turn of the loop")
             return False
-        if tail[MARK] ** 2 != tail[SQUARE] * world.size:
-            return self._refuse(where)
-        return True
+        return self._refuse(where)
 
     def _refuse(self, where: str) -> bool:
         """All ranks are told that they are not in the same pass, and tell each other where they are."""

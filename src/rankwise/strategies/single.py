@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from rankwise.comm import World
 from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted
-from rankwise.strategies.base import State, Strategy
-from rankwise.strategies.recovery import Recovery
+from rankwise.strategies.base import Flagged, State, Strategy
+from rankwise.strategies.recovery import Recovery, Stop
 from rankwise.strategies.traffic import ModelSize, Traffic
 
 if TYPE_CHECKING:
@@ -42,3 +42,14 @@ class Single(Strategy[State]):
 
     def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
         return Traffic()
+
+
+@dataclass(frozen=True)
+class SingleTurns(Single):
+    """One rank alone in a user's loop, whose turns are rounds: that in which it is to stop is committed."""
+
+    stop: ClassVar = Stop.AFTER_ROUND
+
+    def prepare(self, state: State, replica: Replica, batch: Batch, world: World) -> None:
+        if world.stopping:
+            raise Flagged(f"stopped in epoch {batch.epoch}")

@@ -118,18 +118,18 @@ class Around:
         self.stage = "closing"
         return True
 
-    def come_in(self, place: Place) -> None:
-        """Be on the way to where the others are."""
+    def come_in(self, place: Place, draw_on: Callable[[], None]) -> None:
+        """Be on the way to where the others are, or where the run was stopped. `draw_on` brings the
+        generators of random numbers there."""
         self.epoch, self.stage = place.epoch, place.stage
         self.turns_over, self.means = place.turns, place.means
-        self._metrics.begin(place.turns)
-        self._metrics.add(0.0, dict.fromkeys(place.names, 0.0))
-        self._metrics.begin(place.turns + 0.5)
+        self._metrics.go_on(place.turns, place.sums)
         as_sent = self._replica.snapshot()
 
         def restore() -> None:
             as_sent.restore()
             self._replica.set_gradients(place.gradients)
+            draw_on()
 
         self.arrival = Arrival(place, restore)
 

@@ -16,12 +16,12 @@ from rankwise.training.turns import Turns
 class Book:
     """Where a run is written down: nowhere.
 
-    Of a run that goes on `epochs_over` were trained before, and `draws` of epochs' samples made by each of
-    its loaders, whose streams go on at `places`; `epochs_asked` are to be trained in all, None if the loop
-    says how many. A rank that comes in for a lost one has a `join_state`.
+    Of a run that goes on `epochs_over` were trained before, and `passes_over` of the next one, and `draws` of
+    epochs' samples made by each of its loaders, whose streams go on at `places`; `epochs_asked` are to be
+    trained in all, None if the loop says how many. A rank that comes in for a lost one has a `join_state`.
     """
 
-    epochs_over = 0
+    epochs_over = passes_over = 0
     epochs_asked: int | None = None
     draws: Sequence[int] = ()
     places: Sequence[Sequence[int] | None] = ()
@@ -30,8 +30,12 @@ class Book:
     def __init__(self, join_state: JoinState | None = None) -> None:
         self.join_state = join_state
         if join_state is not None:
-            place: Place = join_state.history
-            self.epochs_over, self.draws = place.epochs_over, place.draws
+            self.go_on_at(join_state.history)
+
+    def go_on_at(self, place: Place) -> None:
+        """The loop goes on there."""
+        self.epochs_over, self.passes_over = place.epochs_over, place.passes_over
+        self.draws = place.draws
 
     def faults(self, replica: LoopReplica) -> NoFaults:
         """What is to strike this rank."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from rankwise.comm import World
+from rankwise.data.sampler import Batch
 from rankwise.errors import Interrupted, OutOfStepError
 from rankwise.models.loop_replica import LoopReplica
 from rankwise.plan import RunPlan
@@ -17,15 +19,26 @@ from rankwise.runs.folder import RunFolder
 from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Epoch, Evaluated, Record, Role
 from rankwise.survival.fault_injection import NoFaults
+from rankwise.system import machine
 from rankwise.training.accounting import standing_by
 from rankwise.training.admission import come_in
 from rankwise.training.book import Book
-from rankwise.training.loop import EpochResult
+from rankwise.training.inside import How, restore_generators
+from rankwise.training.kept_place import arrays_of, notes_of, place_in
+from rankwise.training.loop import EpochResult, Taken
 from rankwise.training.place import Place
 from rankwise.training.recorder import Recorder
 from rankwise.training.set_up import Say, begin_history, by_rank_0, faults_of, share_threads, watchdog_of
 from rankwise.training.synchroniser import Synchroniser
 from rankwise.training.turns import Turns
+
+HOW = ("strategy", "topology", "sync_every", "local_after", "optimizer_state", "compress", "on_shrink")
+"""The options by which the turns of an epoch are cut, and ranks keep in step."""
+
+NO_PLACE = (
+    "where a run cannot go on (in a stream, or in a round of local steps), and which goes on from its last "
+    "checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class LoopJob:
     """What a user's loop trains with, as far as it is written down."""
 
     turns: Turns
+    how: How
     first_worker: int = 0
     role: Role = "worker"
 
@@ -51,8 +65,20 @@ class LoopJob:
         """How many passes are over, how many epochs' samples each loader has drawn for them, and where its
         stream goes on."""
         loaders = self.turns.loaders
-        draws, places = [its.draws_in_all for its in loaders], [its.place_in_all for its in loaders]
+        draws, places = [its.draws_so_far for its in loaders], [its.place_so_far for its in loaders]
         return {"passes": self.turns.passes, "draws": draws, "places": places}
+
+    def take(self, began_s: float) -> Taken | None:
+        """This rank's place in the epoch that began at the monotonic second `began_s`, and what all ranks
+        note alike, if a run could go on from there; all ranks together."""
+        place = self.turns.place
+        if place is None:
+            return None
+        notes = notes_of(place, {"elapsed": time.monotonic() - began_s})
+        inside = self.synchroniser.inside
+        taken, of_all = inside.take(self.how, notes, arrays_of(place, self.turns.world.rank))
+        before = sum(its.trained for its in place.counts.values())
+        return taken, {**of_all, "trained": of_all["trained"] + before}
 
 
 class FolderBook(Book):
@@ -83,6 +109,7 @@ class FolderBook(Book):
         world.cross_check = plan.cross_check
         say = by_rank_0(say, world)
         threads, hosts = share_threads(plan, world, say)
+        machine.keep_freed_memory()
         spares = standing_by(plan, world, threads)
         super().__init__(join_state := come_in(world, plan.ranks))
         place: Place | None = join_state.history if join_state else None
@@ -102,7 +129,10 @@ class FolderBook(Book):
         if start and not join_state:
             self.epochs_over, self.draws = start.epoch, list(start.notes.get("draws", []))
             self.places = list(start.notes.get("places", []))
+            if start.inside is not None:
+                self.go_on_at(place_in(start, 0, ()))
         self._job: LoopJob | None = None
+        self._elapsed_s = 0.0
         self._epoch = self.epochs_over + 1
         self._began_s = 0.0
 
@@ -111,7 +141,7 @@ class FolderBook(Book):
 
     def begin(self, turns: Turns) -> None:
         world, recorder = self._world, self._recorder
-        self._job = job = LoopJob(turns)
+        self._job = job = LoopJob(turns, {name: getattr(self._plan, name) for name in HOW})
         turns.progress = ProgressFile(self._folder.progress, world.number, self._plan.processes)
         if self.join_state is None:
             if self._start is None:
@@ -119,20 +149,39 @@ class FolderBook(Book):
             else:
                 turns.synchroniser.resume(self._start, job.worker)
                 turns.passes = int(self._start.notes.get("passes", 0))
+                if self._start.inside is not None:
+                    self._go_on_inside(turns, self._start, job.how)
             recorder.write(job, "running")
             world.ledger.enter("other")
             world.reconcile()  # so that no waiting from before is found out in the first epoch
+        turns.synchroniser.at_commit = self._round_over
         world.timeline.begin()
         world.survives = turns.synchroniser.survives
         recorder.training_begins(joins=self.join_state is not None)
         self._watchdog.steps_begin()
+
+    def _go_on_inside(self, turns: Turns, start: Checkpoint, how: How) -> None:
+        """Be on the way to where the run was inside an epoch."""
+        rank = self._world.rank
+        found = turns.synchroniser.resume_inside(start, how)
+        turns.come_in(place_in(start, rank, found), partial(restore_generators, start, rank))
+        self._elapsed_s = max((float(its.get("elapsed", 0.0)) for its in found), default=0.0)
+
+    def _round_over(self, batch: Batch) -> None:
+        if batch.rounds_left and self._job is not None:
+            self._recorder.round_over(self._job, self._epoch, self._job.turns.steps_made, self._take)
+
+    def _take(self) -> Taken | None:
+        assert self._job is not None
+        return self._job.take(self._began_s)
 
     def epochs_come(self, epochs: int) -> None:
         self._settle(epochs=epochs)
 
     def begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        self._began_s = time.monotonic()
+        self._began_s = time.monotonic() - self._elapsed_s
+        self._elapsed_s = 0.0
         if self._job and self._job.turns.progress:
             self._job.turns.progress.start(epoch)
 
@@ -167,9 +216,13 @@ class FolderBook(Book):
         return last
 
     def interrupted(self) -> Interrupted:
-        message = f"stopped in epoch {self._epoch}; go on with: rankwise run --resume {self._folder.path}"
-        if self._job is not None:
-            self._recorder.write(self._job, "interrupted", message)
+        job, recorder = self._job, self._recorder
+        go_on = f"go on with: rankwise run --resume {self._folder.path}"
+        message = f"stopped in epoch {self._epoch}; {go_on}"
+        if job is not None:
+            if not job.synchroniser.retry_until_all(lambda: recorder.stopped(job, self._take), fill=False):
+                message = f"stopped in epoch {self._epoch}, {NO_PLACE}; {go_on}"
+            recorder.write(job, "interrupted", message)
         return Interrupted(message)
 
     def complete(self) -> Record:

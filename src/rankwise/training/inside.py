@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankwise.comm import World
 from rankwise.data.partition import NOTHING, Indices, join
-from rankwise.data.sampler import Plan, Round, Sampler
+from rankwise.data.sampler import RoundSampler
 from rankwise.errors import ResumeError, one_line
 from rankwise.runs.checkpoint import Checkpoint, Place
 from rankwise.strategies.base import State, Strategy
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 How = Mapping[str, Any]
 """The options by which ranks keep in step: with others an epoch is not cut in the same way."""
 
-OF_PLAN, OF_STATE, OF_REPLICA, OF_GENERATORS = "plan.", "state.", "replica.", "generators."
+OF_PLAN, OF_STATE, OF_REPLICA, OF_GENERATORS, OF_LOOP = "plan.", "state.", "replica.", "generators.", "loop."
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Inside:
     work: Work
     replica: Replica
     strategy: Strategy[Any]
-    sampler: Sampler
+    sampler: RoundSampler
     world: World
 
     @property
@@ -51,7 +51,9 @@ class Inside:
         """Whether a run could go on from here: not if the weights hold steps that are to be taken back."""
         return self.strategy.recovery is not Recovery.ROLL_BACK or not self.work.under_way
 
-    def take(self, how: How, loop: Mapping[str, Any]) -> tuple[Place, dict[str, Any]]:
+    def take(
+        self, how: How, loop: Mapping[str, Any], arrays_of_loop: Mapping[str, Tensor] | None = None
+    ) -> tuple[Place, dict[str, Any]]:
         """This rank's place, with what the loop has of its own, and what all ranks note alike; all ranks
         together."""
         work, world = self.work, self.world
@@ -63,7 +65,8 @@ class Inside:
         arrays = {"kept": kept, "trained": trained, "rounds": np.array([*map(len, work.trained)], np.int64)}
         found = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if world.rank == 0:
-            found |= _of_plan(plan, work.progress.rounds, counts[:, 0])
+            of_plan = plan.arrays(work.progress.rounds, counts[:, 0])
+            found |= {OF_PLAN + name: torch.from_numpy(array) for name, array in of_plan.items()}
         arrays, values = _of_state(work.state if keeps else replace(work.state, pending=0))
         found |= {OF_STATE + name: torch.from_numpy(array) for name, array in arrays.items()}
         tensors, rest = self.replica.snapshot().content()
@@ -72,9 +75,11 @@ class Inside:
         found |= {f"{OF_REPLICA}{place}": tensors[place] for place in places}
         drawn, its = generators()
         found |= {OF_GENERATORS + name: tensor for name, tensor in drawn.items()}
+        found |= {OF_LOOP + name: tensor for name, tensor in (arrays_of_loop or {}).items()}
         notes = {"ahead": work.ahead, "state": values, "generators": its, "loop": dict(loop)}
         of_all = {
             "ranks": world.size,
+            "epoch": work.progress.epoch,
             "rounds": work.progress.rounds,
             "trained": int(counts[:, 1].sum() + len(plan.credited)),
             "how": dict(how),
@@ -96,7 +101,8 @@ class Inside:
         world, work, inside = self.world, self.work, checkpoint.inside
         assert inside is not None
         ranks, same = int(inside["ranks"]), inside["how"] == dict(how)
-        plan = _plan_from(checkpoint.place_of(0).arrays, checkpoint.epoch + 1)
+        of_plan = {name: its.numpy() for name, its in part_of(checkpoint.place_of(0), OF_PLAN).items()}
+        plan = self.sampler.plan_of(of_plan, int(inside.get("epoch", checkpoint.epoch + 1)))
         mine = checkpoint.place_of(world.rank) if world.rank < ranks else None
         meets = self.strategy.recovery.synchronous or self.strategy.stop is Stop.LATER
         if same and meets and ranks == world.size and self.sampler.follow_alike(plan):
@@ -113,11 +119,7 @@ class Inside:
         if mine is not None and same:
             self._restore(mine)
             values: dict[str, Any] = dict(mine.notes["state"])
-            values |= {
-                name.removeprefix(OF_STATE): tensor.numpy()
-                for name, tensor in mine.arrays.items()
-                if name.startswith(OF_STATE)
-            }
+            values |= {name: tensor.numpy() for name, tensor in part_of(mine, OF_STATE).items()}
             work.state = replace(work.state, **values)
         else:
             self._begin_from(checkpoint, same=same)
@@ -126,7 +128,7 @@ class Inside:
         return [place.notes["loop"] for place in places]
 
     def _deal_rest(
-        self, checkpoint: Checkpoint, plan: Plan, ranks: int, *, same: bool
+        self, checkpoint: Checkpoint, plan: Any, ranks: int, *, same: bool
     ) -> tuple[list[Indices], Indices]:
         """Deal what is left; returns what this rank has committed, and what it keeps of a round.
 
@@ -146,9 +148,8 @@ class Inside:
         """Give the replica what this rank had of its own, and the generators where they were."""
         copy = self.replica.snapshot()
         tensors, rest = copy.content()
-        for name, tensor in mine.arrays.items():
-            if name.startswith(OF_REPLICA):
-                tensors[int(name.removeprefix(OF_REPLICA))].copy_(tensor)
+        for place, tensor in part_of(mine, OF_REPLICA).items():
+            tensors[int(place)].copy_(tensor)
         rest.update(mine.rest)
         copy.restore()
 
@@ -167,49 +168,15 @@ def restore_generators(checkpoint: Checkpoint, rank: int) -> None:
     if checkpoint.inside is None or rank >= checkpoint.inside["ranks"]:
         return
     place = checkpoint.place_of(rank)
-    arrays = {
-        name.removeprefix(OF_GENERATORS): tensor
-        for name, tensor in place.arrays.items()
-        if name.startswith(OF_GENERATORS)
-    }
     try:
-        set_generators((arrays, place.notes["generators"]))
+        set_generators((part_of(place, OF_GENERATORS), place.notes["generators"]))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ResumeError(f"checkpoint {checkpoint.path} does not fit: {one_line(error)[:300]}") from None
 
 
-def _of_plan(plan: Plan, number: int, done: np.ndarray) -> dict[str, Tensor]:
-    """A plan as arrays, of which ranks have `done` so many samples [ranks] of the round `number`."""
-    sizes = np.array([[len(part) for part in its.parts] for its in plan.rounds], np.int64)
-    over = np.array([its.done for its in plan.rounds], np.int64)
-    if number < len(over):
-        over[number] = done
-    arrays = {
-        "samples": join(part for its in plan.rounds for part in its.parts),
-        "sizes": sizes,
-        "done": over,
-        "credited": plan.credited,
-        "batch_sizes": np.array(plan.batch_sizes, np.int64),
-        "first_worker": np.array([plan.first_worker]),
-    }
-    return {OF_PLAN + name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _plan_from(arrays: Mapping[str, Tensor], epoch: int) -> Plan:
-    """The plan of an epoch that `_of_plan` made arrays of."""
-    its = {name: arrays[OF_PLAN + name].numpy() for name in ("samples", "sizes", "done", "credited")}
-    parts = iter(np.split(its["samples"], np.cumsum(its["sizes"].ravel())[:-1]))
-    rounds = [
-        Round(tuple(next(parts) for _ in sizes), tuple(done.tolist()))
-        for sizes, done in zip(its["sizes"], its["done"], strict=True)
-    ]
-    return Plan(
-        int(arrays[f"{OF_PLAN}first_worker"][0]),
-        tuple(arrays[f"{OF_PLAN}batch_sizes"].tolist()),
-        epoch,
-        rounds,
-        its["credited"],
-    )
+def part_of(place: Place, what: str) -> dict[str, Tensor]:
+    """The arrays of a place whose names begin with `what`, under the rest of their names."""
+    return {name.removeprefix(what): its for name, its in place.arrays.items() if name.startswith(what)}
 
 
 def _of_state(state: State) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -53,17 +53,6 @@ class Loader(Generic[T]):
         """How many samples of each worker's stream are taken, where `run.steps` goes on in it."""
 
     @property
-    def draws_in_all(self) -> int:
-        """Epochs drawn, those of sittings before too, which a loader that is not asked yet in this one has
-        still to draw again."""
-        return max(self.draws, self._run.drawn_before(self))
-
-    @property
-    def place_in_all(self) -> Sequence[int] | None:
-        """`place`, or where the sitting before has left it, if the loader is not asked yet in this one."""
-        return self.place if self.draws else self._run.place_before(self)
-
-    @property
     def dataset(self) -> Any:
         """The DataLoader's."""
         return self._loader.dataset
@@ -78,6 +67,17 @@ class Loader(Generic[T]):
         """Whether a last turn that is shorter falls away."""
         return self._loader.drop_last
 
+    @property
+    def cuts(self) -> str:
+        """Its batches, in words."""
+        return f"batches of {self.batch_size}{' without the last' if self.drop_last else ''}"
+
+    @property
+    def kind(self) -> str:
+        """What a pass over it is, whatever it draws, in words."""
+        size = f" of {len(self.dataset)} samples" if hasattr(self.dataset, "__len__") else ""
+        return f"loop over a dataset{size} in {self.cuts if self.batch_size else 'batches of its own'}"
+
     def __len__(self) -> int:
         return self._run.turns_of(self)
 
@@ -91,6 +91,17 @@ class Loader(Generic[T]):
         """How many samples an epoch draws, or batches. Raises TypeError where that is not known."""
         its = self._loader.sampler if self.batch_size else self._loader.batch_sampler
         return len(its)  # type: ignore[arg-type]
+
+    @property
+    def draws_so_far(self) -> int:
+        """Epochs' samples that were drawn, those of earlier sittings included, which this one may not have
+        had to draw yet."""
+        return max(self.draws, self._run.drawn_before(self))
+
+    @property
+    def place_so_far(self) -> Sequence[int] | None:
+        """How many samples of each worker's stream are taken, in earlier sittings too."""
+        return self.place if self.draws else self._run.place_before(self)
 
     def cut(self, least: int) -> dict[str, Any]:
         """How the turns of an epoch are cut, none of them with fewer samples of a rank than `least`."""
@@ -131,6 +142,8 @@ class Loader(Generic[T]):
     def take(self, samples: Indices, ahead: Callable[[], list[Indices]]) -> T:
         """The batch of these samples. `ahead` returns those of this and later turns as they are dealt now,
         by which workers fetch."""
+        if not (self._loader.num_workers or self._loader.pin_memory):
+            return self._fetched(samples.tolist())
         if self._data is None or not (self._due and np.array_equal(self._due[0], samples)):
             due = ahead()
             while not np.array_equal(due[0], samples):
@@ -149,6 +162,14 @@ class Loader(Generic[T]):
         while self._due and not len(self._due[0]):
             self._due.popleft()
         return next(self._data)
+
+    def _fetched(self, samples: list[int]) -> T:
+        """What a DataLoader without workers makes of samples, and no more, as each small thing that it does
+        besides costs a small network."""
+        dataset, collate = self._loader.dataset, self._loader.collate_fn
+        whole: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)
+        batch: T = collate(whole(samples) if whole else [dataset[its] for its in samples])
+        return batch
 
     def leave(self) -> None:
         """No more batches are taken of those that were expected."""

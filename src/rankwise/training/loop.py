@@ -17,18 +17,26 @@ from rankwise.comm import World
 from rankwise.data.augmentation import Augmentation
 from rankwise.data.dataset import Split
 from rankwise.data.feed import Feed, feed
+from rankwise.data.fingerprint import of_pool
 from rankwise.data.partition import Indices
 from rankwise.data.sampler import Batch
 from rankwise.errors import DivergedError, Interrupted
 from rankwise.models.evaluation import score
 from rankwise.models.precision import autocast
 from rankwise.plan import RunPlan
+from rankwise.runs.checkpoint import Place
 from rankwise.runs.progress import ProgressFile
 from rankwise.runs.record import Epoch, Evaluated, Role
 from rankwise.training.synchroniser import Synchroniser
 
 EVALUATION_BATCH, SMALL = 500, 32
 """Images of SMALL x SMALL pixels in a forward pass of the evaluation; fewer of larger ones."""
+
+Taken = tuple[Place, dict[str, Any]]
+"""A rank's place inside an epoch, and what all ranks note alike."""
+
+Take = Callable[[], Taken | None]
+"""Takes it, if a run could go on from there."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,15 @@ class Job:
         names = ("strategy", "topology", "sync_every", "local_after", "optimizer_state", "compress")
         return {name: getattr(self.config, name) for name in names}
 
+    def take(self, under_way: UnderWay) -> Taken | None:
+        """This rank's place in the epoch under way, and what all ranks note alike, if a run could go on from
+        there; all ranks together."""
+        inside = self.synchroniser.inside
+        if not inside.is_a_place:
+            return None
+        place, of_all = inside.take(self.how, under_way.notes)
+        return place, {**of_all, "samples": of_pool(self.pool)}
+
     def expected(self, epoch: int) -> Indices:
         """How often an epoch shall train each sample of the training split."""
         counts = np.zeros(len(self.train.labels), np.int64)
@@ -107,10 +124,11 @@ class EpochObserver(Protocol):
         """An epoch is over. If a rank is lost meanwhile, the same epoch may be reported again, and counts in
         place of the first."""
 
-    def round_over(self, job: Job, batch: Batch, under_way: UnderWay) -> None:
-        """A round is committed, which ends with this batch."""
+    def round_over(self, job: Job, epoch: int, step: int, take: Take) -> None:
+        """A round is committed, with which this many steps of an epoch are over, and others are left. `take`
+        gives the place."""
 
-    def stopped(self, job: Job, under_way: UnderWay) -> None:
+    def stopped(self, job: Job, take: Take) -> bool:
         """All ranks stop in this epoch, together. Where a rank is lost meanwhile, it is reported again."""
 
 
@@ -171,14 +189,16 @@ def train(
             return result.last
 
         def round_over(batch: Batch, under_way: UnderWay = under_way) -> None:
-            observer.round_over(job, batch, under_way)
+            if batch.rounds_left:  # otherwise the epoch is over soon
+                observer.round_over(job, batch.epoch, batch.step, partial(job.take, under_way))
 
         synchroniser.at_commit = round_over
         try:
             if synchroniser.retry_until_all(whole_epoch):
                 return
         except Interrupted:
-            synchroniser.retry_until_all(partial(observer.stopped, job, under_way), fill=False)
+            take = partial(job.take, under_way)
+            synchroniser.retry_until_all(partial(observer.stopped, job, take), fill=False)
             raise
 
 

@@ -40,6 +40,12 @@ class Metrics:
             self._turns[second] = added(self._turns.pop(first), self._turns[second])
         self._open = self._turns[turn] = {}
 
+    def go_on(self, turn: float, sums: Mapping[str, tuple[float, float]]) -> None:
+        """Be behind a turn by whose end this had been logged."""
+        self.begin(turn)
+        self._open |= sums
+        self.begin(turn + 0.5)
+
     def add(self, weight: float, values: Mapping[str, Any]) -> None:
         """Log values, numbers or tensors of one, each with this weight."""
         found = self._open
@@ -51,11 +57,12 @@ class Metrics:
         """The sum of what was logged by this name in the turn that began last."""
         return self._open.get(name, NOTHING)[0]
 
-    def sums(self) -> Sums:
-        """Of all turns of the epoch."""
+    def sums(self, until: float = math.inf) -> Sums:
+        """Of all turns of the epoch up to this one."""
         total: Sums = {}
-        for its in self._turns.values():
-            total = added(total, its)
+        for number, its in self._turns.items():
+            if number <= until:
+                total = added(total, its)
         return total
 
 

@@ -68,7 +68,7 @@ class RunOptions(TypedDict, total=False):
     # What the run leaves
     out: str | None
     track: Literal["none", "tensorboard", "mlflow"]
-    checkpoint_every: int
+    checkpoint_every: int | str
     checkpoint_keep: int
     keep: Literal["newest", "best"]
     cross_check: bool

@@ -6,11 +6,8 @@ import time
 from typing import Any, Protocol
 
 from rankwise.comm import World
-from rankwise.data.fingerprint import of_pool
-from rankwise.data.sampler import Batch
 from rankwise.plan import RunPlan
 from rankwise.runs import resize
-from rankwise.runs.checkpoint import Place
 from rankwise.runs.checkpoint_names import best_epoch
 from rankwise.runs.checkpoint_writer import CheckpointWriter
 from rankwise.runs.folder import RunFolder
@@ -35,8 +32,7 @@ from rankwise.training import accounting
 from rankwise.training.cadence import Cadence
 from rankwise.training.goodput import add_goodput
 from rankwise.training.history import RunHistory, SampleCounts
-from rankwise.training.loop import EpochResult, UnderWay
-from rankwise.training.loop import Job as TrainJob
+from rankwise.training.loop import EpochResult, Take, Taken
 from rankwise.training.observer import Recovered
 from rankwise.training.synchroniser import Synchroniser
 
@@ -98,6 +94,7 @@ class Recorder:
         self._say = say
         self._environment = accounting.environment(world, hosts)
         self._cadence = Cadence(config.checkpoints, world)
+        self._said_nowhere = False
         change = resize.read_resize(folder.resize)
         self._takes_over = change is not None and change.state == "handing over"
         self._checkpoints = CheckpointWriter(
@@ -163,6 +160,7 @@ class Recorder:
 
     def epoch_over(self, job: Job, result: EpochResult) -> None:
         """Count the epoch in, save it, and write it down; all ranks together."""
+        self._tell_of_commit()
         number = result.epoch.epoch
         counts = SampleCounts(result.expected, result.epoch.train_samples, result.duplicated, result.lost)
         row = result.epoch.model_copy(update={"since_launch_s": seconds_since(self.history.launched_at)})
@@ -187,37 +185,46 @@ class Recorder:
                 self._tracker.epoch(self.history.epochs[-1])
         self.write(job, "running", ended=number)
 
-    def _is_best(self, number: int) -> bool:
-        """Whether no epoch before was as good."""
-        return best_epoch((row.epoch, row.val_accuracy) for row in self.history.epochs) == number
-
-    def round_over(self, job: TrainJob, batch: Batch, under_way: UnderWay) -> None:
-        """Save the run inside the epoch if that is due; all ranks together. With the last round the epoch is
-        over soon. Raises StorageError."""
+    def _tell_of_commit(self) -> None:
+        """What ranks that took over trained first is committed: who asked for them waits for that."""
         if self._takes_over:
             self._takes_over = False
             if self._world.rank == 0:
                 resize.tell(self._folder.resize, "done")
-        if self._config.checkpoints.unit == "epochs" or not batch.rounds_left:
+
+    def _is_best(self, number: int) -> bool:
+        """Whether no epoch before was as good."""
+        return best_epoch((row.epoch, row.val_accuracy) for row in self.history.epochs) == number
+
+    def round_over(self, job: Job, epoch: int, step: int, take: Take) -> None:
+        """Save the run inside the epoch if that is due; all ranks together. Says so, once, where that cannot
+        be. Raises StorageError."""
+        self._tell_of_commit()
+        every = self._config.checkpoints
+        if every.unit == "epochs" or not self._cadence.is_due(epoch, step) or self._save_inside(job, take):
             return
-        if self._cadence.is_due(batch.epoch, batch.step):
-            self._save_inside(job, under_way)
+        if not self._said_nowhere:
+            self._said_nowhere = True
+            self._say(
+                f"--checkpoint-every {self._config.checkpoint_every} writes none inside of epoch {epoch}, as "
+                "no run could go on from the middle of a stream"
+            )
 
-    def stopped(self, job: TrainJob, under_way: UnderWay) -> None:
-        """Save the run where it is, if that can be; all ranks together. Raises StorageError."""
-        if job.synchroniser.inside.is_a_place:
-            self._save_inside(job, under_way)
+    def stopped(self, job: Job, take: Take) -> bool:
+        """Save the run where it is, if that can be; all ranks together. Returns whether it can. Raises
+        StorageError."""
+        is_saved = self._save_inside(job, take)
         self._checkpoints.finish(self._world)
+        return is_saved
 
-    def _save_inside(self, job: TrainJob, under_way: UnderWay) -> None:
+    def _save_inside(self, job: Job, take: Take) -> bool:
         with self._world.ledger.phase("checkpoint"):
-            place, of_all = job.synchroniser.inside.take(job.how, under_way.notes)
-        inside = place, {**of_all, "samples": of_pool(job.pool)}
-        self.save_checkpoint(job, job.synchroniser.progress.epoch - 1, inside)
+            taken = take()
+        if taken is not None:
+            self.save_checkpoint(job, len(self.history.epochs), taken)
+        return taken is not None
 
-    def save_checkpoint(
-        self, job: Job, epoch: int, inside: tuple[Place, dict[str, Any]] | None = None
-    ) -> None:
+    def save_checkpoint(self, job: Job, epoch: int, inside: Taken | None = None) -> None:
         """Write the checkpoint of `epoch`, or of a place inside the next one; all ranks together. Raises
         StorageError."""
         place, of_all = inside or (None, None)

@@ -67,12 +67,10 @@ class Run:
         self._turns: Turns | None = None
         self._hooks: LoopHooks | None = None
         self._epoch = self._epochs = 0
-        self._passes_made = self._passes_over = 0
+        self._passes_made, self._passes_over = 0, self._book.passes_over
         self._turns_over = 0
         self._turns_made: dict[int, int] = {}
         self._rows = 1.0
-        if (join_state := self._book.join_state) is not None:
-            self._passes_over = join_state.history.passes_over
 
     @property
     def rank(self) -> int:

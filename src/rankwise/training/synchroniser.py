@@ -17,7 +17,7 @@ import numpy as np
 from rankwise.comm import World
 from rankwise.comm.exchanges import nothing_owed, raising
 from rankwise.data.partition import NOTHING, Indices
-from rankwise.data.sampler import Batch, RoundSampler, Sampler
+from rankwise.data.sampler import Batch, RoundSampler
 from rankwise.errors import ConfigError, Interrupted, OutOfStepError, RankLost
 from rankwise.models.precision import forget_cast_weights
 from rankwise.runs.checkpoint import Checkpoint
@@ -304,7 +304,6 @@ class Synchroniser:
     @property
     def inside(self) -> Inside:
         """Of the epoch under way."""
-        assert isinstance(self.sampler, Sampler)
         return Inside(self._work, self.replica, self._strategy, self.sampler, self.world)
 
     def resume_inside(self, checkpoint: Checkpoint, how: How) -> list[Mapping[str, Any]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from rankwise.comm import World
-from rankwise.comm.exchanges import raising
+from rankwise.comm.exchanges import nothing_owed, raising
 from rankwise.data.partition import NOTHING, Indices
 from rankwise.data.sampler import Batch
 from rankwise.data.streams import StreamSampler
@@ -24,6 +24,8 @@ from rankwise.runs.progress import ProgressFile
 from rankwise.strategies.backward import MEANS, BackwardAveraging, Passes
 from rankwise.strategies.base import Strategy
 from rankwise.strategies.gradients import GradientAveraging
+from rankwise.strategies.recovery import Stop
+from rankwise.strategies.single import Single, SingleTurns
 from rankwise.survival.fault_injection import NoFaults
 from rankwise.system.call_sites import here, left_by, place_of
 from rankwise.training.admission import JoinState
@@ -32,6 +34,7 @@ from rankwise.training.around import Around
 from rankwise.training.history import SampleCounts
 from rankwise.training.loader import Draw, Loader
 from rankwise.training.loop import count_samples
+from rankwise.training.metrics import NOTHING as NOTHING_LOGGED
 from rankwise.training.metrics import Metrics
 from rankwise.training.observer import Observer, Recovered
 from rankwise.training.place import Place
@@ -46,11 +49,11 @@ NO_DRAW = Draw(NOTHING)
 
 def strategy_of(plan: RunPlan) -> Strategy[Any]:
     """How the ranks of a loop keep in step: where gradients are averaged, that is done in each backward pass,
-    since the loop makes the steps."""
+    since the loop makes the steps. What can commit each turn does."""
     strategy = plan.entry.build(plan)
     if isinstance(strategy, GradientAveraging):
         return BackwardAveraging(compress=strategy.compress)
-    return strategy
+    return SingleTurns() if isinstance(strategy, Single) else strategy
 
 
 class Turns:
@@ -90,8 +93,10 @@ class Turns:
         self._ended_early = False
         self._observer = observer
         self.seconds = 0.0
+        self._pass_began_s = 0.0
         self._turns_before = self._passes_before = self._left_out = 0
         self._drawn = self._drawn_for_nothing = NO_DRAW
+        self._kind = ""
         self._draws: list[int] = []
         self._counts: dict[int, SampleCounts] = {}
         self._seed, self._spares = plan.seed, plan.spares
@@ -104,9 +109,10 @@ class Turns:
             sync_every=lambda _: self._turns_a_round(plan),
             keeps_global_batch=plan.on_shrink == "keep-global-batch",
         )
+        self._strategy = strategy_of(plan)
         self.synchroniser = Synchroniser(
             replica,
-            strategy_of(plan),
+            self._strategy,
             self._sampler,
             world,
             survives=plan.on_failure == "continue" and world.size > 1,
@@ -118,7 +124,7 @@ class Turns:
         )
         self.around = Around(self.synchroniser, replica, metrics)
         if join_state is not None:
-            self._come_in(join_state)
+            self.come_in(join_state.history)
 
     @property
     def backward(self) -> Passes | None:
@@ -138,15 +144,11 @@ class Turns:
         ledger = self.world.ledger
         ledger.enter("data")
         mine = self._draw(loader.draw)
-        last = " without the last" if loader.drop_last else ""
-        cuts = (
-            f"batches of {loader.batch_size}{last}"
-            if mine.batches is None
-            else f"{len(mine.batches)} batches"
-        )
-        if not self.around.arrival.enters_pass():
+        cuts = loader.cuts if mine.batches is None else f"{len(mine.batches)} batches"
+        if not self.around.arrival.enters_pass(loader.kind):
             if not self._begin_pass(f"loop over {len(mine.order)} samples in {cuts}", mine):
                 return
+            self._kind = loader.kind
             batches = self._drawn.batches
             if batches is not None and not batches.all():
                 raise ConfigError(
@@ -180,6 +182,7 @@ class Turns:
         doing = f"loop over a stream in batches of {loader.batch_size}{last}{workers}{where}"
         if not self._begin_pass(doing, mine):
             return
+        self._kind = ""
         drawn = self._drawn
         seed = [self._seed, self.loaders.index(loader), loader.draws]
         is_new = not any(loader.place or ())
@@ -200,7 +203,7 @@ class Turns:
 
     def _stops_reading(self) -> bool:
         """Whether this rank is to stop, and goes to the end of the round without training."""
-        return self.world.asked_to_stop and self.backward is None
+        return self.world.asked_to_stop and self._strategy.stop is not Stop.AFTER_ROUND
 
     @property
     def learning_rate(self) -> float:
@@ -243,10 +246,12 @@ class Turns:
     def steps(self, count: int) -> Iterator[int]:
         """`count` turns, each with data of the loop's own, of which all ranks have equally much."""
         self._require_no_open_turn()
-        self._draws = [its.draws_in_all for its in self.loaders]
-        if not self.around.arrival.enters_pass():
-            if not self._begin_pass(f"make {count} steps", NO_DRAW):
+        self._draws = [its.draws_so_far for its in self.loaders]
+        kind = f"make {count} steps"
+        if not self.around.arrival.enters_pass(kind):
+            if not self._begin_pass(kind, NO_DRAW):
                 return
+            self._kind = kind
             self._sampler.begin(self.passes + 1, count * self._sampler.turn_size(1), batch_size=1)
         self._takes_own_data = True
         try:
@@ -256,10 +261,10 @@ class Turns:
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Nothing is trained and logged yet in this epoch, from 1, of this number."""
-        self.seconds = 0.0
         if self.around.arrival.under_way:
             self.around.epochs = epochs
             return
+        self.seconds = 0.0
         self._turns_before = 0
         self._passes_before = self.passes
         self._counts = {}
@@ -313,12 +318,37 @@ class Turns:
             means=around.means,
             counts=self._counts,
             ended_early=self._ended_early,
-            draws=self._draws if is_open else [its.draws_in_all for its in self.loaders],
+            draws=self._draws if is_open else [its.draws_so_far for its in self.loaders],
             drawn=self._drawn if is_open else NO_DRAW,
             gradients=self._gradients(),
-            names=sorted(self.metrics.sums()),
+            kind=self._kind,
+            sums=dict.fromkeys(self.metrics.sums(), NOTHING_LOGGED),
             history=self._observer.history,
         )
+
+    @property
+    def place(self) -> Place | None:
+        """Where the loop is, behind a commit, for a run that goes on there; None where it could not: in a
+        stream, which is not read on from its middle, in a round of local steps, and where ranks are rounds
+        apart."""
+        work = self.synchroniser.inside.work
+        is_between = not (work.progress.closed or work.under_way or work.left_out)
+        if not (self._kind and is_between and self._strategy.recovery.synchronous):
+            return None
+        seconds = self.seconds + time.monotonic() - self._pass_began_s
+        return replace(
+            self.history,
+            gradients=self.replica.gradients(),
+            sums=self.metrics.sums(self.around.turns_over + self._turns_committed),
+            seconds=seconds,
+            history=None,
+        )
+
+    @property
+    def _turns_committed(self) -> int:
+        """Of the pass under way."""
+        progress = self.synchroniser.progress
+        return sum(its.steps for its in self._sampler.rounds(progress.epoch)[: progress.rounds])
 
     def _gradients(self) -> list[Tensor | None]:
         """What is in `.grad` where all go on."""
@@ -337,16 +367,17 @@ class Turns:
         """A round is committed again."""
         self._observer.committed(seconds)
 
-    def _come_in(self, join_state: JoinState) -> None:
-        """Be where the others are."""
-        place: Place = join_state.history
-        progress = join_state.progress
+    def come_in(self, place: Place, draw_on: Callable[[], None] = nothing_owed) -> None:
+        """Be on the way to where the others are, or where the run was stopped, which the synchroniser has
+        come to."""
+        progress = self.synchroniser.progress
         self.passes = progress.epoch - place.is_open
         self._passes_before = self.passes - place.passes_over
         self._counts, self._drawn = dict(place.counts), place.drawn
-        self._turns_before = place.turns
+        self._turns_before = place.turns + (self._turns_committed if place.is_open else 0)
         self._ended_early = place.ended_early
-        self.around.come_in(place)
+        self._kind, self.seconds = place.kind, place.seconds
+        self.around.come_in(place, draw_on)
 
     def _require_no_open_turn(self) -> None:
         if self._is_open and self._takes_own_data:
@@ -363,7 +394,7 @@ class Turns:
     def _draw(self, draw: Callable[[], Draw]) -> Draw:
         """What this rank would have in a pass, on all ranks, as each may be rank 0 the next time; what it has
         drawn already for one that did not begin."""
-        self._draws = [its.draws_in_all for its in self.loaders]
+        self._draws = [its.draws_so_far for its in self.loaders]
         kept, self._drawn_for_nothing = self._drawn_for_nothing, NO_DRAW
         return draw() if kept is NO_DRAW else kept
 
@@ -384,6 +415,8 @@ class Turns:
 
     def _turns_a_round(self, plan: RunPlan) -> int | None:
         """Turns between synchronisations, None for all of a pass."""
+        if isinstance(self._strategy, SingleTurns):
+            return 1
         if plan.local_after is not None:
             if not self.around.epochs:
                 raise ConfigError(
@@ -403,7 +436,7 @@ class Turns:
         """The turns of a pass, of which the sampler knows."""
         self.passes += 1
         self._left_out = self.made = 0
-        started_s = time.monotonic()
+        self._pass_began_s = time.monotonic()
         ledger, before = self.world.ledger, self.around.turns_over
         for batch in self.synchroniser.batches(self.passes):
             self.turn = batch.step - 1
@@ -422,16 +455,16 @@ class Turns:
                 yield data
             except GeneratorExit:
                 self._leave(batch)
-                self._end_pass(started_s)
+                self._end_pass()
                 raise
             self._end_turn(batch)
-        self._end_pass(started_s)
+        self._end_pass()
 
-    def _end_pass(self, started_s: float) -> None:
+    def _end_pass(self) -> None:
         """The pass is over."""
         self.weight = None
         self._ended_early = self.synchroniser.ended_early
-        self.seconds += time.monotonic() - started_s
+        self.seconds += time.monotonic() - self._pass_began_s
         self.around.passes_end(self._turns_before)
 
     def _leave(self, batch: Batch) -> None:
