@@ -183,7 +183,7 @@ def test_stopping_at_each_turn_changes_no_bit(tmp_path: Path, loop: Loop, ranks:
     expected = whole.sit(ranks)
     turns = turns_of(loop, ranks, tmp_path / "counted")
     # Several ranks hear in the turn behind that one, in each of the two sittings that are stopped.
-    for at in range(1, turns - 2, 1 if effort.FULL else 3):
+    for at in range(1, turns - 2, 1 if effort.FULL else 5):
         parts = Sittings(tmp_path / f"parts-{at}", loop)
         found = parts.to_the_end(ranks, [(ranks - 1, at), (0, 1)])
         for rank in range(ranks):
