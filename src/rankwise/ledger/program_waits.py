@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankwise.ledger.call_log import Kind, RankLog, Rows
+from rankwise.ledger.call_log import Comm, Kind, RankLog, Rows
 from rankwise.ledger.last_entry import Times, last_before, last_to_come
 from rankwise.ledger.message_ends import Ends, match_ends
 
@@ -50,7 +50,7 @@ def find_waits(logs: Sequence[RankLog]) -> dict[int, Waits]:
         for rank, its in ranks.items()
     }
     until = {rank: its.came.copy() for rank, its in ranks.items()}
-    for exchange in _collectives(ranks):
+    for exchange in collectives(logs):
         _compare_collectives(exchange, ranks, until, found)
     ends = match_ends(logs)
     for rank, its in ranks.items():
@@ -81,35 +81,39 @@ def _prepared(log: RankLog) -> _Rank:
 
 
 @dataclass(frozen=True)
-class _Exchanges:
-    """The collectives of one communicator that all its members have come to: rows [members, exchanges]."""
+class Exchanges:
+    """The collectives of one communicator that all its members have come to: rows [members, exchanges];
+    `members` as they are ordered in the world."""
 
+    comm: Comm
     members: tuple[int, ...]
     rows: Times
 
 
-def _collectives(ranks: dict[int, _Rank]) -> Iterator[_Exchanges]:
+def collectives(logs: Sequence[RankLog]) -> Iterator[Exchanges]:
     """The collectives of each communicator, as far as all members have logged them: the first on one is the
     first on all."""
+    comms = {comm.name: comm for log in logs for comm in log.comms}
     rows_of: dict[tuple[tuple[int, ...], int], dict[int, Times]] = defaultdict(dict)
-    for rank, its in ranks.items():
-        rows = its.log.rows
+    for log in logs:
+        rows = log.rows
         which = np.flatnonzero(np.isin(rows["kind"], _COLLECTIVE) & (rows["comm"] >= 0))
         which = which[np.argsort(rows["comm"][which], kind="stable")]
         if not len(which):
             continue
         numbers, starts = np.unique(rows["comm"][which], return_index=True)
         for number, of_it in zip(numbers.tolist(), np.split(which, starts[1:]), strict=True):
-            rows_of[its.log.comms[number].name][rank] = of_it
-    for (members, _), of_rank in rows_of.items():
+            rows_of[log.comms[number].name][log.rank] = of_it
+    for name, of_rank in rows_of.items():
+        members, _ = name
         there = tuple(rank for rank in members if rank in of_rank)
         if len(there) > 1 and len(there) == len(members):
             count = min(len(of_rank[rank]) for rank in there)
-            yield _Exchanges(there, np.stack([of_rank[rank][:count] for rank in there]))
+            yield Exchanges(comms[name], there, np.stack([of_rank[rank][:count] for rank in there]))
 
 
 def _compare_collectives(
-    these: _Exchanges, ranks: dict[int, _Rank], until: dict[int, Times], found: dict[int, Waits]
+    these: Exchanges, ranks: dict[int, _Rank], until: dict[int, Times], found: dict[int, Waits]
 ) -> None:
     entries = np.stack([ranks[rank].came[rows] for rank, rows in zip(these.members, these.rows, strict=True)])
     left = np.stack([_over(ranks[rank], rows) for rank, rows in zip(these.members, these.rows, strict=True)])
@@ -165,18 +169,20 @@ def _compare_messages(its: _Rank, ends: Ends, ranks: dict[int, _Rank], until: Ti
     until[row], found.late[row], found.late_row[row] = until[post], found.late[post], found.late_row[post]
 
 
-def _heads(rows: Rows) -> Times:
-    """For each row the one of which it is a part, itself if it is none."""
-    return np.maximum.accumulate(np.where(rows["kind"] == Kind.PART, 0, np.arange(len(rows))))
+def heads(rows: Rows) -> Times:
+    """For each row the one of which it is a part, itself if it is none. Between the two may stand what the
+    log took itself, where it went on in a new piece of its file."""
+    between = np.isin(rows["kind"], (Kind.PART, Kind.INSTRUMENT))
+    return np.maximum.accumulate(np.where(between, 0, np.arange(len(rows))))
 
 
 def _gather_parts(its: _Rank, until: Times, found: Waits) -> None:
     """A wait lasts until the last of its parts."""
     rows = its.log.rows
     parts = np.flatnonzero(rows["kind"] == Kind.PART)
-    heads = _heads(rows)[parts]
+    of_part = heads(rows)[parts]
     for place in np.argsort(until[parts], kind="stable"):  # the last one stays
-        part, head = parts[place], heads[place]
+        part, head = parts[place], of_part[place]
         if found.late[part] >= 0 and until[part] > until[head]:
             until[head], found.late[head] = until[part], found.late[part]
             found.late_row[head] = found.late_row[part]

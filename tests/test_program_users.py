@@ -1,0 +1,138 @@
+"""What users of other profilers of MPI programs met.
+
+That `mpi4py.futures` hangs is tried by `known_delays.py` and `test_a_program_does_all_that_it_does_without`,
+a program that leaves early by `test_what_was_known_is_left`.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rankwise.ledger.call_log import Kind, read_logs
+from rankwise.program.log import ROWS, CallLog
+from rankwise.program.places import Places
+from rankwise.program.wrappers import Seen, logged
+from rankwise.runs.folder import RunFolder
+
+from .conftest import Command
+
+LIBRARY = """
+import sys
+
+def down(depth, then):
+    return then() if depth == 0 else down(depth - 1, then)
+
+def asking(find):
+    return lambda: find(sys._getframe())
+"""
+
+
+def library() -> SimpleNamespace:
+    """A module as it lies among the installed packages."""
+    content: dict[str, Any] = {}
+    exec(compile(LIBRARY, f"{sysconfig.get_path('purelib')}/library.py", "exec"), content)
+    return SimpleNamespace(**content)
+
+
+def test_the_line_is_ones_own_however_deep_the_stack(tmp_path: Path) -> None:
+    """Of a stack of hundreds of functions, those of libraries below one's own or not, the line is that of the
+    last function that is the user's own; two lines that come by the same functions of a library are two."""
+    log, numbers = CallLog(tmp_path, 0), list[int]()
+    find = Places(log, numbers, "Send").find
+    there = library()
+
+    def mine(depth: int) -> list[int]:
+        if depth:
+            return mine(depth - 1)
+        return [
+            find(sys._getframe()),
+            there.down(150, there.asking(find)),
+            there.down(150, there.asking(find)),
+        ]
+
+    sites = [*mine(200), there.down(100, lambda: mine(0)[1])]
+    log.say("rank", rank=0, start_ns=1)
+    log.close()
+    (told,) = read_logs(tmp_path)
+    first = mine.__code__.co_firstlineno + 4
+    assert [told.sites[site].line for site in sites] == [first, first + 1, first + 2, first + 1]
+    assert {site.function.rpartition(".")[2] for site in told.sites} == {"mine"}
+    assert {site.file for site in told.sites} == {str(Path(__file__).relative_to(Path.cwd()))}
+
+
+def steps(work: Callable[[], Any]) -> int:
+    """How many functions, Python's and C's, are called."""
+    count = 0
+
+    def one(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(one)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_a_call_takes_as_few_steps_late_and_deep_as_at_first(tmp_path: Path) -> None:
+    """What is logged of a call does not grow with how many there were, nor with the functions of the program
+    around it, and no call writes to a file: a run takes no hundred times as long."""
+    log = CallLog(tmp_path, 0)
+    seen = Seen(log)
+    comm: Any = SimpleNamespace(handle=1)
+    seen.comms[1] = 0
+
+    def nothing(comm: Any) -> None:
+        """Barrier(self) -> None"""
+
+    barrier = logged(seen, nothing, "Barrier", Kind.COLLECTIVE)
+    content: dict[str, Any] = {}
+    program = "def calls(depth):\n    calls(depth - 1) if depth else barrier(comm)\n"
+    exec(compile(program, "program.py", "exec"), {"barrier": barrier, "comm": comm}, content)
+    calls = content["calls"]
+    calls.__globals__["calls"] = calls
+    calls(0)
+    at_first = steps(lambda: calls(0))
+    assert at_first <= 12
+    for _ in range(ROWS // 2):
+        calls(0)
+    assert steps(lambda: calls(0)) == at_first
+    assert steps(lambda: calls(500)) == at_first + 500
+    log.close()
+
+
+@pytest.mark.mpi
+@pytest.mark.timeout(120)
+def test_a_short_program_leaves_all_that_it_did(command: Command, tmp_path: Path) -> None:
+    """A program of two lines is over before anything would be sampled, and is there: each rank, its call and
+    its line."""
+    (tmp_path / "short.py").write_text("from mpi4py.MPI import COMM_WORLD as comm\ncomm.Barrier()\n")
+    done = command.rankwise("run", "--ranks", "2", "--out", "run", "short.py")
+    assert done.code == 0, done
+    found = RunFolder(tmp_path / "run").read()
+    assert sorted((site.rank, site.call, site.line) for site in found.call_sites) == [
+        (0, "Barrier", 2),
+        (1, "Barrier", 2),
+    ]
+    assert all(sum(row.phases_ns.values()) == row.wall_ns for row in found.ranks)
+
+
+def test_two_programs_into_one_folder(command: Command, tmp_path: Path) -> None:
+    """The second one is refused in one line and with code 2, and what the first one left stays as it is."""
+    (tmp_path / "first.py").write_text("print(1)\n")
+    (tmp_path / "second.py").write_text("print(2)\n")
+    assert command.rankwise("run", "--out", "run", "first.py").code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    done = command.rankwise("run", "--out", "run", "second.py")
+    assert (done.code, done.out, len(done.told)) == (2, "", 1), done
+    assert "run" in done.told[0]
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
