@@ -178,7 +178,7 @@ def _collectives(logs: Sequence[RankLog], shown: _Shown) -> Iterator[Collective]
         if communicator is None:
             continue
         of_ranks = [*zip(these.members, these.rows, strict=True)]
-        there = np.all([shown.both(rank, rows, over[rank][rows]) for rank, rows in of_ranks], axis=0)
+        there = np.all([_in_main_thread(over[rank], rows, rank, shown) for rank, rows in of_ranks], axis=0)
         for place in np.flatnonzero(there):
             rows = {rank: int(of_rank[place]) for rank, of_rank in of_ranks}
             told = {_told(by_rank[rank], row, operations[rank]) for rank, row in rows.items()}
@@ -195,6 +195,13 @@ def _collectives(logs: Sequence[RankLog], shown: _Shown) -> Iterator[Collective]
             ]
             yield Collective(pattern, root, tuple(parts), communicator, name)
             number += 1
+
+
+def _in_main_thread(over: Times, rows: Times, rank: int, shown: _Shown) -> NDArray[np.bool_]:
+    """Which rows are of calls of the main thread that are shown."""
+    there = rows < len(over)
+    there[there] = shown.both(rank, rows[there], over[rows[there]])
+    return there
 
 
 def _over(log: RankLog) -> Times:

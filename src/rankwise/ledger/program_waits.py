@@ -33,9 +33,11 @@ class Waits:
 @dataclass(frozen=True)
 class _Rank:
     """A rank's log with what the comparison asks of it often: when its calls came to MPI, after pickling, and
-    left it, before unpickling; `in_order` are the rows that are entries, and `entries` their times."""
+    left it, before unpickling, those of other threads behind those of the main one; `in_order` are the rows
+    that are entries (-1 in other threads), and `entries` their times."""
 
     log: RankLog
+    count: int
     came: Times
     left: Times
     in_order: Times
@@ -49,7 +51,7 @@ def find_waits(logs: Sequence[RankLog]) -> dict[int, Waits]:
         rank: Waits(*(np.full(len(its.log.rows), none) for none in (0, -1, -1)))
         for rank, its in ranks.items()
     }
-    until = {rank: its.came.copy() for rank, its in ranks.items()}
+    until = {rank: its.came[: its.count].copy() for rank, its in ranks.items()}
     for exchange in collectives(logs):
         _compare_collectives(exchange, ranks, until, found)
     ends = match_ends(logs)
@@ -58,9 +60,9 @@ def find_waits(logs: Sequence[RankLog]) -> dict[int, Waits]:
             _compare_messages(its, of_rank, ranks, until[rank], found[rank])
     for rank, its in ranks.items():
         _gather_parts(its, until[rank], found[rank])
-        mine, rows = found[rank], its.log.rows
-        longest = np.minimum(its.left - its.came, rows["inside_ns"] - rows["dumps_ns"] - rows["loads_ns"])
-        mine.wait_ns = np.clip(until[rank] - its.came, 0, np.maximum(longest, 0))
+        mine, rows, came, left = found[rank], its.log.rows, its.came[: its.count], its.left[: its.count]
+        longest = np.minimum(left - came, rows["inside_ns"] - rows["dumps_ns"] - rows["loads_ns"])
+        mine.wait_ns = np.clip(until[rank] - came, 0, np.maximum(longest, 0))
         mine.wait_ns[~np.isin(rows["kind"], _WAITING)] = 0
         nobody = (mine.wait_ns == 0) | (mine.late < 0)
         mine.wait_ns[nobody], mine.late[nobody], mine.late_row[nobody] = 0, -1, -1
@@ -68,22 +70,22 @@ def find_waits(logs: Sequence[RankLog]) -> dict[int, Waits]:
 
 
 def _prepared(log: RankLog) -> _Rank:
-    rows = log.rows
+    rows = np.concatenate([log.rows, log.others])
     left = np.where(rows["left_ns"] > 0, rows["left_ns"], np.iinfo(np.int64).max)
     came = np.minimum(rows["entered_ns"] + rows["dumps_ns"], left)
     left = np.maximum(left - rows["loads_ns"], came)
-    others = log.others
-    all_came = np.concatenate([came, others["entered_ns"] + others["dumps_ns"]])
-    numbers = np.concatenate([np.arange(len(rows)), np.full(len(others), -1)])
-    is_entry = np.isin(np.concatenate([rows["kind"], others["kind"]]), _ENTRIES)
-    order = np.argsort(all_came[is_entry], kind="stable")
-    return _Rank(log, came, left, numbers[is_entry][order], all_came[is_entry][order])
+    numbers = np.arange(len(rows))
+    numbers[len(log.rows) :] = -1
+    is_entry = np.isin(rows["kind"], _ENTRIES)
+    order = np.argsort(came[is_entry], kind="stable")
+    return _Rank(log, len(log.rows), came, left, numbers[is_entry][order], came[is_entry][order])
 
 
 @dataclass(frozen=True)
 class Exchanges:
-    """The collectives of one communicator that all its members have come to: rows [members, exchanges];
-    `members` as they are ordered in the world."""
+    """The collectives of one communicator that all its members have come to: rows [members, exchanges], where
+    those of other threads are counted behind those of the main one; `members` as they are ordered in the
+    world."""
 
     comm: Comm
     members: tuple[int, ...]
@@ -96,9 +98,9 @@ def collectives(logs: Sequence[RankLog]) -> Iterator[Exchanges]:
     comms = {comm.name: comm for log in logs for comm in log.comms}
     rows_of: dict[tuple[tuple[int, ...], int], dict[int, Times]] = defaultdict(dict)
     for log in logs:
-        rows = log.rows
+        rows = np.concatenate([log.rows, log.others])
         which = np.flatnonzero(np.isin(rows["kind"], _COLLECTIVE) & (rows["comm"] >= 0))
-        which = which[np.argsort(rows["comm"][which], kind="stable")]
+        which = which[np.lexsort((rows["entered_ns"][which], rows["comm"][which]))]
         if not len(which):
             continue
         numbers, starts = np.unique(rows["comm"][which], return_index=True)
@@ -119,12 +121,17 @@ def _compare_collectives(
     left = np.stack([_over(ranks[rank], rows) for rank, rows in zip(these.members, these.rows, strict=True)])
     last, late = last_to_come(entries, left)
     members = np.array(these.members)
+    counts = np.array([ranks[rank].count for rank in these.members])
+    told = np.where(
+        these.rows < counts[:, None], these.rows, -1
+    )  # waits, and their ends, are the main threads'
     for place, rank in enumerate(these.members):
-        rows = these.rows[place]
-        until[rank][rows] = last[place]
-        found[rank].late[rows] = members[late[place]]
-        found[rank].late_row[rows] = np.take_along_axis(these.rows, late[[place]], axis=0)[0]
-        nobody = late[place] == place
+        mine = told[place] >= 0
+        rows = told[place][mine]
+        until[rank][rows] = last[place][mine]
+        found[rank].late[rows] = members[late[place]][mine]
+        found[rank].late_row[rows] = np.take_along_axis(told, late[[place]], axis=0)[0][mine]
+        nobody = late[place][mine] == place
         found[rank].late[rows[nobody]] = -1
 
 
@@ -132,7 +139,7 @@ def _over(rank: _Rank, rows: Times) -> Times:
     """When collectives were over for a rank: those in the background with the wait that ended them."""
     left = rank.left[rows].copy()
     log = rank.log.rows
-    posted = log["kind"][rows] == Kind.POST_COLLECTIVE
+    posted = np.concatenate([log["kind"], rank.log.others["kind"]])[rows] == Kind.POST_COLLECTIVE
     if posted.any():
         ends = _ends(log)
         left[posted] = [ends.get(int(row), 0) for row in rows[posted]]
