@@ -1,4 +1,4 @@
-"""What users of other profilers of MPI programs met.
+"""What users of other profilers of MPI programs met, and programs that cannot be run.
 
 That `mpi4py.futures` hangs is tried by `known_delays.py` and `test_a_program_does_all_that_it_does_without`,
 a program that leaves early by `test_what_was_known_is_left`.
@@ -6,8 +6,10 @@ a program that leaves early by `test_what_was_known_is_left`.
 
 from __future__ import annotations
 
+import py_compile
 import sys
 import sysconfig
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +17,21 @@ from typing import Any
 
 import pytest
 
+from rankwise.comm.mpi_environment import Placement
+from rankwise.config import TrainConfig
+from rankwise.errors import ConfigError, UsageError
+from rankwise.launch.order import Order
+from rankwise.launch.program_given import given_folder
 from rankwise.ledger.call_log import Kind, read_logs
 from rankwise.program.log import ROWS, CallLog
 from rankwise.program.places import Places
 from rankwise.program.wrappers import Seen, logged
+from rankwise.program_plan import of_world, program_plan
 from rankwise.runs.folder import RunFolder
+from rankwise.system.user_code import require_python
 
 from .conftest import Command
+from .test_cli import call
 
 LIBRARY = """
 import sys
@@ -108,6 +118,68 @@ def test_a_call_takes_as_few_steps_late_and_deep_as_at_first(tmp_path: Path) -> 
     assert steps(lambda: calls(0)) == at_first
     assert steps(lambda: calls(500)) == at_first + 500
     log.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("letter.txt", b"Dear reader,\nthis is a letter.\n", "letter.txt is no Python, line 1: "),
+        ("image.py", b"\x89PNG\x00\x01\xff", "image.py is no Python"),
+        ("folder", None, "folder is no file"),
+    ],
+)
+def test_a_script_that_is_no_python(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes | None,
+    told: str,
+) -> None:
+    """It is refused in one line and with code 2 before a rank starts, and leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    if content is None:
+        Path(name).mkdir()
+    else:
+        Path(name).write_bytes(content)
+    assert call("run", "--ranks", "2", "--out", "run", name, "--its", "own") == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1), err
+    assert told in err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_python_runs_is_no_bad_script(tmp_path: Path) -> None:
+    """A script that is compiled already, a package in one file, and one that Python warns of are taken."""
+    script = tmp_path / "script.py"
+    script.write_text("print(1)\n")
+    compiled = py_compile.compile(str(script), str(tmp_path / "script.pyc"))
+    script.write_text("print('\\d', 1 is 1)\n")
+    packed = tmp_path / "packed.pyz"
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.write(script, "__main__.py")
+    for path in (script, Path(compiled), packed):
+        require_python(path)
+    script.write_text("print(1)\n)\n")
+    with pytest.raises(ConfigError, match="is no Python, line 2"):
+        require_python(script)
+
+
+def test_ranks_that_run_different_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a user's own mpiexec a rank that was given another script than rank 0 is refused by both names;
+    one with other arguments of its own takes part."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PMIX_NAMESPACE", "job-1")
+    order = Order(TrainConfig(out=tmp_path / "run"))
+
+    def folder_of(rank: int, *program: str) -> Path:
+        plan = program_plan(of_world(order.config.given(), 2), program)
+        return given_folder(order, plan, Placement(rank, 2, rank, 2)).path
+
+    assert folder_of(0, "a.py", "1") == tmp_path / "run"
+    assert folder_of(1, "a.py", "2") == tmp_path / "run"
+    with pytest.raises(UsageError, match=r"rank 1 was given b.py, and rank 0 a.py: expected one script"):
+        folder_of(1, "b.py", "1")
 
 
 @pytest.mark.mpi
