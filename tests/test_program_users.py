@@ -165,6 +165,26 @@ def test_what_python_runs_is_no_bad_script(tmp_path: Path) -> None:
         require_python(script)
 
 
+WHO = """
+import inspect, sys
+def mine(): pass
+print(sys.argv, __file__, __name__, __package__, __spec__, __cached__, type(__loader__).__name__, sys.path[0])
+print(sys.modules["__main__"].__dict__ is globals(), inspect.getsource(mine), mine.__module__)
+"""
+
+
+@pytest.mark.cold  # as people run it
+def test_a_script_sees_itself_as_under_python(command: Command, tmp_path: Path) -> None:
+    """Its words, its file, which is absolute, its module and its source are what plain Python gives it: a
+    program that starts itself anew looks at them."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "who.py").write_text(WHO)
+    plain = command(command.python, "below/who.py", "--its", "own")
+    assert str(tmp_path / "below" / "who.py") in plain.out
+    seen = command.rankwise("run", "--out", "run", "below/who.py", "--its", "own")
+    assert (seen.code, seen.out) == (0, plain.out), seen
+
+
 def test_ranks_that_run_different_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a user's own mpiexec a rank that was given another script than rank 0 is refused by both names;
     one with other arguments of its own takes part."""

@@ -36,14 +36,20 @@ def import_from(path: str, what: str, error: type[UsageError]) -> Any:
         raise error(f"{what} {path} cannot be imported: {one_line(reason)}") from reason
 
 
+def is_source(script: Path) -> bool:
+    """Whether a file is Python's source, and neither compiled already nor a package in one file."""
+    with script.open("rb") as file:
+        return not (file.read(len(MAGIC_NUMBER)) == MAGIC_NUMBER or zipfile.is_zipfile(script))
+
+
 def require_python(script: Path) -> None:
     """Raises ConfigError if a script cannot be run: it is no file, cannot be read, or is no Python."""
     if not script.is_file():
         raise ConfigError(f"{script} is no file: expected a Python script")
     try:
+        if not is_source(script):
+            return
         content = script.read_bytes()
-        if zipfile.is_zipfile(script) or content.startswith(MAGIC_NUMBER):
-            return  # a package in one file, or compiled already
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python gives them when it runs
             compile(content, str(script), "exec", dont_inherit=True)
