@@ -20,9 +20,16 @@ DEMOS = (
     *(f"init-fini/test_{number}.py" for number in range(7)),
     *("init-fini/test_mpi40.py", "reductions/test_reductions.py", "sequential/test_seq.py"),
     *("threads/sendrecv.py", "compute-pi/cpi-cco.py", "compute-pi/cpi-rma.py", "futures/run_hello.py"),
+    *("futures/run_cpi.py", "futures/run_primes.py", "nxtval/nxtval-dynproc.py"),
+    *("mandelbrot/mandelbrot-seq.py", "mandelbrot/mandelbrot.py"),
+    *(f"profiling/{name}.py" for name in ("cpi", "ring", "threads")),
+    "reductions/reductions.py",
 )
 
-TELLS_TIMES = ("reductions/test_reductions.py", "sequential/test_seq.py", "threads/sendrecv.py")
+TELLS_TIMES = (
+    *("reductions/test_reductions.py", "sequential/test_seq.py", "threads/sendrecv.py", "profiling/cpi.py"),
+    *("mandelbrot/mandelbrot-seq.py", "mandelbrot/mandelbrot.py"),
+)
 """What these print is another thing each time."""
 
 

@@ -268,7 +268,7 @@ def test_a_program_ends_as_it_ends_itself(command: Command, tmp_path: Path, rank
         assert bool(done.told) == bool(code)
     done = command.rankwise("run", "--ranks", ranks, "--out", "run", "ends.py", "raise")
     assert done.code == 1, done
-    assert f'{mark}  File "ends.py", line 7, in <module>' in done.err
+    assert f'{mark}  File "{tmp_path / "ends.py"}", line 7, in <module>' in done.err
     assert "rankwise/launch" not in done.err
     assert len(done.told) == 1
     assert done.told[0].endswith("ValueError: on purpose")

@@ -93,9 +93,10 @@ def export(
     format: Annotated[
         Literal["talp", "extrap", "otf2", "mlperf", "csv"],
         Parameter(
-            help="talp: efficiencies, as JSON for talp-pages. extrap: seconds of epochs over numbers of "
-            "ranks, as JSON lines for Extra-P. otf2: what each rank did when, for tools that read OTF2. "
-            "mlperf: lines of mlperf-logging. csv: a table of run, rank, epoch, phase and seconds."
+            help="talp: efficiencies, as JSON for talp-pages. extrap: seconds of epochs, or of whole "
+            "programs, over numbers of ranks, as JSON lines for Extra-P. otf2: what each rank did when, for "
+            "tools that read OTF2. mlperf: lines of mlperf-logging, of trainings only. csv: a table of run, "
+            "rank, epoch, phase and seconds."
         ),
     ],
     output: Annotated[

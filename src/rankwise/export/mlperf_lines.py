@@ -25,6 +25,11 @@ def write_mlperf(runs: Sequence[RunContent], path: Path) -> list[str]:
     """Write the lines of one run to `path`. Raises UsageError if it has no epoch, or does not say when."""
     (run,) = runs
     record = run.record
+    if record.is_of_calls:
+        raise UsageError(
+            f"{run.name} is a program without a rankwise.Run, and mlperf tells of epochs and accuracy, of "
+            "which nothing is known: export it as otf2, talp, extrap or csv, or let the program make a Run"
+        )
     if not record.epochs:
         raise UsageError(f"{run.name} has no finished epoch: mlperf needs some")
     if record.launched_at is None or any(row.since_launch_s is None for row in record.epochs):

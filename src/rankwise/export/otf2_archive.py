@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import TimelineError, UsageError, one_line
-from rankwise.export.run_content import NAMES, Collective, Message, Region, RunContent
+from rankwise.export.parts import Call, Collective, Communicator, Message, Region
+from rankwise.export.program_calls import operation_of
+from rankwise.export.run_content import RunContent
+from rankwise.ledger.call_log import Kind
 from rankwise.ledger.waits import Pattern
 from rankwise.report.exchanges import Exchange
 
@@ -27,6 +30,8 @@ NOT_WRITTEN = "the otf2 library could not write all of it: is the disk full? cho
 ATTRIBUTES = ("epoch", "step", "samples", "bytes", "waited for rank")
 """Numbers that a region's beginning may carry."""
 
+_MESSAGES = (Kind.SEND, Kind.RECEIVE, Kind.EXCHANGE, Kind.POST_SEND, Kind.POST_RECEIVE)
+
 Write = Callable[[Any], None]
 """Writes one event with OTF2's writer of a location."""
 
@@ -37,10 +42,15 @@ Event = tuple[int, Write]
 def write_otf2(runs: Sequence[RunContent], path: Path) -> list[str]:
     """Write the archive of one run into the folder `path`: what readers open is `traces.otf2` in it.
 
-    Returns what a reader should know, a line each. Raises UsageError without a timeline.
+    Returns what a reader should know, a line each. Raises UsageError without a timeline, or calls.
     """
     (run,) = runs
-    if not (run.timelines or run.calls):
+    if run.record.is_of_calls and not run.regions:
+        why = "; ".join(run.remarks) or "the program made none"
+        raise TimelineError(
+            f"{run.name} has no calls of MPI, of which otf2 is made ({why}): export it as csv"
+        )
+    if not (run.timelines or run.program):
         raise TimelineError(f"{run.name} has no timeline that can be read: otf2 is made of timelines")
     import _otf2  # whose errors are what otf2's own functions raise, and it has no other name for them
     import otf2
@@ -123,13 +133,12 @@ def walk(regions: Iterable[Region]) -> Iterator[tuple[bool, Region]]:
 
 @dataclass(frozen=True)
 class _Definitions:
-    """What the events of an archive refer to. `places` are those of the ranks in the communicator of all."""
+    """What the events of an archive refer to."""
 
-    places: dict[int, int]
     locations: dict[int, Any]
     regions: dict[str, Any]
     attributes: dict[str, Any]
-    communicators: dict[tuple[int, ...], Any]
+    communicators: dict[Communicator, Any]
 
 
 def _define(into: Any, run: RunContent) -> _Definitions:
@@ -145,40 +154,69 @@ def _define(into: Any, run: RunContent) -> _Definitions:
         "ranks", group_type=GroupType.COMM_LOCATIONS, paradigm=Paradigm.MPI, members=list(locations.values())
     )
     world = tuple(locations)
-    communicators = {}
-    for members in dict.fromkeys((world, *(_members(one) for one in run.collectives))):
-        name = "all ranks" if members == world else f"ranks {', '.join(map(str, members))}"
+    communicators: dict[Communicator, Any] = {}
+    used = [Communicator(world), *(message.communicator for message in run.messages)]
+    used += (collective.communicator for collective in run.collectives)
+    names: Counter[str] = Counter()
+    for one in dict.fromkeys(used):
+        name = "all ranks" if one.ranks == world else f"ranks {', '.join(map(str, one.ranks))}"
+        names[name] += 1
+        name += f", no. {names[name]}" if names[name] > 1 else ""
         group = into.group(
             name,
             group_type=GroupType.COMM_GROUP,
             paradigm=Paradigm.MPI,
-            members=[locations[rank] for rank in members],
+            members=[locations[rank] for rank in one.ranks],
         )
-        communicators[members] = into.comm(name, group=group)
+        communicators[one] = into.comm(name, group=group)
     attributes = {name: into.attribute(name, type=Type.UINT64) for name in ATTRIBUTES}
-    regions = {name: _region(into, name) for name in dict.fromkeys(region.name for region in run.regions)}
-    places = {rank: place for place, rank in enumerate(world)}
-    return _Definitions(places, locations, regions, attributes, communicators)
+    regions = {one.name: one for one in reversed(run.regions)}
+    regions = {name: _region(into, regions[name]) for name in dict.fromkeys(one.name for one in run.regions)}
+    return _Definitions(locations, regions, attributes, communicators)
 
 
-def _region(into: Any, name: str) -> Any:
+def _region(into: Any, region: Region) -> Any:
     from otf2.enums import Paradigm, RegionFlag, RegionRole
 
-    roles = {
-        NAMES[Pattern.ALL_TO_ALL]: RegionRole.COLL_ALL2ALL,
-        NAMES[Pattern.ALL_TO_ONE]: RegionRole.COLL_ALL2ONE,
-        NAMES[Pattern.ONE_TO_ALL]: RegionRole.COLL_ONE2ALL,
-        NAMES[Pattern.SEND]: RegionRole.POINT2POINT,
-        NAMES[Pattern.RECEIVE]: RegionRole.POINT2POINT,
-    }
-    if name in roles:
-        return into.region(name, region_role=roles[name], paradigm=Paradigm.MPI)
+    name, call = region.name, region.call
+    if call is not None:
+        return into.region(
+            name,
+            canonical_name=call.name,
+            region_role=_role_of_call(call),
+            paradigm=Paradigm.MPI,
+            source_file=call.file,
+            begin_line_number=call.line,
+            end_line_number=call.line,
+        )
+    if region.exchanges:
+        return into.region(name, region_role=_role(region.exchanges[0].pattern), paradigm=Paradigm.MPI)
     flags = RegionFlag.PHASE if name in ("epoch", "step") else RegionFlag.NONE
     return into.region(name, region_role=RegionRole.CODE, paradigm=Paradigm.USER, region_flags=flags)
 
 
-def _members(collective: Collective) -> tuple[int, ...]:
-    return tuple(part.rank for part in collective.parts)
+def _role(pattern: Pattern) -> Any:
+    from otf2.enums import RegionRole
+
+    return {
+        Pattern.ALL_TO_ALL: RegionRole.COLL_ALL2ALL,
+        Pattern.ALL_TO_ONE: RegionRole.COLL_ALL2ONE,
+        Pattern.ONE_TO_ALL: RegionRole.COLL_ONE2ALL,
+    }.get(pattern, RegionRole.POINT2POINT)
+
+
+def _role_of_call(call: Call) -> Any:
+    from otf2.enums import RegionRole
+
+    if call.kind in _MESSAGES:
+        return RegionRole.POINT2POINT
+    if call.kind not in (Kind.COLLECTIVE, Kind.POST_COLLECTIVE):
+        return RegionRole.FUNCTION
+    operation = operation_of(call.name)
+    if operation is None:
+        return RegionRole.COLL_OTHER
+    pattern, name = operation
+    return RegionRole.BARRIER if name == "barrier" else _role(pattern)
 
 
 @dataclass(frozen=True)
@@ -196,34 +234,36 @@ class _Events:
     and collectives.
 
     A message or collective of which a part is missing is a region alone: readers would wait in vain for the
-    other end.
+    other end. What is begun and completed apart has a number that no other one of its rank has.
     """
 
     def __init__(self, run: RunContent, kept: Iterable[Region], definitions: _Definitions) -> None:
         self._definitions = definitions
-        self._messages: dict[int, tuple[int, Message]] = {}
-        self._collectives: dict[int, tuple[int, Collective]] = {}
-        there = {id(region.exchange) for region in kept}
-        for number, message in enumerate(run.messages):
-            ends = {id(message.sent), id(message.received)}
-            if ends <= there:
-                self._messages |= dict.fromkeys(ends, (number, message))
-        for number, collective in enumerate(run.collectives):
-            parts = {id(part) for part in collective.parts}
-            if parts <= there:
-                self._collectives |= dict.fromkeys(parts, (number, collective))
+        self._around: dict[int, _Around] = {}
+        there = {id(part) for region in kept for part in region.exchanges}
+        number = 0
+        for message in run.messages:
+            if {id(message.sent), id(message.received)} <= there:
+                self._around[id(message.sent)] = self._sent(message, number)
+                self._around[id(message.received)] = self._received(message, number + 1)
+                number += 2
+        for collective in run.collectives:
+            if {id(part) for part in collective.parts} <= there:
+                for part in collective.parts:
+                    self._around[id(part)] = self._collective(part, number, collective)
+                number += 1
 
     def of(self, regions: Iterable[Region]) -> list[Event]:
         """The events of one rank, in order of time."""
         found: list[Event | None] = []
         posted: list[Event | None] = []
         for enters, region in walk(regions):
-            around = self._around(region.exchange) if region.exchange else _Around()
+            around = [self._around.get(id(part), _Around()) for part in region.exchanges]
             if enters:
-                found += [self._enter(region), around.at_beginning]
-                posted.append(around.posted)
+                found += [self._enter(region), *(one.at_beginning for one in around)]
+                posted += [one.posted for one in around]
             else:
-                found += [around.at_end, self._leave(region)]
+                found += [*(one.at_end for one in around), self._leave(region)]
         events = [event for event in (*found, *posted) if event]
         return sorted(events, key=lambda event: event[0])  # stable: what is at one time stays as it is
 
@@ -236,55 +276,70 @@ class _Events:
         which = self._definitions.regions[region.name]
         return region.end_ns, lambda to: to.leave(region.end_ns, which)
 
-    def _around(self, part: Exchange) -> _Around:
-        if id(part) in self._messages:
-            return self._message(part, *self._messages[id(part)])
-        if id(part) in self._collectives:
-            return self._collective(part, *self._collectives[id(part)])
-        return _Around()
+    def _sent(self, message: Message, number: int) -> _Around:
+        part, about = message.sent, self._about(message, message.received.rank)
+        posted_ns, left_ns = part.posted_ns, part.left_ns
+        if posted_ns < part.entered_ns:
+            return _Around(
+                posted=(posted_ns, lambda to: to.mpi_isend(posted_ns, *about, number)),
+                at_end=(left_ns, lambda to: to.mpi_isend_complete(left_ns, number)),
+            )
+        return _Around(at_beginning=(posted_ns, lambda to: to.mpi_send(posted_ns, *about)))
 
-    def _message(self, part: Exchange, number: int, message: Message) -> _Around:
-        sends = part is message.sent
-        other = self._definitions.places[(message.received if sends else message.sent).rank]
-        all_ranks = self._definitions.communicators[tuple(self._definitions.places)]
-        about = (other, all_ranks, 0, message.sent.bytes)
-        posted_ns, entered_ns, left_ns = part.posted_ns, part.entered_ns, part.left_ns
-        match posted_ns < entered_ns, sends:
-            case True, True:
-                return _Around(
-                    posted=(posted_ns, lambda to: to.mpi_isend(posted_ns, *about, number)),
-                    at_end=(left_ns, lambda to: to.mpi_isend_complete(left_ns, number)),
-                )
-            case True, False:
-                return _Around(
-                    posted=(posted_ns, lambda to: to.mpi_irecv_request(posted_ns, number)),
-                    at_end=(left_ns, lambda to: to.mpi_irecv(left_ns, *about, number)),
-                )
-            case False, True:
-                return _Around(at_beginning=(entered_ns, lambda to: to.mpi_send(entered_ns, *about)))
-            case _:
-                return _Around(at_end=(left_ns, lambda to: to.mpi_recv(left_ns, *about)))
+    def _received(self, message: Message, number: int) -> _Around:
+        part, about = message.received, self._about(message, message.sent.rank)
+        posted_ns, left_ns = part.posted_ns, part.left_ns
+        if posted_ns < part.entered_ns:
+            return _Around(
+                posted=(posted_ns, lambda to: to.mpi_irecv_request(posted_ns, number)),
+                at_end=(left_ns, lambda to: to.mpi_irecv(left_ns, *about, number)),
+            )
+        return _Around(at_end=(left_ns, lambda to: to.mpi_recv(left_ns, *about)))
+
+    def _about(self, message: Message, other: int) -> tuple[int, Any, int, int]:
+        """The other rank's place in the communicator, that, the tag, and the bytes."""
+        its = message.communicator
+        return its.ranks.index(other), self._definitions.communicators[its], message.tag, message.sent.bytes
 
     def _collective(self, part: Exchange, number: int, collective: Collective) -> _Around:
         from otf2.enums import CollectiveOp, Undefined
 
-        members = _members(collective)
-        others, is_root = len(members) - 1, part.rank == collective.root
-        operation, sent, received = {
-            Pattern.ALL_TO_ALL: (CollectiveOp.ALLREDUCE, 1, 1),
-            Pattern.ALL_TO_ONE: (CollectiveOp.GATHER, not is_root, others * is_root),
-            Pattern.ONE_TO_ALL: (CollectiveOp.BCAST, others * is_root, not is_root),
-        }[collective.pattern]
-        root = members.index(collective.root) if collective.root in members else Undefined.UINT32.value
-        communicator = self._definitions.communicators[members]
-        about = (operation, communicator, root, sent * part.bytes, received * part.bytes)
-        posted_ns, entered_ns, left_ns = part.posted_ns, part.entered_ns, part.left_ns
-        if posted_ns < entered_ns:
+        its = collective.communicator
+        named = collective.operation or COMMON[collective.pattern]
+        root = its.ranks.index(collective.root) if collective.root in its.ranks else Undefined.UINT32.value
+        about = (
+            getattr(CollectiveOp, named.upper()),
+            self._definitions.communicators[its],
+            root,
+            *_sizes(part, collective),
+        )
+        posted_ns, left_ns = part.posted_ns, part.left_ns
+        if posted_ns < part.entered_ns:
             return _Around(
                 posted=(posted_ns, lambda to: to.non_blocking_collective_request(posted_ns, number)),
                 at_end=(left_ns, lambda to: to.non_blocking_collective_complete(left_ns, *about, number)),
             )
         return _Around(
-            at_beginning=(entered_ns, lambda to: to.mpi_collective_begin(entered_ns)),
+            at_beginning=(posted_ns, lambda to: to.mpi_collective_begin(posted_ns)),
             at_end=(left_ns, lambda to: to.mpi_collective_end(left_ns, *about)),
         )
+
+
+COMMON = {Pattern.ALL_TO_ALL: "allreduce", Pattern.ALL_TO_ONE: "gather", Pattern.ONE_TO_ALL: "bcast"}
+"""As what a collective stands of which only the pattern is known."""
+
+
+def _sizes(part: Exchange, collective: Collective) -> tuple[int, int]:
+    """The bytes that a rank has sent and received in a collective, from what each rank gave to it."""
+    others = [one for one in collective.parts if one is not part]
+    is_root = part.rank == collective.root
+    match collective.pattern:
+        case Pattern.ALL_TO_ONE:
+            return (0, sum(one.bytes for one in others)) if is_root else (part.bytes, 0)
+        case Pattern.ONE_TO_ALL if (collective.operation or "").startswith("scatter"):
+            given = next((one.bytes for one in collective.parts if one.rank == collective.root), 0)
+            return (given, 0) if is_root else (0, given // len(collective.parts))
+        case Pattern.ONE_TO_ALL:
+            return (part.bytes * len(others), 0) if is_root else (0, part.bytes)
+        case _:
+            return part.bytes, part.bytes

@@ -13,11 +13,13 @@ from functools import cached_property
 from pathlib import Path
 
 from rankwise.errors import TimelineError, UsageError, one_line
+from rankwise.export.parts import Collective, Communicator, Message, Region
+from rankwise.export.program_calls import ProgramCalls, program_calls
 from rankwise.ledger.phases import PHASES
 from rankwise.ledger.timeline import RankTimeline, read_timeline
 from rankwise.ledger.waits import Pattern
 from rankwise.report.exchanges import Exchange, read_exchanges
-from rankwise.report.program_trace import calls_of, read_calls, regions_of
+from rankwise.report.program_trace import read_calls
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
@@ -37,39 +39,6 @@ class PhaseTime:
 
 
 @dataclass(frozen=True)
-class Region:
-    """A stretch of one rank's time, with a name. Regions of a rank nest; of two that begin and end at the
-    same time the one with the smaller `depth` is the outer one. `numbers` tell more of it, by name, and
-    `exchange` which one it is, if it is one."""
-
-    rank: int
-    name: str
-    start_ns: int
-    end_ns: int
-    depth: int
-    numbers: tuple[tuple[str, int], ...] = ()
-    exchange: Exchange | None = None
-
-
-@dataclass(frozen=True)
-class Message:
-    """The two ends of one message."""
-
-    sent: Exchange
-    received: Exchange
-
-
-@dataclass(frozen=True)
-class Collective:
-    """The parts of the ranks that took part in one exchange together, in rank order. Of a rank whose timeline
-    is missing, or that kept another step, there is none."""
-
-    pattern: Pattern
-    root: int
-    parts: tuple[Exchange, ...]
-
-
-@dataclass(frozen=True)
 class RunContent:
     """One run. `name` is the path that was given, `timelines` those that could be read; times in them are ns
     since the start of rank 0's process. `remarks` say what is missing, a line each."""
@@ -78,8 +47,8 @@ class RunContent:
     record: Record
     timelines: tuple[RankTimeline, ...]
     remarks: tuple[str, ...]
-    calls: tuple[Region, ...] = ()
-    """Of a program without a `Run`: its calls of MPI and its regions, in order of rank and time."""
+    program: ProgramCalls | None = None
+    """Of a program without a `Run`: what it did in MPI, if its calls are there."""
 
     @cached_property
     def phases(self) -> tuple[PhaseTime, ...]:
@@ -94,9 +63,9 @@ class RunContent:
     @cached_property
     def regions(self) -> tuple[Region, ...]:
         """Epochs, and of the steps that were kept the phases and exchanges, in order of rank and time; of a
-        program its calls."""
-        if self.calls:
-            return self.calls
+        program its calls and regions."""
+        if self.program:
+            return self.program.regions
         by_rank: dict[int, list[Exchange]] = defaultdict(list)
         for exchange in self.exchanges:
             by_rank[exchange.rank].append(exchange)
@@ -105,23 +74,24 @@ class RunContent:
     @cached_property
     def messages(self) -> tuple[Message, ...]:
         """Messages of which both ends are known."""
+        if self.program:
+            return self.program.messages
+        everybody = Communicator(tuple(row.rank for row in self.record.ranks))
         parts = [one for one in self.exchanges if one.pattern in (Pattern.SEND, Pattern.RECEIVE)]
         found = []
         for ends in _together(parts):
             by_pattern = {end.pattern: end for end in ends}
             if len(by_pattern) == 2:
-                found.append(Message(by_pattern[Pattern.SEND], by_pattern[Pattern.RECEIVE]))
+                found.append(Message(by_pattern[Pattern.SEND], by_pattern[Pattern.RECEIVE], everybody))
         return tuple(found)
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
         """Exchanges of several ranks together, of which at least two parts are known."""
+        if self.program:
+            return self.program.collectives
         parts = [one for one in self.exchanges if one.pattern not in (Pattern.SEND, Pattern.RECEIVE)]
-        return tuple(
-            Collective(group[0].pattern, group[0].peer, tuple(sorted(group, key=lambda part: part.rank)))
-            for group in _together(parts)
-            if len(group) > 1
-        )
+        return tuple(_collective(group) for group in _together(parts) if len(group) > 1)
 
 
 def read_run(path: Path) -> RunContent:
@@ -131,7 +101,7 @@ def read_run(path: Path) -> RunContent:
     if not record.ranks:
         raise UsageError(f"{path} has no rank in its record: nothing to export")
     if record.is_of_calls:
-        return RunContent(str(path), record, (), *_calls(folder))
+        return _program(str(path), record, folder)
     timelines, remarks, missing = [], [], []
     for row in record.ranks:
         place = folder.timeline_of(row.rank)
@@ -150,35 +120,20 @@ def read_run(path: Path) -> RunContent:
     return RunContent(str(path), record, tuple(timelines), tuple(remarks))
 
 
-def _calls(folder: RunFolder) -> tuple[tuple[str, ...], tuple[Region, ...]]:
-    """What is missing of a program's calls, and the calls with the regions around them."""
+def _program(name: str, record: Record, folder: RunFolder) -> RunContent:
     try:
-        logs = read_calls(folder)
+        calls = program_calls(read_calls(folder))
     except TimelineError as error:
-        return (one_line(error),), ()
-    calls, count = calls_of(logs)
-    found = []
-    for log in logs:
-        found += [
-            Region(log.rank, path[-1], begins_ns, ends_ns, len(path) - 1000)
-            for path, begins_ns, ends_ns in regions_of(log, logs[0].said["start_ns"])
-        ]
-    for one in calls:
-        name = f"{one.name} at {one.place}" if one.place else one.name
-        found.append(Region(one.rank, name, one.entered_ns, one.left_ns, 0, (("bytes", one.bytes),)))
-        if one.wait_ns:
-            late = (("waited for rank", one.late),)
-            found.append(Region(one.rank, "wait", one.came_ns, one.transfer_ns, 1, late))
-            if one.transfer_ns < one.over_ns:
-                found.append(Region(one.rank, "transfer", one.transfer_ns, one.over_ns, 1))
-    found.sort(key=lambda region: (region.rank, region.start_ns, -region.end_ns, region.depth))
-    left_out = (f"{len(calls)} of {count} calls are in it, the longest",) if len(calls) < count else ()
-    return left_out, tuple(found)
+        return RunContent(name, record, (), (one_line(error),))
+    return RunContent(name, record, (), calls.remarks, calls)
 
 
 def _phases(record: Record, timelines: Iterable[RankTimeline]) -> Iterator[PhaseTime]:
     lines = {line.rank: line for line in timelines}
     for row in record.ranks:
+        if record.is_of_calls:  # which has no epochs
+            yield from (PhaseTime(row.rank, OUTSIDE, phase, ns) for phase, ns in row.phases_ns.items())
+            continue
         epochs = {int(one["epoch"]): one for one in lines[row.rank].epochs} if row.rank in lines else {}
         outside = {
             phase: row.phases_ns.get(phase, 0) - sum(int(one[phase]) for one in epochs.values())
@@ -210,7 +165,7 @@ def _regions(timeline: RankTimeline, exchanges: list[Exchange]) -> list[Region]:
     ]
     for one in exchanges:
         size = (("bytes", one.bytes),)
-        found.append(Region(rank, NAMES[one.pattern], one.entered_ns, one.left_ns, 2, size, one))
+        found.append(Region(rank, NAMES[one.pattern], one.entered_ns, one.left_ns, 2, size, (one,)))
         if one.entered_ns < one.transfer_ns:
             late = (("waited for rank", one.late),)
             found.append(Region(rank, "wait", one.entered_ns, one.transfer_ns, 3, late))
@@ -227,6 +182,11 @@ NAMES = {
     Pattern.RECEIVE: "receive",
 }
 """Regions that are exchanges, by what was exchanged."""
+
+
+def _collective(group: list[Exchange]) -> Collective:
+    parts = tuple(sorted(group, key=lambda part: part.rank))
+    return Collective(group[0].pattern, group[0].peer, parts, Communicator(tuple(one.rank for one in parts)))
 
 
 def _together(parts: list[Exchange]) -> Iterator[list[Exchange]]:

@@ -47,7 +47,8 @@ def talp(run: RunContent) -> dict[str, Any]:
     found = record.efficiency
     rows = [row for row in record.ranks if row.role != "spare"]
     if found.parallel is None or found.load_balance is None or not rows:
-        raise UsageError(f"{run.name} has no efficiencies, as nothing was trained: talp needs them")
+        why = "no rank computed" if record.is_of_calls else "nothing was trained"
+        raise UsageError(f"{run.name} has no efficiencies, as {why}: talp needs them")
     communication = found.parallel / found.load_balance
     work = ("compute",) if record.is_of_calls else USEFUL
     useful = {row.rank: _sum(row, work) for row in rows}

@@ -19,6 +19,7 @@ from rankwise.program_plan import of_world, program_plan
 from rankwise.report.progress_bar import showing_progress
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record, Target
+from rankwise.system.user_code import require_python
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,7 @@ def launch_program(order: Order, program: tuple[str, ...]) -> ProgramResult:
             return ProgramResult(stored, stored_in.path)
     if not program:
         raise ConfigError("no program was given: expected rankwise run [options] SCRIPT.py [its arguments]")
-    if not Path(program[0]).is_file():
-        raise ConfigError(f"{program[0]} is no file: expected a Python script")
+    require_python(Path(program[0]))
     if started_as_rank():
         return _program_as_given(order, program)
     for remark in order.remarks:

@@ -12,6 +12,7 @@ import psutil
 from rankwise.comm.mpi_environment import Placement, job_name
 from rankwise.errors import LaunchError, UsageError
 from rankwise.launch.order import Order, open_folder
+from rankwise.launch.plan_file import read_plan
 from rankwise.plan import RunPlan
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.program_record import begin_calls
@@ -49,12 +50,23 @@ def given_folder(order: Order, plan: RunPlan, me: Placement) -> RunFolder:
                 told = note.read_text()
                 if told.startswith("!"):
                     raise UsageError(told[1:])
-                return RunFolder(Path(told))
+                folder = RunFolder(Path(told))
+                _require_same_script(read_plan(folder), plan, me.rank)
+                return folder
         time.sleep(0.01)
     raise LaunchError(
         f"rank 0 did not say within {PLACE_S:.0f} s where the run folder is: ranks must share the folder "
         f"{note.parent.absolute()}"
     )
+
+
+def _require_same_script(first: RunPlan, mine: RunPlan, rank: int) -> None:
+    theirs, ours = first.program[0], mine.program[0]
+    if Path(theirs).name != Path(ours).name:
+        raise UsageError(
+            f"rank {rank} was given {ours}, and rank 0 {theirs}: expected one script on all ranks, which may "
+            "do something else on each"
+        )
 
 
 def _remove_at_end(note: Path) -> None:

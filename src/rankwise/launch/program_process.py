@@ -6,6 +6,7 @@ MPI is the program's: nothing here begins it, and torch is loaded by who uses it
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
 import io
 import os
@@ -15,8 +16,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 from rankwise.comm.mpi_environment import Placement, placement
 from rankwise.errors import ConfigError, Interrupted, LaunchError, ProgramEnded, RankwiseError, UsageError
@@ -31,6 +33,7 @@ from rankwise.system import machine
 from rankwise.system.files import write_atomically
 from rankwise.system.namesakes import keep_apart
 from rankwise.system.signals import handling
+from rankwise.system.user_code import is_source
 
 PLACE_S = 60.0
 """How long ranks wait for rank 0 to say where it is to be found."""
@@ -164,10 +167,25 @@ def run_script(program: Sequence[str]) -> None:
     keep_apart(folder)
     sys.path.insert(0, str(folder))
     try:
-        runpy.run_path(script, run_name="__main__")
+        if is_source(Path(script)):
+            _run_as_main(script)
+        else:
+            runpy.run_path(script, run_name="__main__")
     except SystemExit as ending:
         if ending.code not in (None, 0):
             raise ProgramEnded(ending.code) from None
+
+
+def _run_as_main(script: str) -> None:
+    """Run a file of Python's source as Python does, whose `__file__` is absolute where ``sys.argv[0]`` is as
+    it was given: a program that starts itself again looks at both. runpy makes them the same."""
+    path = os.path.join(os.getcwd(), script)
+    main = ModuleType("__main__")
+    main.__dict__.update(
+        __file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path), __builtins__=builtins
+    )
+    sys.modules["__main__"] = main
+    exec(compile(Path(script).read_bytes(), path, "exec", dont_inherit=True), main.__dict__)
 
 
 def tell_as_torchrun(me: Placement, folder: RunFolder, *, ranks: int) -> None:

@@ -4,12 +4,13 @@ with one tag on one communicator, the first receive that was begun gets the firs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.ledger.call_log import Kind, RankLog, Rows
+from rankwise.ledger.call_log import Comm, Kind, RankLog, Rows
 from rankwise.ledger.last_entry import Times
 
 NEVER = np.iinfo(np.int64).max
@@ -17,47 +18,65 @@ NEVER = np.iinfo(np.int64).max
 Ends = NDArray[Any]
 """Ends of messages of one rank, of dtype END."""
 
-END = np.dtype([(n, "i8") for n in ("row", "partner", "comm", "tag", "order", "over_ns", "over_there_ns")])
-"""`row` is that in which the rank waits for it, in the main thread; `partner` a rank of the world; `comm` the
-communicator, by a number that all ranks share; `order` when it was begun; `over_ns` when this end of it was
-over, and `over_there_ns` the other one, NEVER if that is not known."""
+END = np.dtype(
+    [
+        (name, "i8")
+        for name in (
+            *("rank", "begun", "row", "partner", "comm", "tag", "order", "over_ns", "over_there_ns"),
+        )
+    ]
+)
+"""`row` is that in which the rank waits for it and `begun` the one that began it, in the main thread (-1 in
+others); `partner` a rank of the world; `comm` the communicator, by a number that all ranks share; `order`
+when it was begun; `over_ns` when this end of it was over, and `over_there_ns` the other one, NEVER if that is
+not known."""
 
 _SENDS = (Kind.SEND, Kind.EXCHANGE)
 _RECEIVES = (Kind.RECEIVE, Kind.EXCHANGE)
 
 
-def match_ends(logs: Sequence[RankLog]) -> dict[int, tuple[Ends, Ends]]:
-    """For each rank the ends of what it sent, and of what it received or found by a probe."""
-    names = {name: number for number, name in enumerate({comm.name for log in logs for comm in log.comms})}
-    sent = {log.rank: _ends(log, names, sends=True) for log in logs}
-    received = {log.rank: _ends(log, names, sends=False) for log in logs}
-    keys_sent = [_keys(ends, rank, sends=True) for rank, ends in sent.items()]
-    keys_received = [_keys(ends, rank, sends=False) for rank, ends in received.items()]
-    keys = np.concatenate([*keys_sent, *keys_received])
+@dataclass(frozen=True)
+class Matched:
+    """All ends of messages, of all ranks in order; `to_receive` [sent] and `to_send` [received] are the
+    places of the other ends, -1 where there is none. `comms` have the numbers that ranks share."""
+
+    sent: Ends
+    received: Ends
+    to_receive: Times
+    to_send: Times
+    comms: list[Comm]
+
+
+def match(logs: Sequence[RankLog]) -> Matched:
+    """The messages of a program's ranks."""
+    comms = {comm.name: comm for log in logs for comm in log.comms}
+    names = {name: number for number, name in enumerate(comms)}
+    sent = _of_all(logs, names, sends=True)
+    received = _of_all(logs, names, sends=False)
+    keys = np.concatenate([_keys(sent, sends=True), _keys(received, sends=False)])
     _, number = np.unique(keys, axis=0, return_inverse=True) if len(keys) else (None, np.zeros(0, np.int64))
     number = number.reshape(-1)
-    count = sum(map(len, keys_sent))
-    all_sent = np.concatenate([*sent.values()]) if sent else np.zeros(0, END)
-    all_received = np.concatenate([*received.values()]) if received else np.zeros(0, END)
-    to_receive, to_send = _pairs(number[:count], all_sent, number[count:], all_received)
-    for these, there, others in ((all_sent, to_receive, all_received), (all_received, to_send, all_sent)):
+    to_receive, to_send = _pairs(number[: len(sent)], sent, number[len(sent) :], received)
+    for these, there, others in ((sent, to_receive, received), (received, to_send, sent)):
         known = there >= 0
         these["over_there_ns"][known] = others["over_ns"][there[known]]
+    return Matched(sent, received, to_receive, to_send, [*comms.values()])
+
+
+def match_ends(logs: Sequence[RankLog]) -> dict[int, tuple[Ends, Ends]]:
+    """For each rank the ends of what it sent, and of what it received or found by a probe."""
+    found = match(logs)
     of_rank = {}
-    done_sent = done_received = 0
     for log in logs:
-        more_sent, more_received = len(sent[log.rank]), len(received[log.rank])
-        mine = all_sent[done_sent : done_sent + more_sent]
-        waited = np.concatenate([all_received[done_received : done_received + more_received], _probes(log)])
-        done_sent, done_received = done_sent + more_sent, done_received + more_received
+        mine = found.sent[found.sent["rank"] == log.rank]
+        waited = np.concatenate([found.received[found.received["rank"] == log.rank], _probes(log)])
         of_rank[log.rank] = mine[mine["row"] >= 0], waited[waited["row"] >= 0]
     return of_rank
 
 
-def _keys(ends: Ends, rank: int, *, sends: bool) -> Times:
+def _keys(ends: Ends, *, sends: bool) -> Times:
     """Communicator, sender, receiver and tag of each."""
-    me = np.full(len(ends), rank)
-    pair = (me, ends["partner"]) if sends else (ends["partner"], me)
+    pair = (ends["rank"], ends["partner"]) if sends else (ends["partner"], ends["rank"])
     return np.stack([ends["comm"], *pair, ends["tag"]], axis=1)
 
 
@@ -85,10 +104,12 @@ def _count_within(groups: Times) -> Times:
     return places - np.maximum.accumulate(np.where(starts, places, 0))
 
 
-def _ends(log: RankLog, names: dict[Any, int], *, sends: bool) -> Ends:
-    main = _of_rows(log, log.rows, names, sends=sends, is_main=True)
-    beside = _of_rows(log, log.others, names, sends=sends, is_main=False)
-    return np.concatenate([main, beside])
+def _of_all(logs: Sequence[RankLog], names: dict[Any, int], *, sends: bool) -> Ends:
+    found = [np.zeros(0, END)]
+    for log in logs:
+        found.append(_of_rows(log, log.rows, names, sends=sends, is_main=True))
+        found.append(_of_rows(log, log.others, names, sends=sends, is_main=False))
+    return np.concatenate(found)
 
 
 def _of_rows(log: RankLog, rows: Rows, names: dict[Any, int], *, sends: bool, is_main: bool) -> Ends:
@@ -107,7 +128,9 @@ def _of_rows(log: RankLog, rows: Rows, names: dict[Any, int], *, sends: bool, is
         peer, tag = rows["source"][waits], rows["got_tag"][waits]
         peer = np.where(peer >= 0, peer, rows["source"][begins])
         tag = np.where(tag >= 0, tag, rows["tag"][begins])
+    ends["rank"] = log.rank
     ends["row"] = np.where(rows["kind"][waits] == posts, -1, waits) if is_main else -1
+    ends["begun"] = begins if is_main else -1
     ends["tag"], ends["order"] = tag, rows["entered_ns"][begins]
     ends["over_ns"], ends["over_there_ns"] = rows["left_ns"][waits] - rows["loads_ns"][waits], NEVER
     ends["over_ns"][(rows["left_ns"][waits] == 0) | (rows["kind"][waits] == posts)] = NEVER
@@ -120,7 +143,7 @@ def _probes(log: RankLog) -> Ends:
     rows = log.rows
     found = np.flatnonzero((rows["kind"] == Kind.PROBE) & (rows["source"] >= 0))
     ends = np.zeros(len(found), END)
-    ends["row"], ends["over_there_ns"] = found, NEVER
+    ends["rank"], ends["row"], ends["begun"], ends["over_there_ns"] = log.rank, found, found, NEVER
     _name(ends, log, rows["comm"][found], rows["source"][found], {})
     return ends
 

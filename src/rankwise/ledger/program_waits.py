@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankwise.ledger.call_log import Kind, RankLog, Rows
+from rankwise.ledger.call_log import Comm, Kind, RankLog, Rows
 from rankwise.ledger.last_entry import Times, last_before, last_to_come
 from rankwise.ledger.message_ends import Ends, match_ends
 
@@ -33,9 +33,11 @@ class Waits:
 @dataclass(frozen=True)
 class _Rank:
     """A rank's log with what the comparison asks of it often: when its calls came to MPI, after pickling, and
-    left it, before unpickling; `in_order` are the rows that are entries, and `entries` their times."""
+    left it, before unpickling, those of other threads behind those of the main one; `in_order` are the rows
+    that are entries (-1 in other threads), and `entries` their times."""
 
     log: RankLog
+    count: int
     came: Times
     left: Times
     in_order: Times
@@ -49,8 +51,8 @@ def find_waits(logs: Sequence[RankLog]) -> dict[int, Waits]:
         rank: Waits(*(np.full(len(its.log.rows), none) for none in (0, -1, -1)))
         for rank, its in ranks.items()
     }
-    until = {rank: its.came.copy() for rank, its in ranks.items()}
-    for exchange in _collectives(ranks):
+    until = {rank: its.came[: its.count].copy() for rank, its in ranks.items()}
+    for exchange in collectives(logs):
         _compare_collectives(exchange, ranks, until, found)
     ends = match_ends(logs)
     for rank, its in ranks.items():
@@ -58,9 +60,9 @@ def find_waits(logs: Sequence[RankLog]) -> dict[int, Waits]:
             _compare_messages(its, of_rank, ranks, until[rank], found[rank])
     for rank, its in ranks.items():
         _gather_parts(its, until[rank], found[rank])
-        mine, rows = found[rank], its.log.rows
-        longest = np.minimum(its.left - its.came, rows["inside_ns"] - rows["dumps_ns"] - rows["loads_ns"])
-        mine.wait_ns = np.clip(until[rank] - its.came, 0, np.maximum(longest, 0))
+        mine, rows, came, left = found[rank], its.log.rows, its.came[: its.count], its.left[: its.count]
+        longest = np.minimum(left - came, rows["inside_ns"] - rows["dumps_ns"] - rows["loads_ns"])
+        mine.wait_ns = np.clip(until[rank] - came, 0, np.maximum(longest, 0))
         mine.wait_ns[~np.isin(rows["kind"], _WAITING)] = 0
         nobody = (mine.wait_ns == 0) | (mine.late < 0)
         mine.wait_ns[nobody], mine.late[nobody], mine.late_row[nobody] = 0, -1, -1
@@ -68,59 +70,68 @@ def find_waits(logs: Sequence[RankLog]) -> dict[int, Waits]:
 
 
 def _prepared(log: RankLog) -> _Rank:
-    rows = log.rows
+    rows = np.concatenate([log.rows, log.others])
     left = np.where(rows["left_ns"] > 0, rows["left_ns"], np.iinfo(np.int64).max)
     came = np.minimum(rows["entered_ns"] + rows["dumps_ns"], left)
     left = np.maximum(left - rows["loads_ns"], came)
-    others = log.others
-    all_came = np.concatenate([came, others["entered_ns"] + others["dumps_ns"]])
-    numbers = np.concatenate([np.arange(len(rows)), np.full(len(others), -1)])
-    is_entry = np.isin(np.concatenate([rows["kind"], others["kind"]]), _ENTRIES)
-    order = np.argsort(all_came[is_entry], kind="stable")
-    return _Rank(log, came, left, numbers[is_entry][order], all_came[is_entry][order])
+    numbers = np.arange(len(rows))
+    numbers[len(log.rows) :] = -1
+    is_entry = np.isin(rows["kind"], _ENTRIES)
+    order = np.argsort(came[is_entry], kind="stable")
+    return _Rank(log, len(log.rows), came, left, numbers[is_entry][order], came[is_entry][order])
 
 
 @dataclass(frozen=True)
-class _Exchanges:
-    """The collectives of one communicator that all its members have come to: rows [members, exchanges]."""
+class Exchanges:
+    """The collectives of one communicator that all its members have come to: rows [members, exchanges], where
+    those of other threads are counted behind those of the main one; `members` as they are ordered in the
+    world."""
 
+    comm: Comm
     members: tuple[int, ...]
     rows: Times
 
 
-def _collectives(ranks: dict[int, _Rank]) -> Iterator[_Exchanges]:
+def collectives(logs: Sequence[RankLog]) -> Iterator[Exchanges]:
     """The collectives of each communicator, as far as all members have logged them: the first on one is the
     first on all."""
+    comms = {comm.name: comm for log in logs for comm in log.comms}
     rows_of: dict[tuple[tuple[int, ...], int], dict[int, Times]] = defaultdict(dict)
-    for rank, its in ranks.items():
-        rows = its.log.rows
+    for log in logs:
+        rows = np.concatenate([log.rows, log.others])
         which = np.flatnonzero(np.isin(rows["kind"], _COLLECTIVE) & (rows["comm"] >= 0))
-        which = which[np.argsort(rows["comm"][which], kind="stable")]
+        which = which[np.lexsort((rows["entered_ns"][which], rows["comm"][which]))]
         if not len(which):
             continue
         numbers, starts = np.unique(rows["comm"][which], return_index=True)
         for number, of_it in zip(numbers.tolist(), np.split(which, starts[1:]), strict=True):
-            rows_of[its.log.comms[number].name][rank] = of_it
-    for (members, _), of_rank in rows_of.items():
+            rows_of[log.comms[number].name][log.rank] = of_it
+    for name, of_rank in rows_of.items():
+        members, _ = name
         there = tuple(rank for rank in members if rank in of_rank)
         if len(there) > 1 and len(there) == len(members):
             count = min(len(of_rank[rank]) for rank in there)
-            yield _Exchanges(there, np.stack([of_rank[rank][:count] for rank in there]))
+            yield Exchanges(comms[name], there, np.stack([of_rank[rank][:count] for rank in there]))
 
 
 def _compare_collectives(
-    these: _Exchanges, ranks: dict[int, _Rank], until: dict[int, Times], found: dict[int, Waits]
+    these: Exchanges, ranks: dict[int, _Rank], until: dict[int, Times], found: dict[int, Waits]
 ) -> None:
     entries = np.stack([ranks[rank].came[rows] for rank, rows in zip(these.members, these.rows, strict=True)])
     left = np.stack([_over(ranks[rank], rows) for rank, rows in zip(these.members, these.rows, strict=True)])
     last, late = last_to_come(entries, left)
     members = np.array(these.members)
+    counts = np.array([ranks[rank].count for rank in these.members])
+    told = np.where(
+        these.rows < counts[:, None], these.rows, -1
+    )  # waits, and their ends, are the main threads'
     for place, rank in enumerate(these.members):
-        rows = these.rows[place]
-        until[rank][rows] = last[place]
-        found[rank].late[rows] = members[late[place]]
-        found[rank].late_row[rows] = np.take_along_axis(these.rows, late[[place]], axis=0)[0]
-        nobody = late[place] == place
+        mine = told[place] >= 0
+        rows = told[place][mine]
+        until[rank][rows] = last[place][mine]
+        found[rank].late[rows] = members[late[place]][mine]
+        found[rank].late_row[rows] = np.take_along_axis(told, late[[place]], axis=0)[0][mine]
+        nobody = late[place][mine] == place
         found[rank].late[rows[nobody]] = -1
 
 
@@ -128,7 +139,7 @@ def _over(rank: _Rank, rows: Times) -> Times:
     """When collectives were over for a rank: those in the background with the wait that ended them."""
     left = rank.left[rows].copy()
     log = rank.log.rows
-    posted = log["kind"][rows] == Kind.POST_COLLECTIVE
+    posted = np.concatenate([log["kind"], rank.log.others["kind"]])[rows] == Kind.POST_COLLECTIVE
     if posted.any():
         ends = _ends(log)
         left[posted] = [ends.get(int(row), 0) for row in rows[posted]]
@@ -165,18 +176,20 @@ def _compare_messages(its: _Rank, ends: Ends, ranks: dict[int, _Rank], until: Ti
     until[row], found.late[row], found.late_row[row] = until[post], found.late[post], found.late_row[post]
 
 
-def _heads(rows: Rows) -> Times:
-    """For each row the one of which it is a part, itself if it is none."""
-    return np.maximum.accumulate(np.where(rows["kind"] == Kind.PART, 0, np.arange(len(rows))))
+def heads(rows: Rows) -> Times:
+    """For each row the one of which it is a part, itself if it is none. Between the two may stand what the
+    log took itself, where it went on in a new piece of its file."""
+    between = np.isin(rows["kind"], (Kind.PART, Kind.INSTRUMENT))
+    return np.maximum.accumulate(np.where(between, 0, np.arange(len(rows))))
 
 
 def _gather_parts(its: _Rank, until: Times, found: Waits) -> None:
     """A wait lasts until the last of its parts."""
     rows = its.log.rows
     parts = np.flatnonzero(rows["kind"] == Kind.PART)
-    heads = _heads(rows)[parts]
+    of_part = heads(rows)[parts]
     for place in np.argsort(until[parts], kind="stable"):  # the last one stays
-        part, head = parts[place], heads[place]
+        part, head = parts[place], of_part[place]
         if found.late[part] >= 0 and until[part] > until[head]:
             until[head], found.late[head] = until[part], found.late[part]
             found.late_row[head] = found.late_row[part]

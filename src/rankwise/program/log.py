@@ -46,8 +46,8 @@ class ThreadLog:
     """The rows of one thread. `busy` while it is inside a call: of calls inside calls the outermost counts.
 
     `last` is the first row of the file. `dumps_ns`, `loads_ns` and `bytes` are the pickling of the call that
-    is open; `polled` are polls of which the last found nothing, so that another one of the same site goes on
-    in it.
+    is open, `loaded` those of the bytes that it has unpickled; `polled` are polls of which the last found
+    nothing, so that another one of the same site goes on in it.
     """
 
     __slots__ = (
@@ -59,6 +59,7 @@ class ThreadLog:
         "dumps_ns",
         "end",
         "last",
+        "loaded",
         "loads_ns",
         "polled",
         "status",
@@ -69,7 +70,7 @@ class ThreadLog:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self.busy = False
         self.at = self.end = 0
-        self.dumps_ns = self.loads_ns = self.bytes = 0
+        self.dumps_ns = self.loads_ns = self.bytes = self.loaded = 0
         self.polled: Polls | None = None
         self.status: Any = None
         self.taken = 0

@@ -16,8 +16,8 @@ class Requests:
         self._world = world
         self.open = begun
         """The row that began each, and whether only its end tells who sent."""
-        self.persistent: dict[int, tuple[Kind, int, int, int]] = {}
-        """What is started later: kind, communicator, the other rank, tag."""
+        self.persistent: dict[int, tuple[Kind, int, int, int, int]] = {}
+        """What is started later: kind, communicator, the other rank, tag, bytes."""
         self._found: dict[int, tuple[int, int, int]] = {}
 
     def made(self, result: Any) -> None:

@@ -233,6 +233,7 @@ class Session:
             if log is not None and log.busy:
                 log.loads_ns += now() - began_ns
                 log.bytes += len(content)
+                log.loaded += len(content)
             return result
 
         if not self._seen.off:

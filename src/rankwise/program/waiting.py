@@ -11,9 +11,10 @@ from rankwise.ledger.call_log import Kind
 from rankwise.program.calls import parameters
 from rankwise.program.log import ENTERED_AT, PUT, SITE_AT, SIZE, Polls, ThreadLog
 from rankwise.program.places import OURS, Places
-from rankwise.program.wrappers import Method, Seen, frame_of, named, now, thread, with_status
+from rankwise.program.wrappers import Method, Seen, bytes_of, frame_of, named, now, thread, with_status
 
 _NOT_OPEN = (-1, False)
+_UNKNOWN = (Kind.PLAIN, -1, -1, -1, 0)
 _PART = int(Kind.PART)
 
 
@@ -92,7 +93,7 @@ def waiting_for_one(seen: Seen, method: Method, name: str) -> Method:
         PUT(
             *(log.buffer, at, kind, site, -1, -1, -1, entered, left, left - entered, *pickling, -1, -1, -1, 0)
         )
-        log.dumps_ns = log.loads_ns = log.bytes = 0
+        log.dumps_ns = log.loads_ns = log.bytes = log.loaded = 0
         if begun >= 0:
             _part(log, begun, status, left)
         log.busy = False
@@ -139,6 +140,7 @@ def beginning(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
     """A call that makes a request which is started later."""
     names = parameters(method.__doc__)
     at = names.index("dest" if "dest" in names else "source") + 1 if kind is not Kind.POST_COLLECTIVE else -1
+    buffer_name = next((name for name in names[:1] if name in ("buf", "sendbuf")), "")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
@@ -148,7 +150,9 @@ def beginning(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
             if at >= 0:
                 peer = args[at] if len(args) > at else kwargs.get(names[at - 1], -1)
                 tag = args[at + 1] if len(args) > at + 1 else kwargs.get("tag", tag)
-            seen.requests.persistent[result.handle] = kind, seen.world.add(args[0]), peer, tag
+            buffer = args[1] if buffer_name and len(args) > 1 else kwargs.get(buffer_name)
+            its = kind, seen.world.add(args[0]), peer, tag, bytes_of(buffer)
+            seen.requests.persistent[result.handle] = its
         return result
 
     return named(call, method)
@@ -171,16 +175,16 @@ def starting(seen: Seen, method: Method, name: str) -> Method:
         finally:
             left = now()
             for request in given if isinstance(given, list | tuple) else ():
-                kind, comm, peer, tag = seen.requests.persistent.get(request.handle, (Kind.PLAIN, -1, -1, -1))
+                kind, comm, peer, tag, size = seen.requests.persistent.get(request.handle, _UNKNOWN)
                 source = peer if kind is Kind.POST_RECEIVE else -1
+                at = log.at if log.at < log.end else log.grow()
                 seen.requests.open[request.handle] = (
                     log.count,
                     kind is Kind.POST_RECEIVE and (source < 0 or tag < 0),
                 )
-                at = log.at if log.at < log.end else log.grow()
                 log.at = at + SIZE
                 times = entered, left, left - entered
-                PUT(log.buffer, at, kind, site, comm, peer, tag, *times, 0, 0, 0, source, tag, -1, 0)
+                PUT(log.buffer, at, kind, site, comm, peer, tag, *times, 0, 0, size, source, tag, -1, 0)
                 entered = left  # the first of several has it all
             log.polled = None
             log.busy = False
@@ -231,7 +235,7 @@ class Row:
             *(buffer, at, self._kind, *self._named, -1, -1, self._entered_ns, left, inside_ns),
             *(log.dumps_ns, log.loads_ns, log.bytes, source, -1, -1, count if self._polls else 0),
         )
-        log.dumps_ns = log.loads_ns = log.bytes = 0
+        log.dumps_ns = log.loads_ns = log.bytes = log.loaded = 0
         return left
 
 

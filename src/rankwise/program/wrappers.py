@@ -44,11 +44,14 @@ def logged(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
     """A call that is one row from entry to exit; `kind` says what it waits for."""
     names = parameters(method.__doc__)
     peer_at = _first(names, "dest", "root", "source")
-    tag_at = _first(names, "tag", "sendtag")
+    also_sends = name.startswith("Isendrecv")  # whose row is that of the receive
+    tag_at = _first(names, "tag", "recvtag" if also_sends else "sendtag")
+    sent_tag_at = _first(names, "sendtag") + 1
     source_at = _first(names, "source") if kind in (*_RECEIVING, Kind.POST_RECEIVE) else -1
     status_at = _first(names, "status") if kind in _RECEIVING else -1
     peer_name, tag_name = _name(names, peer_at), _name(names, tag_at)
     buffer_at = 0 if name[0].isupper() and names and names[0] in ("buf", "sendbuf") else -1
+    buffer_name = _name(names, buffer_at)
     of_message = names[:1] != ["comm"] and method.__qualname__.startswith("Message.")
     posts = Kind.POST_COLLECTIVE <= kind <= Kind.POST_RECEIVE
     is_message = kind in (*_RECEIVING, Kind.SEND, Kind.POST_SEND, Kind.POST_RECEIVE)
@@ -58,6 +61,7 @@ def logged(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
     makes = name in MAKERS
     # What hangs on the name alone is found out now: an enumeration's names take time in each call.
     known, number, failed, finds = seen.comms.get, int(kind), int(Kind.FAILED), kind is Kind.PROBE
+    exchanges = kind is Kind.EXCHANGE  # whose row is that of what is sent
     names_comm, receives_later = not of_message and kind is not Kind.PLAIN, kind is Kind.POST_RECEIVE
     has_peer, has_tag, has_source = peer_at >= 0, is_message and tag_at >= 0, is_message and source_at >= 0
     has_status, has_buffer, peer_at, tag_at = status_at >= 0, buffer_at >= 0, peer_at + 1, tag_at + 1
@@ -93,7 +97,7 @@ def logged(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
             source = args[source_at] if len(args) > source_at else kwargs.get("source", -1)
         if has_status:
             args, kwargs, status = with_status(log, seen.mpi, args, kwargs, status_at)
-        elif of_message:
+        if of_message:
             comm, source, tag = seen.requests.message(args[0])
         elif is_free:
             seen.world.forget(args[0])
@@ -106,7 +110,7 @@ def logged(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
             result = method(*args, **kwargs)
         except BaseException:
             log.note(failed, site, entered, now())
-            log.dumps_ns = log.loads_ns = log.bytes = 0
+            log.dumps_ns = log.loads_ns = log.bytes = log.loaded = 0
             log.busy = False
             raise
         left = now()
@@ -117,10 +121,12 @@ def logged(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
             try:
                 size = args[1].nbytes
             except (IndexError, AttributeError):
-                size = bytes_of(args[1:2])
+                size = bytes_of(args[1] if len(args) > 1 else kwargs.get(buffer_name))
         elif pickles and log.bytes:
             dumps_ns, loads_ns, size = log.dumps_ns, log.loads_ns, log.bytes
-            log.dumps_ns = log.loads_ns = log.bytes = 0
+            if exchanges:
+                size -= log.loaded
+            log.dumps_ns = log.loads_ns = log.bytes = log.loaded = 0
         at = log.at
         if at >= log.end:
             at = log.grow()
@@ -130,6 +136,12 @@ def logged(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
         PUT(where, at, *row, -1, 0)
         if posts:
             begun[result.handle] = at // SIZE + log.taken - BEFORE, receives_later and (source < 0 or tag < 0)
+            if also_sends:
+                tag = args[sent_tag_at] if len(args) > sent_tag_at else kwargs.get("sendtag", 0)
+                at = log.at if log.at < log.end else log.grow()
+                log.at = at + SIZE
+                row = (int(Kind.POST_SEND), site, comm, peer, tag, left, left, 0, 0, 0, size, -1, -1)
+                PUT(log.buffer, at, *row, -1, 0)
         elif makes:
             seen.requests.made(result)
         elif finds and source >= 0:
@@ -160,7 +172,11 @@ def bytes_of(buffer: Any) -> int:
     try:
         return int(buffer.nbytes)
     except (AttributeError, TypeError, ValueError):
-        return len(buffer) if isinstance(buffer, bytes | bytearray) else 0
+        pass
+    try:
+        return memoryview(buffer).nbytes
+    except (TypeError, ValueError, BufferError):
+        return 0
 
 
 def named(call: Method, method: Method) -> Method:

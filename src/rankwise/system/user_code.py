@@ -1,4 +1,4 @@
-"""Users' own code by ``module:attribute``."""
+"""Users' own code: by ``module:attribute``, and scripts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import importlib.util
 import os
 import sys
 import threading
+import warnings
+import zipfile
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
+from importlib.util import MAGIC_NUMBER
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rankwise.errors import UsageError, one_line
+from rankwise.errors import ConfigError, UsageError, one_line
 
 _lock = threading.RLock()
 _added: list[str] = []
@@ -30,6 +34,32 @@ def import_from(path: str, what: str, error: type[UsageError]) -> Any:
         return getattr(import_users(module), attribute)
     except Exception as reason:
         raise error(f"{what} {path} cannot be imported: {one_line(reason)}") from reason
+
+
+def is_source(script: Path) -> bool:
+    """Whether a file is Python's source, and neither compiled already nor a package in one file."""
+    with script.open("rb") as file:
+        return not (file.read(len(MAGIC_NUMBER)) == MAGIC_NUMBER or zipfile.is_zipfile(script))
+
+
+def require_python(script: Path) -> None:
+    """Raises ConfigError if a script cannot be run: it is no file, cannot be read, or is no Python."""
+    if not script.is_file():
+        raise ConfigError(f"{script} is no file: expected a Python script")
+    try:
+        if not is_source(script):
+            return
+        content = script.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python gives them when it runs
+            compile(content, str(script), "exec", dont_inherit=True)
+    except OSError as error:
+        raise ConfigError(f"{script} cannot be read: {error.strerror or error}") from None
+    except SyntaxError as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise ConfigError(f"{script} is no Python{where}: {error.msg}; expected a Python script") from None
+    except ValueError as error:
+        raise ConfigError(f"{script} is no Python: {one_line(error)}; expected a Python script") from None
 
 
 def import_users(module: str) -> ModuleType:
