@@ -261,18 +261,6 @@ def test_starts_in_the_same_second_get_folders_of_their_own(monkeypatch: pytest.
         its.release()
 
 
-@pytest.mark.full
-def test_of_two_starts_at_once_one_trains(command: Command, tmp_path: Path) -> None:
-    """Two processes that start into one folder at the same instant: one trains, and ends with 0; the other is
-    refused with 2, and the folder holds the whole run of the one."""
-    words = [command.python, "-m", "rankwise", "train", *TINY, "--out", "run", "--epochs", "40"]
-    starts = [command.start(*words) for _ in range(2)]
-    told = [start.communicate(timeout=120)[1] for start in starts]
-    assert sorted(start.returncode for start in starts) == [0, 2], told
-    record = RunFolder(tmp_path / "run").read()
-    assert (record.outcome, len(record.epochs)) == ("completed", 40)
-
-
 def test_resume_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """--resume alone takes the stored options; on a completed run it says so and exits with 0; more
     --epochs go on; fewer than are trained, and another model, are refused."""

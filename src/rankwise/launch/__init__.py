@@ -19,6 +19,7 @@ from rankwise.program_plan import of_world, program_plan
 from rankwise.report.progress_bar import showing_progress
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record, Target
+from rankwise.system.files import misspelt
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def launch(order: Order) -> Result:
     by_mpiexec = plan.ranks > 1 or plan.hosts is not None
     if by_mpiexec:
         find_mpiexec()  # before anything is decoded or written
-    for remark in preflight.remarks(plan):
-        order.say(remark)
     with showing_progress(order.console) as on_progress:
         prepared = preflight.prepare(plan, on_progress)
+    for remark in preflight.remarks(plan):  # of a run that can begin
+        order.say(remark)
     with run_folder(order, plan) as folder:
         if by_mpiexec:
             written = run_by_mpiexec(order, prepared, folder)
@@ -107,7 +108,8 @@ def launch_program(order: Order, program: tuple[str, ...]) -> ProgramResult:
     if not program:
         raise ConfigError("no program was given: expected rankwise run [options] SCRIPT.py [its arguments]")
     if not Path(program[0]).is_file():
-        raise ConfigError(f"{program[0]} is no file: expected a Python script")
+        what = f"is no file{misspelt(Path(program[0]))}"
+        raise ConfigError(f"{program[0]} {what}: expected a Python script")
     if started_as_rank():
         return _program_as_given(order, program)
     for remark in order.remarks:

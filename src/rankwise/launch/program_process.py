@@ -160,8 +160,9 @@ def run_script(program: Sequence[str]) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a pipe's is kept back until it is full
             stream.reconfigure(line_buffering=True)
     sys.argv = list(program)
-    folder = Path(script).resolve().parent
-    keep_apart(folder)
+    path = Path(script).resolve()
+    folder = path.parent
+    keep_apart(folder, path)
     sys.path.insert(0, str(folder))
     try:
         runpy.run_path(script, run_name="__main__")
