@@ -228,6 +228,7 @@ world.close()
 """
 
 
+@pytest.mark.ulfm
 @pytest.mark.mpi
 @pytest.mark.cold
 @pytest.mark.timeout(240)

@@ -253,9 +253,8 @@ class RunFolder:
 
 def no_run(path: Path, lacks: str) -> str:
     """What a path is that is no run folder."""
-    if not path.exists():
-        return f"{path} does not exist{misspelt(path)}: expected a run folder"
-    return f"{path} holds no run: there is no {lacks} in it"
+    hint = "" if path.exists() else misspelt(path)
+    return f"{path} holds no run: there is no {lacks} in it{hint}"
 
 
 def new_run_paths(name: str) -> Iterator[Path]:

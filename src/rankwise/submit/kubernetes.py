@@ -217,8 +217,13 @@ class Kubernetes:
                 )
         if not re.fullmatch(r"/[\w./-]*[\w-]", self.mount):
             raise ConfigError(f"--mount {self.mount} was given, expected an absolute path, e.g. /shared")
-        if self.cpus_per_rank < 1:
-            raise ConfigError(f"--cpus-per-rank {self.cpus_per_rank} was given, expected 1 or more")
+        if not re.fullmatch(r"[\w.:/@-]+", self.image):
+            raise ConfigError(
+                f"--image {self.image!r} was given, expected a name, e.g. registry.example/rankwise"
+            )
+        for option, given, least in (("cpus-per-rank", self.cpus_per_rank, 1), ("notice", self.notice, 0)):
+            if given < least:
+                raise ConfigError(f"--{option} {given} was given, expected {least} or more")
 
 
 class _Readable(yaml.SafeDumper):
