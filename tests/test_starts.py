@@ -55,6 +55,7 @@ WAYS = [(what, ranks, resumes) for what in ("train", "run") for ranks in (1, 2) 
 
 
 @pytest.mark.mpi
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("what", "ranks", "resumes"), daily(WAYS, [("train", 1, False), ("train", 2, True), ("run", 1, True)])
 )
@@ -76,10 +77,10 @@ def test_one_start_is_in_a_folder(
         go.unlink()
     words = [what, "--resume", "run", "--epochs", "2"] if resumes else begins
     starts = [command.start(command.python, "-m", "rankwise", *words) for _ in range(2)]
-    wait_for(lambda: any(start.poll() is not None for start in starts))
+    wait_for(lambda: any(start.poll() is not None for start in starts), 400)
     assert sorted(start.poll() is None for start in starts) == [False, True]  # none ends well before it may
     go.touch()
-    told = [start.communicate(timeout=120)[1] for start in starts]
+    told = [start.communicate(timeout=200)[1] for start in starts]
     assert sorted(start.returncode for start in starts) == [0, 2], told
     (refused,) = (text for start, text in zip(starts, told, strict=True) if start.returncode == 2)
     (*_, line) = refused.splitlines()  # behind a remark that --epochs is another one

@@ -41,8 +41,9 @@ def namesakes(folder: Path, script: Path | None = None) -> dict[str, Path | None
     ours = sys.stdlib_module_names - {*sys.builtin_module_names, *_LOADED_AT_START, *_OF_NOBODY}
     own = {path.stem: path for path in folder.glob("*.py")}
     own |= {path.parent.name: path for path in folder.glob("*/__init__.py")}  # a package comes first
-    others = own.keys() - sys.stdlib_module_names
-    if others := {name for name in others if _is_installed(name, folder)}:
+    ways = _ways_elsewhere(folder)
+    others = {name for name in own.keys() - sys.stdlib_module_names if name.isidentifier()}
+    if others := {name for name in others if PathFinder.find_spec(name, ways) is not None}:
         ours |= others & needed()
     return {name: None if path == script else path for name, path in sorted(own.items()) if name in ours}
 
@@ -107,7 +108,8 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname in self._found:
-            return _elsewhere(fullname, self._folder)
+            ways = _ways_elsewhere(self._folder)
+            return FrozenImporter.find_spec(fullname) or PathFinder.find_spec(fullname, ways)
         own = self._found.get(fullname.removeprefix(ALIAS)) if fullname.startswith(ALIAS) else None
         if own is None:
             return None
@@ -115,14 +117,9 @@ class _Finder(MetaPathFinder):
         return spec_from_file_location(fullname, own, submodule_search_locations=inside)
 
 
-def _elsewhere(name: str, folder: Path) -> ModuleSpec | None:
-    """A module as it would be found without what is in `folder`."""
-    ways = [way for way in sys.path if Path(way or ".").resolve() != folder]
-    return FrozenImporter.find_spec(name) or PathFinder.find_spec(name, ways)
-
-
-def _is_installed(name: str, folder: Path) -> bool:
-    return name.isidentifier() and _elsewhere(name, folder) is not None
+def _ways_elsewhere(folder: Path) -> list[str]:
+    """Where modules are found but for `folder`."""
+    return [way for way in sys.path if Path(way or ".").resolve() != folder]
 
 
 def _modules_of(its: Distribution) -> Iterator[str]:
