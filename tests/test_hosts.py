@@ -135,7 +135,9 @@ def test_a_user_of_another_host_goes_to_ssh(monkeypatch: pytest.MonkeyPatch) -> 
     words = command_line(Mpiexec(Path("m"), "mpiexec (Open MPI) 5.0.11"), 3, ["program"], hosts=hosts)
     assert words[words.index("--host") + 1] == "here:2,me@there:1"
     words = command_line(Mpiexec(Path("m"), "HYDRA build details: Version: 5.0.2"), 3, ["p"], hosts=hosts)
-    assert words == ["m", "-n", "3", "-hosts", "me@here:2,me@there:1", "-launcher", "ssh", "p"]
+    assert words == [
+        *("m", "-n", "3", "-prepend-rank", "-hosts", "me@here:2,me@there:1", "-launcher", "ssh", "p")
+    ]
 
 
 def test_two_machines_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -121,6 +121,20 @@ def test_namesakes_are_those_of_python_and_of_what_rankwise_needs(tmp_path: Path
     assert set(namesakes(tmp_path)) == {"queue", "torch", "yaml", "PIL", "rankwise"}
 
 
+def test_a_programs_lines_go_out_whole(tmp_path: Path) -> None:
+    """In one piece each, with PYTHONUNBUFFERED, too, or lines of several ranks would mix."""
+    (tmp_path / "prog.py").write_text("print('one', 2)\nprint('three', end='', flush=True)\nprint(' four')")
+    code = "from rankwise.launch.program_process import run_script; run_script(['prog.py'])"
+    read, write = os.pipe2(os.O_DIRECT)  # keeps apart what is written apart
+    try:
+        words = [sys.executable, "-u", "-P", "-c", code]
+        subprocess.run(words, cwd=tmp_path, stdout=write, timeout=60, check=True)
+        assert [os.read(read, 4096) for _ in range(3)] == [b"one 2\n", b"three", b" four\n"]
+    finally:
+        os.close(read)
+        os.close(write)
+
+
 def test_python_m_rankwise_takes_nothing_from_the_folder(folder: Path) -> None:
     """`python -m` looks into the current folder first; rankwise does so last."""
     done = python(folder, "-m", "rankwise", "presets")

@@ -78,7 +78,13 @@ def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Re
                 command = command_line(
                     mpiexec, plan.processes, program, survives=survives, hosts=plan.host_list
                 )
-            ending = supervise(command, show, folder.failure.exists, is_rank=mpiexec is None)
+            ending = supervise(
+                command,
+                show,
+                folder.failure.exists,
+                is_rank=mpiexec is None,
+                is_hydra=mpiexec is not None and mpiexec.is_hydra,
+            )
             if plan.program and not folder.record.exists():
                 return close_calls(ending, folder, plan)
             try:

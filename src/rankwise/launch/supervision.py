@@ -36,6 +36,9 @@ does not do it when a rank was lost before."""
 _MARK = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
 """What Open MPI's mpiexec puts in front of a rank's line, with --output tag."""
 
+_MARK_OF_HYDRA = re.compile(r"\[(\d+)\] ")
+"""What MPICH's puts there with -prepend-rank."""
+
 
 @dataclass(frozen=True)
 class MpiexecResult:
@@ -61,13 +64,15 @@ def supervise(
     failed: Callable[[], bool] = lambda: False,
     *,
     is_rank: bool = False,
+    is_hydra: bool = False,
 ) -> MpiexecResult:
     """Run mpiexec to its end, in a session of its own so that a terminal's Ctrl-C does not reach it.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 here become SIGUSR1 to mpiexec, which passes it on to the ranks
     untouched (SIGTERM it would follow with SIGKILL a quarter of a second later). A second one ends the ranks
     at once. `show` gets what ranks print, line by line; mpiexec's own banners are held back. `failed` says
-    whether a rank has left word that the run fails. With `is_rank` the command is the only rank itself.
+    whether a rank has left word that the run fails. With `is_rank` the command is the only rank itself, with
+    `is_hydra` it is MPICH's or Intel MPI's mpiexec, told to put each line's rank in front of it.
     """
     try:
         process = subprocess.Popen(
@@ -88,7 +93,7 @@ def supervise(
         threading.Thread(
             target=_pass_on,
             args=(stream, stream is process.stderr, show, banners),
-            kwargs={"is_rank": is_rank},
+            kwargs={"is_rank": is_rank, "is_hydra": is_hydra},
         )
         for stream in (process.stdout, process.stderr)
     ]
@@ -158,7 +163,13 @@ def _end_session(leader: int) -> None:
 
 
 def _pass_on(
-    stream: IO[bytes], is_error: bool, show: Callable[[Line], None], banners: list[str], *, is_rank: bool
+    stream: IO[bytes],
+    is_error: bool,
+    show: Callable[[Line], None],
+    banners: list[str],
+    *,
+    is_rank: bool,
+    is_hydra: bool,
 ) -> None:
     """Show a stream line by line, but keep aside what mpiexec and MPI say themselves: banners between two
     rulers of dashes, which say in twenty lines what rankwise says in one."""
@@ -175,6 +186,8 @@ def _pass_on(
             parts: list[tuple[int | None, str]] = [
                 (int(mark[1]), line[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)
             ]
+        elif is_hydra and (mark := _MARK_OF_HYDRA.match(line)):
+            parts = [(int(mark[1]), line[mark.end() :])]
         elif line.startswith(("prterun", "mpirun", "mpiexec", "Abort(", "NBC_Progress:")):
             banners.append(line)
             continue
@@ -187,6 +200,9 @@ def _pass_on(
         else:
             parts = [(None, line)]
         for rank, text in parts:
+            if is_hydra and text.startswith("Abort("):
+                banners.append(text)
+                continue
             if text.startswith(_NOISE):  # of MPI, where a rank was lost; an empty line follows
                 banners.append(text)
                 noisy.add(rank)
