@@ -84,7 +84,7 @@ def test_one_start_is_in_a_folder(
     assert sorted(start.returncode for start in starts) == [0, 2], told
     (refused,) = (text for start, text in zip(starts, told, strict=True) if start.returncode == 2)
     (*_, line) = refused.splitlines()  # behind a remark that --epochs is another one
-    assert line.startswith("rankwise: run is in use by process ")
+    assert line.startswith("rankwise: run is in use by ")  # a process, once that has written its number
     left = RunFolder(tmp_path / "run").read()
     assert (left.outcome, len(left.epochs)) == ("completed", 1 + resumes)
 
