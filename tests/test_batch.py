@@ -79,7 +79,9 @@ def test_a_job_of_one_task_has_room_for_all_its_cores(
     words = command_line(OPEN_MPI, 4, ["program"])
     assert words[words.index("ras") + 1] == "^slurm,pbs,tm,lsf,gridengine"
     assert "numa" in words
-    assert command_line(MPICH, 4, ["p"]) == ["mpiexec", "-n", "4", "-rmk", "user", "-launcher", "fork", "p"]
+    assert command_line(MPICH, 4, ["p"]) == [
+        *("mpiexec", "-n", "4", "-prepend-rank", "-rmk", "user", "-launcher", "fork", "p")
+    ]
     monkeypatch.delenv("SLURM_JOB_ID")
     assert "ras" not in command_line(OPEN_MPI, 4, ["program"])
 

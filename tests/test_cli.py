@@ -86,6 +86,20 @@ BAD_INPUT = [
     (["doctor", "--speed", "--model", "resnet10"], ["resnet"]),
     (["doctor", "--speed", "--batch-size", "0"], ["--batch-size 0", "1"]),
     (["doctor", "--speed", "--threads", "-1"], ["--threads -1", "1"]),
+    (["doctor", "--speed", "--threads", "1.5"], ["--threads", "1.5", "whole"]),
+    (["data", "prepare", "folder:x", "--image-size", "6.5"], ["--image-size", "6.5", "whole"]),
+    (["data", "list", "--cache-dir", __file__], ["--cache-dir", "no folder"]),
+    (["run", "--strategy", "allredcue", __file__], ["allreduce"]),
+    (["run", "--compress", "int9", __file__], ["int8"]),
+    (["predict", "--measure", "--network", "10gb"], ["10gbe"]),
+    (["predict", "--measure", "--ranks", "tow"], ["--ranks tow", "1-8"]),
+    (["predict", "--measure", "--strategy", "allredcue"], ["allreduce"]),
+    (["predict", "--measure", "--output", "nowhere/p.html"], ["nowhere"]),
+    (["submit", "slurm", *DIGITS, "--nodes", "1.6"], ["--nodes", "1.6", "whole"]),
+    (["submit", "slurm", *DIGITS, "--time-limit", "2hours"], ["time", "2hours", "02:00:00"]),
+    (["submit", "slurm", *DIGITS, "--memory", "8GG"], ["mem", "8GG", "8G"]),
+    (["submit", "kubernetes", *DIGITS, "--notice", "-1"], ["--notice -1", "0"]),
+    (["submit", "kubernetes", *DIGITS, "--image", ""], ["--image ''", "registry"]),
 ]
 
 
@@ -103,6 +117,35 @@ def test_bad_input(
     assert all(word in lines[0] for word in expected), lines[0]
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+MISSPELT = [
+    (["run", "porgram.py"], "program.py"),
+    (["runs", "rnus"], "runs"),
+    (["stop", "runs/frist"], "runs/first"),
+    (["report", "runs/frist"], "runs/first"),
+    (["evaluate", "runs/frist"], "runs/first"),
+    (["train", "--resume", "runs/frist"], "runs/first"),
+    (["train", *DIGITS, "--init", "runs/frist"], "runs/first"),
+    (["train", *DIGITS, "--hostfile", "hsots"], "hosts"),
+    (["train", *DIGITS, "--config", "mien.toml"], "mine.toml"),
+    (["train", "--dataset", "folder:imagse"], "images"),
+]
+
+
+@pytest.mark.parametrize(("words", "meant"), MISSPELT, ids=lambda value: " ".join(value)[-60:])
+def test_a_path_that_is_wrong_by_a_letter(
+    words: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What does not exist, but is like something that does, is refused in one line that names that."""
+    for folder in ("runs/first", "images"):
+        Path(folder).mkdir(parents=True)
+    for name in ("program.py", "hosts", "mine.toml"):
+        Path(name).touch()
+    assert call(*words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"did you mean {meant}?" in error or f"did you mean {Path(meant).absolute()}?" in error
 
 
 def test_no_mpi_for_several_ranks(
@@ -259,18 +302,6 @@ def test_starts_in_the_same_second_get_folders_of_their_own(monkeypatch: pytest.
     assert len({its.folder.path for its in opened}) == 8
     for its in opened:
         its.release()
-
-
-@pytest.mark.full
-def test_of_two_starts_at_once_one_trains(command: Command, tmp_path: Path) -> None:
-    """Two processes that start into one folder at the same instant: one trains, and ends with 0; the other is
-    refused with 2, and the folder holds the whole run of the one."""
-    words = [command.python, "-m", "rankwise", "train", *TINY, "--out", "run", "--epochs", "40"]
-    starts = [command.start(*words) for _ in range(2)]
-    told = [start.communicate(timeout=120)[1] for start in starts]
-    assert sorted(start.returncode for start in starts) == [0, 2], told
-    record = RunFolder(tmp_path / "run").read()
-    assert (record.outcome, len(record.epochs)) == ("completed", 40)
 
 
 def test_resume_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

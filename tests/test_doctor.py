@@ -60,3 +60,13 @@ def test_doctor_names_the_library_that_is_loaded() -> None:
     assert facts["mpi"]["library_because"]
     assert facts["mpi"]["mpiexec"] in facts["mpi"]["installed"]
     assert page(facts) is not None
+
+
+@pytest.mark.parametrize("name", ["MPI4PY_LIBMPI", "MPI4PY_MPIABI"])
+def test_a_variable_that_names_no_mpi_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Where mpi4py is told to load what is not there, the line names the variable, and not a package."""
+    monkeypatch.setenv(name, "nowhere")
+    problems: list[str] = []
+    mpi.examine_mpi(problems)
+    assert problems[-1].startswith("no MPI library can be loaded (")
+    assert problems[-1].endswith(f"unset {name}=nowhere, or mend it")

@@ -60,6 +60,7 @@ def test_a_hostfile_is_that_of_mpiexec(tmp_path: Path) -> None:
         ("a:0", "host a has '0' slots, expected a number of 1 or more"),
         ("a:two", "'two' slots"),
         ("a:2,,b:2", "'' is no name of a host"),
+        ("", "'' is no name of a host"),  # of a variable that nobody has set
         ("-oProxyCommand=x:1", "is no name of a host"),
     ],
 )
@@ -136,7 +137,9 @@ def test_a_user_of_another_host_goes_to_ssh(monkeypatch: pytest.MonkeyPatch) -> 
     words = command_line(Mpiexec(Path("m"), "mpiexec (Open MPI) 5.0.11"), 3, ["program"], hosts=hosts)
     assert words[words.index("--host") + 1] == "here:2,me@there:1"
     words = command_line(Mpiexec(Path("m"), "HYDRA build details: Version: 5.0.2"), 3, ["p"], hosts=hosts)
-    assert words == ["m", "-n", "3", "-hosts", "me@here:2,me@there:1", "-launcher", "ssh", "p"]
+    assert words == [
+        *("m", "-n", "3", "-prepend-rank", "-hosts", "me@here:2,me@there:1", "-launcher", "ssh", "p")
+    ]
 
 
 def test_two_machines_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -365,6 +368,29 @@ def test_pods_get_a_rank_each(tmp_path: Path) -> None:
         words = command_line(mpiexec, 2, ["hostname"], hosts=read_hostfile(hostfile))
         assert hostnames(made, words, tmp_path, **settings) == names
         assert hostnames(made, [str(mpiexec.path), "-n", "2", "hostname"], tmp_path, **settings) == names
+
+
+@pytest.mark.full
+@pytest.mark.mpi
+def test_a_job_of_pbs_has_all_its_hosts(tmp_path: Path) -> None:
+    """A training in a job of PBS, started as in its script, puts ranks on all of the job's hosts: as many on
+    each as it has lines in the node file."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts(None, None) as made:
+        nodes = tmp_path / "nodes"
+        nodes.write_text("".join(f"{made.names[host]}\n" for host in (0, 0, 1)))
+        job = {"PBS_ENVIRONMENT": "PBS_BATCH", "PBS_JOBID": "7.server", "PBS_NODEFILE": str(nodes)}
+        words = ["--dataset", "digits", "--model", "mlp", "--lr", "0.01", "--epochs", "2", "--out", "run"]
+        program = [sys.executable, "-m", "rankwise", "train", "--ranks", "3", *words]
+        process = made.start(*program, environment=mpi_environment() | job, cwd=tmp_path)
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        record = RunFolder(tmp_path / "run").read()
+        assert [(its.name, its.ranks) for its in record.environment.hosts] == [
+            (made.names[0], 2),
+            (made.names[1], 1),
+        ]
 
 
 @pytest.mark.mpi

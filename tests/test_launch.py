@@ -69,12 +69,12 @@ def test_a_batch_job_of_several_hosts_is_left_to_mpiexec(monkeypatch: pytest.Mon
     tolerant = command_line(OPEN_MPI, 8, ["program"], survives=True)
     assert tolerant == [*start, "--with-ft", "ulfm", *SURVIVING_BETWEEN_HOSTS, *bound, "program"]
     assert "slot:OVERSUBSCRIBE" in command_line(OPEN_MPI, 9, ["program"])
-    assert command_line(MPICH, 8, ["program"]) == ["mpiexec", "-n", "8", "program"]
+    assert command_line(MPICH, 8, ["program"]) == ["mpiexec", "-n", "8", "-prepend-rank", "program"]
 
 
 def test_other_mpis_get_no_options_of_open_mpi() -> None:
-    """MPICH's mpiexec is given the number of ranks alone."""
-    assert command_line(MPICH, 3, ["program"]) == ["mpiexec", "-n", "3", "program"]
+    """MPICH's mpiexec is given the number of ranks, and that it is to mark their lines."""
+    assert command_line(MPICH, 3, ["program"]) == ["mpiexec", "-n", "3", "-prepend-rank", "program"]
 
 
 def test_pauses_grow_only_while_nothing_comes_of_it() -> None:
@@ -111,6 +111,20 @@ def test_what_is_marked_as_a_ranks_is_no_banner() -> None:
     assert shown == [
         Line(text, rank, False) for text, rank in (("-" * 60, 2), ("d", 2), ("a", 0), ("b", 1), ("c", 0))
     ]
+
+
+def test_lines_of_mpich_have_their_rank_and_its_own_words_are_held_back() -> None:
+    """By the mark of -prepend-rank; what a rank prints between lines of dashes, or in brackets, stays."""
+    ruler = "-" * 60
+    words = [f"[1] {ruler}", "[1] d", f"[1] {ruler}", "[0] [3] a", "[0] ", "[1] Abort(5) on node 1", "[x] b"]
+    shown: list[Line] = []
+    code = f"print({chr(10).join(words)!r})"
+    ending = supervise(start([sys.executable, "-c", code], shown.append, is_hydra=True))
+    assert [(line.rank, line.text) for line in shown] == [
+        *((1, ruler), (1, "d"), (0, "[3] a"), (0, ""), (None, "[x] b")),
+        (1, ruler),  # behind which something might have come
+    ]
+    assert ending.last_words == "Abort(5) on node 1"
 
 
 def test_an_mpiexec_that_does_not_end_its_ranks_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,7 @@ world.close()
 """
 
 
+@pytest.mark.ulfm
 @pytest.mark.mpi
 @pytest.mark.cold
 @pytest.mark.timeout(240)
@@ -273,4 +274,4 @@ def test_ranks_that_cannot_map_it_go_by_messages(command: Command, tmp_path: Pat
     (tmp_path / "unshared.py").write_text(UNSHARED)
     done = command.mpiexec(2, "unshared.py")
     assert done.code == 0, done
-    assert done.out.splitlines() == ["memory of another rank cannot be mapped (not allowed)"] * 2
+    assert done.out.count("memory of another rank cannot be mapped (not allowed)") == 2

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 
 from rankwise.comm.mpi_environment import mpi_environment
+from rankwise.system.namesakes import namesakes
+
+from .conftest import Command
+from .test_starts import LOOP
+from .tiny import DATASET, MODEL
 
 PROGRAM = """
 import random, tempfile
@@ -18,17 +23,52 @@ assert random.mine == mine == "yours"
 import helper
 assert helper.mine == "yours"
 assert tempfile._Random is not None   # Python's own, which takes Python's random
-import importlib
+import importlib.util
 assert importlib.import_module("fractions").Fraction(1, 2) == 0.5
+
+import secrets.inner as inner, secrets
+from secrets import inner as again
+assert secrets.inner is inner is again and inner.mine == secrets.mine == "yours"
+assert importlib.import_module("secrets").token_hex   # Python's
+
+import numpy
+assert numpy.mine == "yours"
+from rankwise.ledger.waits import np as numpy_of_a_library
+assert numpy_of_a_library.zeros(1).shape == (1,)
+assert "site-packages" in importlib.util.find_spec("torch").origin
+
+import pickle
+found = pickle.loads(pickle.dumps(secrets.Kept(1)))
+assert type(found) is secrets.Kept and found.default == 1
 print("went well")
+"""
+
+PACKAGE = """
+from __future__ import annotations
+import dataclasses
+from . import inner
+from secrets.inner import mine
+import secrets.inner
+
+@dataclasses.dataclass
+class Kept:
+    number: dataclasses.InitVar[int]   # told from a field by looking into the class's own module
+    def __post_init__(self, number):
+        self.default = number
 """
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where a user has files that Python has, too, and a program that means its own."""
-    for name in ("statistics", "random", "fractions", "tokenize"):
+    """Where a user has files and packages that Python or a library has, too, and a program that means its
+    own."""
+    for name in ("statistics", "random", "fractions", "tokenize", "numpy", "torch", "rich"):
         (tmp_path / f"{name}.py").write_text('mine = "yours"\n')
+    for name in ("secrets", "logging"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text('mine = "yours"\n')
+        (tmp_path / name / "inner.py").write_text('mine = "yours"\n')
+    (tmp_path / "secrets" / "__init__.py").write_text(PACKAGE)
     (tmp_path / "helper.py").write_text("from random import mine\n")
     (tmp_path / "prog.py").write_text(PROGRAM)
     return tmp_path
@@ -46,6 +86,53 @@ def test_a_program_has_its_own_and_libraries_have_pythons(folder: Path) -> None:
     code = "from rankwise.launch.program_process import run_script; run_script(['prog.py'])"
     done = python(folder, "-P", "-c", code)
     assert (done.returncode, done.stdout) == (0, "went well\n"), done.stderr
+
+
+@pytest.mark.full
+@pytest.mark.mpi
+def test_namesakes_do_no_harm_to_trainings(command: Command, folder: Path) -> None:
+    """In such a folder `rankwise train` and a loop of the user's own train on two ranks, and the loop has its
+    own files all the same."""
+    words = ["--dataset", DATASET, "--model", MODEL, "--epochs", "1", "--ranks", "2"]
+    done = command.rankwise("train", *words, "--out", "trained", cwd=folder)
+    assert done.code == 0, done
+    (folder / "loop.py").write_text(f"{LOOP}\n{PROGRAM}")
+    (folder / "patient.py").write_text("def wait(): pass")
+    (folder / "torch.py").unlink()  # the loop means the library
+    done = command.rankwise("run", "--ranks", "2", "--out", "run", "loop.py", cwd=folder)
+    assert done.code == 0, done
+    assert done.out.count("went well") == 2
+
+
+def test_a_script_called_like_a_module_imports_that(tmp_path: Path) -> None:
+    """`rankwise run random.py` whose script, or a helper of it, says `import random` gets Python's."""
+    (tmp_path / "random.py").write_text('import random, helper; print(random.choice("a"), helper.found)')
+    (tmp_path / "helper.py").write_text('import random\nfound = random.choice("b")\n')
+    code = "from rankwise.launch.program_process import run_script; run_script(['random.py'])"
+    done = python(tmp_path, "-P", "-c", code)
+    assert (done.returncode, done.stdout) == (0, "a b\n"), done.stderr
+
+
+def test_namesakes_are_those_of_python_and_of_what_rankwise_needs(tmp_path: Path) -> None:
+    """A package of the user's that another program has installed, too, stays as under plain Python, and so do
+    names that no library imports."""
+    for name in ("queue", "torch", "yaml", "PIL", "rankwise", "pip", "test", "this", "os", "sys", "mine"):
+        (tmp_path / f"{name}.py").write_text("")
+    assert set(namesakes(tmp_path)) == {"queue", "torch", "yaml", "PIL", "rankwise"}
+
+
+def test_a_programs_lines_go_out_whole(tmp_path: Path) -> None:
+    """In one piece each, with PYTHONUNBUFFERED, too, or lines of several ranks would mix."""
+    (tmp_path / "prog.py").write_text("print('one', 2)\nprint('three', end='', flush=True)\nprint(' four')")
+    code = "from rankwise.launch.program_process import run_script; run_script(['prog.py'])"
+    read, write = os.pipe2(os.O_DIRECT)  # keeps apart what is written apart
+    try:
+        words = [sys.executable, "-u", "-P", "-c", code]
+        subprocess.run(words, cwd=tmp_path, stdout=write, timeout=60, check=True)
+        assert [os.read(read, 4096) for _ in range(3)] == [b"one 2\n", b"three", b" four\n"]
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def test_python_m_rankwise_takes_nothing_from_the_folder(folder: Path) -> None:

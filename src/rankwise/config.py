@@ -23,7 +23,8 @@ from pydantic import (
     ValidationError,
 )
 
-from rankwise.errors import ConfigError, unknown_name
+from rankwise.errors import ConfigError, one_line, unknown_name
+from rankwise.system.files import misspelt
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -523,7 +524,7 @@ def read_table(path: Path, kind: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the {kind} file {path}: {error}") from None
+        raise ConfigError(f"cannot read the {kind} file {path}: {one_line(error)}{misspelt(path)}") from None
 
 
 def read_toml(path: Path, known: Collection[str] | None = None) -> dict[str, Any]:

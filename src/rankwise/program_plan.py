@@ -10,7 +10,7 @@ from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError
 from rankwise.plan import RunPlan, check_faults, choose_on_failure, ranks_of, resolve
 from rankwise.runs import trackers
-from rankwise.strategies import entry_of
+from rankwise.strategies import compression, entry_of
 from rankwise.strategies.base import Strategy
 from rankwise.strategies.gradients import GradientAveraging
 from rankwise.strategies.single import Single
@@ -34,6 +34,9 @@ def program_plan(
     Raises ConfigError, one line, for what such a loop cannot have.
     """
     if ranks_of(config, hosts_asked_for(config.hosts, config.hostfile)) == 1:
+        if config.strategy is not None:
+            entry_of(config.strategy)  # on one rank it is taken as single, but a name that is none is told
+        compression.parse(config.compress)
         given = {name: its for name, its in config.given().items() if name not in OF_SEVERAL}
         plan = resolve(TrainConfig(**given))
     else:

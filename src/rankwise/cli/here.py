@@ -22,6 +22,7 @@ from rankwise.cli.options import (
     data_app,
     stdout,
 )
+from rankwise.system.numbers import WHOLE
 
 if TYPE_CHECKING:
     from rankwise.data import Dataset
@@ -99,9 +100,11 @@ def doctor(
     model: Annotated[
         str, Parameter(help="With --speed: the network, on 3x32x32 and 10 classes.")
     ] = "paper-cnn",
-    batch_size: Annotated[int, Parameter(help="With --speed: samples of the step.")] = 16,
+    batch_size: Annotated[int, WHOLE, Parameter(help="With --speed: samples of the step.")] = 16,
     threads: Annotated[
-        int | None, Parameter(help="With --speed: arithmetic threads of the step; otherwise all cores.")
+        int | None,
+        WHOLE,
+        Parameter(help="With --speed: arithmetic threads of the step; otherwise all cores."),
     ] = None,
     format: Format = "text",
     debug: Debug = False,

@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions
 
 from rankwise.config import GROUPS, TrainConfig, preset_names, read_preset, read_toml
 from rankwise.errors import TrainingError
+from rankwise.system.numbers import WHOLE
 
 if TYPE_CHECKING:
     from rankwise.runs.record import Record
@@ -36,6 +37,7 @@ DataDir = Annotated[Path | None, Parameter(help="Archive or folder that holds th
 CacheDir = Annotated[Path | None, Parameter(help="Where decoded images are kept.")]
 ImageSize = Annotated[
     int | None,
+    WHOLE,
     Parameter(
         help="folder: cut and scale all images to squares of so many pixels.",
         validator=Number(gte=1, lte=4096),

@@ -147,11 +147,15 @@ def predict(
     """Predict an epoch's time on other numbers of ranks, batches, strategies and networks, from short
     runs."""
     from rankwise.prediction import page
+    from rankwise.prediction.predict import check
     from rankwise.prediction.predict import predict as predict_epochs
     from rankwise.prediction.source import read_source
 
     given = {"dataset": dataset, "data_dir": data_dir, "cache_dir": cache_dir, "model": model}
     options = {name: value for name, value in given.items() if value is not None}
+    check(wishes)
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UsageError(f"--output {output} was given, but there is no folder {output.absolute().parent}")
     if measure:
         from rankwise.studies.calibration import measure as run_shortly
 

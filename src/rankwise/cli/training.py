@@ -28,6 +28,7 @@ from rankwise.cli.options import (
 )
 from rankwise.config import TrainConfig, preset_names, preset_text
 from rankwise.submit import Kubernetes, Slurm, hand_over, work_of
+from rankwise.system.numbers import WHOLE
 
 
 @app.command(help_formatter=InGroups())
@@ -104,7 +105,9 @@ def reproduce(
     dataset: DatasetName = "cifar10",
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
-    repeats: Annotated[int, Parameter(help="Seeds 0, 1, ...; from 2 on results come with intervals.")] = 1,
+    repeats: Annotated[
+        int, WHOLE, Parameter(help="Seeds 0, 1, ...; from 2 on results come with intervals.")
+    ] = 1,
     quick: Annotated[bool, Parameter(negative="", help="A short form of a few minutes.")] = False,
     task: Annotated[
         Literal["images", "language"],
@@ -114,13 +117,15 @@ def reproduce(
         Path | None,
         Parameter(help="language: a text file in UTF-8; by default Python's own help, 0.5 MB."),
     ] = None,
-    ranks: Annotated[int | None, Parameter(help="language: ranks that train. By default 4.")] = None,
+    ranks: Annotated[int | None, WHOLE, Parameter(help="language: ranks that train. By default 4.")] = None,
     tokens: Annotated[
         int | None,
+        WHOLE,
         Parameter(help="language: characters that all ranks of a final run train. By default 4096000."),
     ] = None,
     width: Annotated[
         int | None,
+        WHOLE,
         Parameter(
             help="language: width of the transformer, which has a layer for each 32: by default 128, "
             "with 0.8 M parameters; 64 has 0.1 M."

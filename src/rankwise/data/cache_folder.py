@@ -26,8 +26,11 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def cache_folders(cache_dir: Path | None) -> list[Path]:
-    """Where finished datasets may stand: the folder that was asked for, or the user's and the fallback."""
+    """Where finished datasets may stand: the folder that was asked for, or the user's and the fallback.
+    Raises DataError for one that is no folder."""
     if cache_dir is not None:
+        if cache_dir.exists() and not cache_dir.is_dir():
+            raise DataError(f"--cache-dir {cache_dir} was given, which is no folder")
         return [cache_dir.absolute()]
     home, fallback = _home(), private_place()
     return [*([home] if home else []), *([fallback] if is_private(fallback) else [])]

@@ -53,7 +53,8 @@ def examine_mpi(problems: list[str]) -> dict[str, Any]:
         [sys.executable, "-c", _LOAD_MPI], capture_output=True, text=True, check=False, timeout=60
     )
     if answer.returncode:
-        problems.append(answer.stderr.strip().splitlines()[-1])
+        last = (answer.stderr.strip() or "MPI cannot be loaded").splitlines()[-1]
+        problems.append(last.removeprefix("rankwise.errors.LaunchError: "))
         return found
     found["library"], path = json.loads(answer.stdout.splitlines()[-1])
     found |= {"library_path": path, "library_because": why_loaded(path, os.environ, sys.prefix)}

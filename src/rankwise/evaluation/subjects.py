@@ -22,6 +22,7 @@ from rankwise.data.sources.trees import open_tree
 from rankwise.errors import DataError
 from rankwise.evaluation.trained import TrainedRun
 from rankwise.runs.record import Seen
+from rankwise.system.files import misspelt
 from rankwise.training.loop import evaluation_batch
 
 Batch = tuple[Tensor, Tensor | None]
@@ -50,7 +51,9 @@ def subject_of(run: TrainedRun, on: str | None, data_dir: Path | None, report: R
     if path.exists():
         return _of_files(run, path, on)
     if path.suffix and ":" not in on:
-        raise DataError(f"{on} does not exist: expected an image, a folder or zip of images, or a dataset")
+        raise DataError(
+            f"{on} does not exist{misspelt(path)}: expected an image, a folder or zip of images, or a dataset"
+        )
     return _of_dataset(run, on, data_dir, report)
 
 

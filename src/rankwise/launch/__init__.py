@@ -69,10 +69,10 @@ def launch(order: Order) -> Result:
     by_mpiexec = plan.ranks > 1 or plan.hosts is not None
     if by_mpiexec:
         find_mpiexec()  # before anything is decoded or written
-    for remark in preflight.remarks(plan):
-        order.say(remark)
     with showing_progress(order.console) as on_progress:
         prepared = preflight.prepare(plan, on_progress)
+    for remark in preflight.remarks(plan):  # of a run that can begin
+        order.say(remark)
     with run_folder(order, plan) as folder:
         if by_mpiexec:
             written = run_by_mpiexec(order, prepared, folder)

@@ -100,9 +100,10 @@ def _crowded(mapping: str) -> list[str]:
 
 def _for_others(mpiexec: Mpiexec, hosts: Sequence[Host], job: Allocation | None) -> list[str]:
     """For MPICH and those made from it, whose launcher is Hydra."""
+    words = ["-prepend-rank"] if mpiexec.is_hydra else []
     if hosts:
-        words = ["-hosts", ",".join(map(str, hosts)), "-launcher", "ssh"]
+        words += ["-hosts", ",".join(map(str, hosts)), "-launcher", "ssh"]
         agent = os.environ.get(AGENT)
         return [*words, "-launcher-exec", agent] if agent else words
     alone = job is not None and job.host_count == 1
-    return ["-rmk", "user", "-launcher", "fork"] if alone and mpiexec.is_hydra else []
+    return [*words, "-rmk", "user", "-launcher", "fork"] if alone and mpiexec.is_hydra else words

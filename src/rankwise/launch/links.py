@@ -54,7 +54,8 @@ def survey(hosts: Sequence[Host], say: Callable[[str], None]) -> dict[str, Any]:
     program = [sys.executable, "-m", "rankwise.launch.links"]
     if pairs:
         single = [Host(host.name, 1) for host in hosts]
-        ending = supervise(start(command_line(mpiexec, len(hosts), program, hosts=single), hear))
+        command = command_line(mpiexec, len(hosts), program, hosts=single)
+        ending = supervise(start(command, hear, is_hydra=mpiexec.is_hydra))
         if len(links) < pairs:
             words = " ".join(ending.last_words.split())[:300] or f"mpiexec ended with code {ending.code}"
             raise LaunchError(f"{pairs - len(links)} of {pairs} links could not be measured: {words}")

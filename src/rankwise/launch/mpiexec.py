@@ -117,8 +117,9 @@ def _start(plan: RunPlan, folder: RunFolder, show: Callable[[Line], None], mark:
     if plan.program and plan.processes == 1 and not plan.hosts:
         return start(program, show, is_rank=True)
     survives = plan.on_failure == "continue"
-    words = command_line(find_mpiexec(), plan.processes, program, survives=survives, hosts=plan.host_list)
-    return start(words, show)
+    mpiexec = find_mpiexec()
+    words = command_line(mpiexec, plan.processes, program, survives=survives, hosts=plan.host_list)
+    return start(words, show, is_hydra=mpiexec.is_hydra)
 
 
 def _note_losses(folder: RunFolder, ending: MpiexecResult, lost_hosts: Sequence[str]) -> None:

@@ -28,13 +28,15 @@ from rankwise.training.settled import SETTLED
 class Order:
     """A run to start: its options as given, and where words about it go.
 
-    `resume` goes on in that folder. With `tune` trials find out first how to run it. `remarks` are for the
-    user. `asked_ns` is when it was given, on `time.monotonic_ns`'s clock. What a program prints on stdout
-    goes to stdout, or with `keeps_stdout` to stderr.
+    `resume` goes on in that folder, in which the run was as `stored` when the order was made. With `tune`
+    trials find out first how to run it. `remarks` are for the user. `asked_ns` is when it was given, on
+    `time.monotonic_ns`'s clock. What a program prints on stdout goes to stdout, or with `keeps_stdout` to
+    stderr.
     """
 
     config: TrainConfig
     resume: Path | None = None
+    stored: Record | None = None
     tune: bool = False
     remarks: tuple[str, ...] = ()
     keeps_stdout: bool = False
@@ -115,6 +117,8 @@ def open_folder(order: Order, plan: RunPlan) -> OpenFolder:
     try:
         if order.resume is None:
             folder.require_no_run()  # which another start may have made since it was looked at last
+        elif order.stored is not None and _differ(folder.read(), order.stored):
+            raise ResumeError(f"another start has gone on with {folder.path} meanwhile: look at it first")
         folder.forget_failures()
         folder.forget_resize()
         write_plan(folder, order.config, plan.with_options(out=folder.path))
@@ -124,6 +128,10 @@ def open_folder(order: Order, plan: RunPlan) -> OpenFolder:
         opened.release()
         raise
     return opened
+
+
+def _differ(one: Record, other: Record) -> bool:
+    return one.model_dump_json() != other.model_dump_json()  # in which not a number equals itself
 
 
 def _made(order: Order, plan: RunPlan) -> tuple[RunFolder, list[Path]]:
@@ -191,7 +199,7 @@ def resumed(order: Order, folder: RunFolder, stored: Record) -> Order:
         config = given.over(known).model_copy(update={"out": folder.path})
     except ConfigError as error:
         raise ResumeError(f"the options stored in {folder.path} do not fit: {error}") from None
-    return replace(order, config=config, remarks=tuple(remarks))
+    return replace(order, config=config, stored=stored, remarks=tuple(remarks))
 
 
 def to_arguments(config: TrainConfig) -> list[str]:

@@ -160,11 +160,14 @@ def run_script(program: Sequence[str]) -> None:
     modules are found. Raises ProgramEnded if it ends with another exit code than 0."""
     script, *_ = program
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a pipe's is kept back until it is full
-            stream.reconfigure(line_buffering=True)
+        if isinstance(stream, io.TextIOWrapper):
+            # Line by line: a pipe's is kept back until it is full, and with PYTHONUNBUFFERED, as in
+            # containers, a line goes out in parts, between which mpiexec may put those of another rank.
+            stream.reconfigure(line_buffering=True, write_through=False)
     sys.argv = list(program)
-    folder = Path(script).resolve().parent
-    keep_apart(folder)
+    path = Path(script).resolve()
+    folder = path.parent
+    keep_apart(folder, path)
     sys.path.insert(0, str(folder))
     try:
         if is_source(Path(script)):

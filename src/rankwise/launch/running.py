@@ -19,9 +19,10 @@ from rankwise.launch.generations import resized
 from rankwise.launch.order import Order
 from rankwise.launch.plan_file import read_plan
 from rankwise.runs import resize as change
-from rankwise.runs.folder import RunFolder
+from rankwise.runs.folder import RunFolder, no_run
 from rankwise.runs.record import Record
 from rankwise.survival.beats import live_processes
+from rankwise.system.files import misspelt
 
 State = Literal["starting", "running", "elsewhere", "died", "completed", "interrupted", "failed", "damaged"]
 """`elsewhere`: on another machine, where it runs as far as its record says; `died`: its processes are gone
@@ -84,7 +85,8 @@ def list_runs(folder: Path) -> list[RunLine]:
     """The runs in a folder, or the run that it is, in the order of their names. Raises UsageError if there is
     no such folder, or no run in it."""
     if not folder.is_dir():
-        raise UsageError(f"{folder} does not exist: expected a folder with runs in it, or a run folder")
+        what = "is no folder" if folder.exists() else f"does not exist{misspelt(folder)}"
+        raise UsageError(f"{folder} {what}: expected a folder with runs in it, or a run folder")
     try:
         paths = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     except OSError as error:
@@ -172,7 +174,7 @@ def _has_open(pid: int, path: Path) -> bool:
 def _running(path: Path, what: str) -> RunLine:
     """A run that goes on here. Raises UsageError for another, of which one wants to do `what`."""
     if not _is_run(path):
-        raise UsageError(f"{path} holds no run: there is no plan.json or record.json in it")
+        raise UsageError(no_run(path, "plan.json or record.json"))
     line = look(path)
     if line.state in ("completed", "interrupted", "failed"):
         assert line.record is not None

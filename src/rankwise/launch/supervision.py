@@ -36,6 +36,9 @@ does not do it when a rank was lost before."""
 _MARK = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
 """What Open MPI's mpiexec puts in front of a rank's line, with --output tag."""
 
+_MARK_OF_HYDRA = re.compile(r"\[(\d+)\] ")
+"""What MPICH's puts there with -prepend-rank."""
+
 
 @dataclass(frozen=True)
 class MpiexecResult:
@@ -103,11 +106,14 @@ class Line:
     is_error: bool
 
 
-def start(command: list[str], show: Callable[[Line], None], *, is_rank: bool = False) -> Started:
+def start(
+    command: list[str], show: Callable[[Line], None], *, is_rank: bool = False, is_hydra: bool = False
+) -> Started:
     """Start mpiexec in a session of its own, so that a terminal's Ctrl-C does not reach it.
 
     `show` gets what ranks print, line by line; mpiexec's own banners are held back. With `is_rank` the
-    command is the only rank itself. Raises LaunchError.
+    command is the only rank itself, with `is_hydra` it is MPICH's or Intel MPI's mpiexec, told to put each
+    line's rank in front of it. Raises LaunchError.
     """
     try:
         process = subprocess.Popen(
@@ -126,7 +132,8 @@ def start(command: list[str], show: Callable[[Line], None], *, is_rank: bool = F
     started = Started(process, [])
     for stream in (process.stdout, process.stderr):
         words = (stream, stream is process.stderr, show, started.banners)
-        reader = threading.Thread(target=_pass_on, args=words, kwargs={"is_rank": is_rank})
+        which = {"is_rank": is_rank, "is_hydra": is_hydra}
+        reader = threading.Thread(target=_pass_on, args=words, kwargs=which)
         started.readers.append(reader)
         reader.start()
     return started
@@ -193,7 +200,13 @@ def _end_session(leader: int) -> None:
 
 
 def _pass_on(
-    stream: IO[bytes], is_error: bool, show: Callable[[Line], None], banners: list[str], *, is_rank: bool
+    stream: IO[bytes],
+    is_error: bool,
+    show: Callable[[Line], None],
+    banners: list[str],
+    *,
+    is_rank: bool,
+    is_hydra: bool,
 ) -> None:
     """Show a stream line by line, but keep aside what mpiexec and MPI say themselves: banners between two
     rulers of dashes, which say in twenty lines what rankwise says in one."""
@@ -210,6 +223,8 @@ def _pass_on(
             parts: list[tuple[int | None, str]] = [
                 (int(mark[1]), line[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)
             ]
+        elif is_hydra and (mark := _MARK_OF_HYDRA.match(line)):
+            parts = [(int(mark[1]), line[mark.end() :])]
         elif line.startswith(("prterun", "mpirun", "mpiexec", "Abort(", "NBC_Progress:")):
             banners.append(line)
             continue
@@ -222,6 +237,9 @@ def _pass_on(
         else:
             parts = [(None, line)]
         for rank, text in parts:
+            if is_hydra and text.startswith("Abort("):
+                banners.append(text)
+                continue
             if text.startswith(_NOISE):  # of MPI, where a rank was lost; an empty line follows
                 banners.append(text)
                 noisy.add(rank)

@@ -15,6 +15,7 @@ from rankwise.prediction.network import read_network
 from rankwise.prediction.options import PredictionOptions
 from rankwise.prediction.points import Place, Point, best_of, predict_point
 from rankwise.prediction.source import Source
+from rankwise.strategies import compression, entry_of
 
 MOST_RANKS = 10_000
 MOST_POINTS = 64
@@ -80,6 +81,16 @@ def predict(source: Source, wanted: PredictionOptions) -> Prediction:
         points,
         _remarks(source, points, last),
     )
+
+
+def check(wanted: PredictionOptions) -> None:
+    """What can be said of the options before there is a source. Raises ConfigError, one line."""
+    if wanted.network:
+        read_network(wanted.network)
+    read_ranks(wanted.ranks, wanted.samples or MOST_RANKS)
+    if wanted.strategy:
+        entry_of(wanted.strategy)
+    compression.parse(wanted.compress or "none")
 
 
 def _resolved(source: Source, wanted: PredictionOptions, ranks: int) -> RunPlan:

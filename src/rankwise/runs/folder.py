@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from rankwise.errors import ResumeError, StorageError, SupersededError, UsageError, one_line
 from rankwise.runs.record import SCHEMA_VERSION, Epoch, Outcome, Record
-from rankwise.system.files import Claimed, claim, write_atomically, write_first
+from rankwise.system.files import Claimed, claim, misspelt, write_atomically, write_first
 
 UNWRITTEN = {
     "rank": -1,
@@ -229,7 +229,7 @@ class RunFolder:
     def read(self) -> Record:
         """The record. Raises ResumeError if there is none, or it is damaged or of a newer version."""
         if not self.record.is_file():
-            raise ResumeError(f"{self.path} holds no run: there is no record.json in it")
+            raise ResumeError(no_run(self.path, "record.json"))
         try:
             content = json.loads(self.record.read_bytes())
             version = content.get("schema_version")
@@ -264,6 +264,12 @@ class RunFolder:
         record = self.read()
         if record.outcome == "running":
             self.write(record.model_copy(update={"outcome": outcome, "message": message}))
+
+
+def no_run(path: Path, lacks: str) -> str:
+    """What a path is that is no run folder."""
+    hint = "" if path.exists() else misspelt(path)
+    return f"{path} holds no run: there is no {lacks} in it{hint}"
 
 
 def new_run_paths(name: str) -> Iterator[Path]:

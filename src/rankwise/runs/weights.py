@@ -7,11 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.errors import ModelError, ResumeError, one_line
 from rankwise.runs.checkpoint_names import AVERAGE, AVERAGE_REST, MANIFEST, MODEL, REST, numbers_of
 from rankwise.runs.folder import RunFolder
+from rankwise.system.files import misspelt
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +62,12 @@ class Weights:
             return dict(safetensors.torch.load(content)), unpacked(rest) if rest else {}
         except ResumeError:
             raise
-        except Exception as error:  # of torch, of pickle, of safetensors
+        except UnpicklingError:  # in many words, of which some advise to trust the file
+            raise ResumeError(
+                f"{self.path} cannot be read as weights: expected what torch.save(model.state_dict()) "
+                "writes, with tensors and nothing else in it"
+            ) from None
+        except Exception as error:  # of torch, of safetensors
             raise ResumeError(f"{self.path} cannot be read as weights: {one_line(error)[:200]}") from None
 
     def _rest_of(self, content: bytes) -> bytes:
@@ -120,7 +127,9 @@ def find_weights(source: Path, which: Which = "newest") -> Weights:
             )
         return Weights(source)
     if not source.is_dir():
-        raise ResumeError(f"{source} does not exist: expected a run folder or a file of weights")
+        raise ResumeError(
+            f"{source} does not exist{misspelt(source)}: expected a run folder or a file of weights"
+        )
     kept = _kept(RunFolder(source).checkpoints)
     if not kept:
         raise ResumeError(f"{source} has no weights: there is no finished checkpoint in {source}/checkpoints")

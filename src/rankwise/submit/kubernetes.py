@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from rankwise.errors import ConfigError
 from rankwise.submit.work import Work, comment
+from rankwise.system.numbers import WHOLE
 
 HOME = "/home/rankwise"
 """Of the user in the image (Containerfile)."""
@@ -49,8 +50,8 @@ class Kubernetes:
     image: Annotated[str, Parameter(help="Image with rankwise and sshd, built from the Containerfile.")] = (
         "rankwise:latest"
     )
-    workers: Annotated[int, Parameter(help="Pods, over which ranks are spread evenly.")] = 1
-    cpus_per_rank: Annotated[int, Parameter(help="Cores for each rank.")] = 1
+    workers: Annotated[int, WHOLE, Parameter(help="Pods, over which ranks are spread evenly.")] = 1
+    cpus_per_rank: Annotated[int, WHOLE, Parameter(help="Cores for each rank.")] = 1
     memory_per_rank: Annotated[str, Parameter(help="Memory for each rank, e.g. 1Gi.")] = "1Gi"
     job_name: Annotated[str, Parameter(help="Name of the job.")] = "rankwise"
     namespace: Annotated[str | None, Parameter(help="Namespace; otherwise kubectl's.")] = None
@@ -58,7 +59,9 @@ class Kubernetes:
         str, Parameter(help="Volume claim that all pods can write (ReadWriteMany), for run folders and data.")
     ] = "rankwise"
     mount: Annotated[str, Parameter(help="Where the claim is mounted; --out must be below it.")] = "/shared"
-    notice: Annotated[int, Parameter(help="Seconds that ranks have to save and leave on eviction.")] = 120
+    notice: Annotated[
+        int, WHOLE, Parameter(help="Seconds that ranks have to save and leave on eviction.")
+    ] = 120
     operator: Annotated[
         Literal["trainer", "v2beta1"],
         Parameter(help="What runs the job: Kubeflow Trainer (a TrainJob), or the MPI Operator (an MPIJob)."),
@@ -214,8 +217,13 @@ class Kubernetes:
                 )
         if not re.fullmatch(r"/[\w./-]*[\w-]", self.mount):
             raise ConfigError(f"--mount {self.mount} was given, expected an absolute path, e.g. /shared")
-        if self.cpus_per_rank < 1:
-            raise ConfigError(f"--cpus-per-rank {self.cpus_per_rank} was given, expected 1 or more")
+        if not re.fullmatch(r"[\w.:/@-]+", self.image):
+            raise ConfigError(
+                f"--image {self.image!r} was given, expected a name, e.g. registry.example/rankwise"
+            )
+        for option, given, least in (("cpus-per-rank", self.cpus_per_rank, 1), ("notice", self.notice, 0)):
+            if given < least:
+                raise ConfigError(f"--{option} {given} was given, expected {least} or more")
 
 
 class _Readable(yaml.SafeDumper):

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from rankwise.errors import ConfigError
 from rankwise.submit.work import Work, comment
+from rankwise.system.numbers import WHOLE
 
 _SCRIPT = """\
 #!/bin/bash
@@ -57,12 +58,19 @@ exit "$code"
 """
 
 
+_FORMS = (
+    ("mem", r"\d+[KMGT]?B?", "8G"),
+    ("time", r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|unlimited|infinite", "02:00:00 or 1-12:00:00"),
+)
+"""How Slurm writes amounts (sbatch(1)), with an example."""
+
+
 @dataclass(frozen=True)
 class Slurm:
     """What Slurm is asked for."""
 
-    nodes: Annotated[int, Parameter(help="Nodes, over which ranks are spread evenly.")] = 1
-    cpus_per_rank: Annotated[int, Parameter(help="Cores for each rank.")] = 1
+    nodes: Annotated[int, WHOLE, Parameter(help="Nodes, over which ranks are spread evenly.")] = 1
+    cpus_per_rank: Annotated[int, WHOLE, Parameter(help="Cores for each rank.")] = 1
     job_name: Annotated[str, Parameter(help="Name of the job.")] = "rankwise"
     partition: Annotated[str | None, Parameter(help="Partition; otherwise the cluster's default.")] = None
     account: Annotated[str | None, Parameter(help="Account that is charged.")] = None
@@ -71,7 +79,7 @@ class Slurm:
     ] = None
     memory: Annotated[str | None, Parameter(help="Memory of each node in Slurm's form, e.g. 8G.")] = None
     notice: Annotated[
-        int, Parameter(help="Seconds before the end at which ranks save, leave, and are queued again.")
+        int, WHOLE, Parameter(help="Seconds before the end at which ranks save, leave, and are queued again.")
     ] = 120
     setup: Annotated[
         tuple[str, ...],
@@ -102,6 +110,10 @@ class Slurm:
         for option, value in asked.items():
             if isinstance(value, str) and not re.fullmatch(r"[\w.,:@%+/-]+", value):
                 raise ConfigError(f"{value!r} was given for Slurm's --{option}, expected one word")
+        for option, form, example in _FORMS:
+            value = asked[option]
+            if value is not None and not re.fullmatch(form, str(value), re.IGNORECASE):
+                raise ConfigError(f"{value!r} was given for Slurm's --{option}, expected e.g. {example}")
         directives = [f"#SBATCH --{option}={value}" for option, value in asked.items() if value is not None]
         directives += ["#SBATCH --requeue", "#SBATCH --no-kill"]
         run = _quoted(str(work.out)) if work.out else '"runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"'

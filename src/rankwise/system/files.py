@@ -3,13 +3,14 @@ what only one process may write."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rankwise.errors import StorageError
@@ -61,6 +62,14 @@ def write_first(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+def misspelt(path: Path) -> str:
+    """Words on what was perhaps meant by a path that does not exist, empty if nothing there is like it."""
+    with suppress(OSError):
+        if near := difflib.get_close_matches(path.name, os.listdir(path.parent), n=1):
+            return f" (did you mean {path.with_name(near[0])}?)"
+    return ""
+
+
 class Claimed(Exception):
     """Another process holds the claim; it says which, as that process wrote."""
 
@@ -72,21 +81,31 @@ def claim(path: Path, who: str) -> int | None:
     Returns None where the file system knows no locks. Raises Claimed if it is held, and OSError if the file
     cannot be written.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
-        os.close(descriptor)
-        raise Claimed(holder or "another process") from None
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            return None
-        raise
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+            os.close(descriptor)
+            raise Claimed(holder or "another process") from None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                return None
+            raise
+        if _stands_at(path, descriptor):
+            break
+        os.close(descriptor)  # who held it has taken the file away, and the next one would make a new one
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, who.encode(), 0)
     return descriptor
+
+
+def _stands_at(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    return False
 
 
 @contextmanager

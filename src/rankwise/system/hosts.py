@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankwise.errors import ConfigError, unknown_name
+from rankwise.errors import ConfigError, one_line, unknown_name
+from rankwise.system.files import misspelt
 
 _SLOTS = ("slots", "slot", "count", "cpus", "cpu")
 """Keys by which hostfiles of Open MPI say how many ranks a host takes."""
@@ -44,7 +45,9 @@ def hosts_asked_for(hosts: str | None, hostfile: Path | None) -> tuple[Host, ...
     """The hosts of `--hosts` or of `--hostfile`, none if neither was given. Raises ConfigError, one line."""
     if hostfile is not None and hosts is not None:
         raise ConfigError("--hosts and --hostfile were given: choose one")
-    return parse_hosts(hosts) if hosts else read_hostfile(hostfile) if hostfile else ()
+    if hosts is not None:
+        return parse_hosts(hosts)
+    return read_hostfile(hostfile) if hostfile is not None else ()
 
 
 @functools.cache
@@ -60,7 +63,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the hostfile {path}: {error}") from None
+        raise ConfigError(f"cannot read the hostfile {path}: {one_line(error)}{misspelt(path)}") from None
     found: list[Host] = []
     counted: dict[str, bool] = {}
     for number, line in enumerate(lines, start=1):

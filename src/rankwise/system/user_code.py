@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from rankwise.errors import ConfigError, UsageError, one_line
+from rankwise.system.files import misspelt
 
 _lock = threading.RLock()
 _added: list[str] = []
@@ -45,7 +46,7 @@ def is_source(script: Path) -> bool:
 def require_python(script: Path) -> None:
     """Raises ConfigError if a script cannot be run: it is no file, cannot be read, or is no Python."""
     if not script.is_file():
-        raise ConfigError(f"{script} is no file: expected a Python script")
+        raise ConfigError(f"{script} is no file{misspelt(script)}: expected a Python script")
     try:
         if not is_source(script):
             return

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from rankwise.errors import DataError, one_line
+from rankwise.system.files import misspelt
 
 FILE_BYTES = 256 << 20
 """A file that is larger, or claims to be, is not read."""
@@ -236,7 +237,8 @@ def open_tree(path: Path, tops: tuple[str, ...] = ()) -> Iterator[Tree]:
         return
     if not os.path.isfile(path):
         raise DataError(
-            f"{path} does not exist: expected a folder or a zip with train/CLASS/ and test/CLASS/"
+            f"{path} does not exist{misspelt(path)}: expected a folder or a zip with train/CLASS/ and "
+            "test/CLASS/"
         )
     try:
         archive = zipfile.ZipFile(path)
