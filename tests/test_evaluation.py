@@ -188,7 +188,7 @@ def test_what_cannot_be_evaluated_is_one_line(
     for words, said in {
         "--on digits": "images of digits are 3x32x32, and the network of .* takes 1x8x8",
         "--on digit": "unknown dataset 'digit': did you mean 'digits'",
-        "--on wolves/wolf/b.png": "wolves/wolf/b.png does not exist: expected an image",
+        "--on wolves/wolf/b.png": r"b.png does not exist \(did you mean .*a.png\?\): expected an image",
         "--on wolves": "class 'wolf' of wolves is none of those",
         "--on wolves/wolf/a.png --output a.svg": "nobody has said what is in",
         "--checkpoint newst": "expected newest, best, or the number",

@@ -6,6 +6,8 @@ a program that leaves early by `test_what_was_known_is_left`.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import py_compile
 import sys
 import sysconfig
@@ -85,11 +87,13 @@ def steps(work: Callable[[], Any]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()  # what it calls is none of the work's
     sys.setprofile(one)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
@@ -200,6 +204,19 @@ def test_ranks_that_run_different_scripts(tmp_path: Path, monkeypatch: pytest.Mo
     assert folder_of(1, "a.py", "2") == tmp_path / "run"
     with pytest.raises(UsageError, match=r"rank 1 was given b.py, and rank 0 a.py: expected one script"):
         folder_of(1, "b.py", "1")
+
+
+def test_a_rank_that_begins_when_rank_0_is_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a user's own mpiexec the ranks of a program without MPI need not meet: one that starts later
+    finds the folder all the same, and the last one leaves nothing of how it was found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PMIX_NAMESPACE", "job-2")
+    monkeypatch.setattr(atexit, "register", lambda act, *words: act(*words))  # rank 0 ends at once
+    order = Order(TrainConfig(out=tmp_path / "run"))
+    plan = program_plan(of_world(order.config.given(), 3), ("a.py",))
+    for rank in range(3):
+        assert given_folder(order, plan, Placement(rank, 3, rank, 3)).path == tmp_path / "run"
+    assert not [*tmp_path.glob(".job-*"), *(tmp_path / "run").glob(".noted")]
 
 
 @pytest.mark.mpi

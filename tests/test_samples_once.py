@@ -223,7 +223,7 @@ def test_a_save_before_a_loader_is_asked_again(tmp_path: Path, second: str) -> N
     whole, parts = OfLoaders(second), OfLoaders(second)
     expected = sitting(RunFolder(tmp_path / "whole"), whole, ranks=3)
     folder = RunFolder(tmp_path / "parts")
-    for number, stop in enumerate([(1, 0, 2), (2, 2, 0), (2, 1, 1), (4, 0, 0)]):
+    for number, stop in enumerate([(1, 0, 2), (2, 1, 1), (2, 2, 0), (4, 0, 0)]):
         parts.stop = stop
         with pytest.raises(Interrupted, match=f"epoch {stop[0] + 1}"):
             sitting(folder, parts, ranks=3, resume=number > 0)

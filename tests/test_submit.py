@@ -91,7 +91,7 @@ def every_option() -> dict[str, Any]:
         "fault": ("kill:rank=1", "nan:p=0.5"), "track": "mlflow", "balance": "24,8", "flip": "random",
         "tta": "flip", "averaged_weights": "ema", "precision": "bf16", "resize": "24:1", "freeze": "1:2",
         "compile": "on", "memory_format": "contiguous", "background": "black", "keep": "best",
-        "init": "/runs/it is@best",
+        "init": "/runs/it is@best", "elastic": "2:8",
     }  # fmt: skip
     for name, field in TrainConfig.model_fields.items():
         if name in values or name in ("hosts", "hostfile", "out"):

@@ -285,7 +285,7 @@ def test_a_temp_folder_laid_out_by_others_is_not_trusted(
 def test_a_cache_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     """A folder that was asked for and cannot be used is named."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cache folder .*file cannot be used"):
+    with pytest.raises(DataError, match=r"--cache-dir .*file was given, which is no folder"):
         prepare("synthetic:10", cache_dir=tmp_path / "file")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rankwise.config import TrainConfig
-from rankwise.errors import ConfigError, RankwiseError, one_line
+from rankwise.errors import ConfigError, RankwiseError, UsageError, one_line
 from rankwise.launch import preflight
 from rankwise.launch.elastic import Elastic
 from rankwise.launch.hosts import check
@@ -71,7 +71,8 @@ class Generations:
         if asked is None or asked.is_over:
             failed = asked is not None and asked.state != "done"
             if change := self._elastic.change(self._plan, failed=failed):
-                ask(self._folder.resize, change)
+                with contextlib.suppress(UsageError):  # somebody else has just asked, or the disk is full
+                    ask(self._folder.resize, change)
             return
         if self._next is None:
             if asked.state == "asked":
@@ -138,18 +139,18 @@ class Generations:
 
 def no_room_for_a_checkpoint(folder: RunFolder) -> str:
     """Why the present ranks could not save what they are to hand over; empty if they can."""
-    sizes = [
-        sum(path.stat().st_size for path in checkpoint.iterdir())
-        for checkpoint in folder.checkpoints.glob("epoch-*")
-    ]
-    probe = folder.checkpoints / ".room"
+    size, probe = 1, folder.checkpoints / ".room"
+    for checkpoint in folder.checkpoints.glob("epoch-*"):
+        with contextlib.suppress(OSError):  # it is removed just now, as a newer one is there
+            size = max(size, sum(path.stat().st_size for path in checkpoint.iterdir()))
     try:
         with probe.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(sizes, default=1))
+            os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         return f"there is no room for the checkpoint that hands the run over: {error.strerror}"
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
     return ""
 
 

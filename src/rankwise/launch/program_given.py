@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ def given_folder(order: Order, plan: RunPlan, me: Placement) -> RunFolder:
             raise
         begin_calls(opened.folder, plan.recorded())
         write_atomically(note, str(opened.folder.path).encode())
-        _remove_at_end(note)
+        atexit.register(_done_with, note, opened.folder, me)
         return opened.folder
     give_up = time.monotonic() + PLACE_S
     while time.monotonic() < give_up:
@@ -51,6 +52,7 @@ def given_folder(order: Order, plan: RunPlan, me: Placement) -> RunFolder:
                 if told.startswith("!"):
                     raise UsageError(told[1:])
                 folder = RunFolder(Path(told))
+                _done_with(note, folder, me)
                 _require_same_script(read_plan(folder), plan, me.rank)
                 return folder
         time.sleep(0.01)
@@ -69,7 +71,13 @@ def _require_same_script(first: RunPlan, mine: RunPlan, rank: int) -> None:
         )
 
 
-def _remove_at_end(note: Path) -> None:
-    import atexit
-
-    atexit.register(lambda: note.unlink(missing_ok=True))
+def _done_with(note: Path, folder: RunFolder, me: Placement) -> None:
+    """Say that this rank needs the note no more, rank 0 at its end and the others once they have read it: the
+    last one removes it, as rank 0 may be through before another one has begun."""
+    said = folder.path / ".noted"
+    with contextlib.suppress(OSError), said.open("ab") as file:
+        file.write(b".")
+        file.flush()
+        if file.tell() >= me.size:
+            note.unlink(missing_ok=True)
+            said.unlink(missing_ok=True)
