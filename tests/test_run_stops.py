@@ -174,8 +174,7 @@ def turns_of(loop: Loop, ranks: int, folder: Path) -> int:
     return made.count(0)
 
 
-@pytest.mark.parametrize("loop", [shuffled, around_passes, by_steps])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("loop", "ranks"), effort.rotating([shuffled, around_passes, by_steps], [1, 2]))
 def test_stopping_at_each_turn_changes_no_bit(tmp_path: Path, loop: Loop, ranks: int) -> None:
     """Stopped behind any turn, the first and the last of an epoch among them, and again behind the first turn
     of the next sitting, a loop ends with the bits, the metrics and the counts of one that was not."""
