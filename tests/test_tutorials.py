@@ -104,6 +104,7 @@ def test_commands_of_survival_work(command: Command, tmp_path: Path, title: str)
     """What a reader types whose job was stopped, who lost a node, got others, or filled a disk, ends well one
     after the other: with Ctrl-C and on a full disk where the page says so, and in the end with each sample
     trained once."""
+    beside = []
     with small_disk(tmp_path / "full") if title == ANSWERS[-1] else nullcontext():
         folder = Path()
         for line in commands(section(title)):
@@ -113,6 +114,10 @@ def test_commands_of_survival_work(command: Command, tmp_path: Path, title: str)
                 folder = tmp_path / words[words.index(option) + 1] if option in words else folder
             before = len(RunFolder(folder).read_metrics())
             process = command.start(command.python, "-m", "rankwise", *words)
+            if remark == "in the background":  # until another command stops it
+                wait_for(partial(has_more_epochs, RunFolder(folder), before))
+                beside.append(process)
+                continue
             if remark == "Ctrl-C":
                 wait_for(partial(has_more_epochs, RunFolder(folder), before))
                 process.send_signal(signal.SIGINT)
@@ -127,6 +132,7 @@ def test_commands_of_survival_work(command: Command, tmp_path: Path, title: str)
                 assert record.outcome == "completed", line
                 assert (record.samples.lost, record.samples.duplicated) == (0, 0), line
                 assert record.samples.trained == record.samples.expected, line
+        assert [process.wait(60) for process in beside] == [130] * len(beside)
 
 
 def has_more_epochs(run: RunFolder, than: int) -> bool:
