@@ -320,6 +320,8 @@ def test_an_elastic_run_gets_back_what_it_lost(launcher: Launcher) -> None:
     assert looks(15.0, failed=True) == {"ranks": 3}
     assert looks(20.0) is None
     assert looks(25.0) == {"ranks": 3}
+    now_s = 30.0
+    assert elastic.change(plan.with_options(ranks=2), failed=False) is None  # resized by hand since
     hostfile = folder.path / "hosts"
     elastic = Elastic(
         Order(config.model_copy(update={"hostfile": hostfile})), plan, folder, clock=lambda: now_s

@@ -25,7 +25,6 @@ class Elastic:
     ) -> None:
         self._range = plan.elastic_range
         self._hostfile = order.config.hostfile
-        self._ranks = plan.ranks
         self._folder = folder
         self._clock = clock
         self._pause_s = LOOK_S
@@ -44,7 +43,7 @@ class Elastic:
         except UsageError:  # being written just now
             return None
         least, most = self._range
-        room = sum(host.slots for host in hosts) - plan.spares if self._hostfile else self._ranks
+        room = sum(host.slots for host in hosts) - plan.spares if self._hostfile else plan.ranks
         wanted = min(max(room, least), most)
         live = sum(row.died_at_s is None and row.role != "spare" for row in record.ranks)
         if record.outcome != "running" or (wanted == live and hosts == plan.host_list) or room < least:
