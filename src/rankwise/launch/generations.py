@@ -32,10 +32,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """Ranks that were started to take over, the plan they have, and what that was made of."""
+    """Ranks that were started to take over, the plan they have, what that was made of, and what each of its
+    hosts calls itself."""
 
     order: Order
     plan: RunPlan
+    names: dict[str, str]
     started: Started
     mark: str
 
@@ -113,7 +115,7 @@ class Generations:
     def _begin(self, given: dict[str, object]) -> None:
         try:
             order, plan = resized(self._order, self._folder, given)
-            check(plan.host_list, self._folder.path)
+            names = check(plan.host_list, self._folder.path)
             mark = os.urandom(8).hex()
             write_plan(self._folder, order.config, plan.with_options(out=self._folder.path), is_next=True)
             tell(self._folder.resize, "starting", mark=mark)
@@ -122,7 +124,7 @@ class Generations:
             tell(self._folder.resize, "refused", message=one_line(error))
             self._say(f"the run was not resized: {one_line(error)}")
             return
-        self._next = Generation(order, plan, started, mark)
+        self._next = Generation(order, plan, names, started, mark)
         for remark in order.remarks:
             self._say(remark)
         self._say(f"{plan.processes} ranks get ready to take over")

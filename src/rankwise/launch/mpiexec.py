@@ -82,8 +82,7 @@ def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Re
                 if plan.program and not folder.record.exists():
                     return close_calls(ending, folder, plan)
                 if coming := generations.take_over(ending):
-                    order, plan, ranks = coming.order, coming.plan, coming.started
-                    names = check(plan.host_list, folder.path)
+                    order, plan, names, ranks = coming.order, coming.plan, coming.names, coming.started
                     continue
                 try:
                     return _judge(ending, folder, plan.processes, before)
@@ -93,12 +92,7 @@ def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Re
                         raise
                     generations.abandon("ranks were lost meanwhile, and the run was started again")
                     restarts += 1
-                    left = answering(plan.host_list, folder.path, display.say)
-                    lost = [names[host.name] for host in plan.host_list if host not in left]
-                    _note_losses(folder, ending, lost)
-                    if lost:
-                        plan = fit(plan, left)
-                        write_plan(folder, order.config, plan.with_options(out=folder.path))
+                    plan = _without_lost_hosts(plan, order, folder, ending, names, display.say)
                     pause_s = pauses.after(len(folder.read().epochs))
                     display.say(
                         f"{error}; starting again in {pause_s:g} s ({restarts} of {plan.max_restarts})"
@@ -120,6 +114,24 @@ def _start(plan: RunPlan, folder: RunFolder, show: Callable[[Line], None], mark:
     mpiexec = find_mpiexec()
     words = command_line(mpiexec, plan.processes, program, survives=survives, hosts=plan.host_list)
     return start(words, show, is_hydra=mpiexec.is_hydra)
+
+
+def _without_lost_hosts(
+    plan: RunPlan,
+    order: Order,
+    folder: RunFolder,
+    ending: MpiexecResult,
+    names: dict[str, str],
+    say: Callable[[str], None],
+) -> RunPlan:
+    """The plan to start again with, on the hosts that answer, once it is written down who was lost."""
+    left = answering(plan.host_list, folder.path, say)
+    lost = [names[host.name] for host in plan.host_list if host not in left]
+    _note_losses(folder, ending, lost)
+    if lost:
+        plan = fit(plan, left)
+        write_plan(folder, order.config, plan.with_options(out=folder.path))
+    return plan
 
 
 def _note_losses(folder: RunFolder, ending: MpiexecResult, lost_hosts: Sequence[str]) -> None:
