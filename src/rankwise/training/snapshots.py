@@ -48,9 +48,10 @@ class Work:
         self.left_out.clear()
 
     def commit(self) -> None:
-        """The round under way is committed."""
-        self.progress = replace(self.progress, rounds=self.progress.rounds + 1)
-        self.trained.append(np.concatenate(self.under_way))
+        """The round under way is committed, with what this rank had committed ahead of the others."""
+        rounds = self.progress.rounds
+        self.progress = replace(self.progress, rounds=rounds + 1)
+        self.trained[rounds:] = [np.concatenate([*self.trained[rounds:], *self.under_way])]
         self.under_way = []
         self.ahead = 0
 
