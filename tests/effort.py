@@ -35,15 +35,16 @@ def daily(cases: Iterable[Any], every_day: Collection[Any], *, unpacked: bool = 
     return [pytest.param(*values(case), marks=() if case in every_day else only_in_full) for case in cases]
 
 
-def rotating(cases: Iterable[Any], *others: Iterable[Any], daily_each: int = 1) -> list[Any]:
-    """All combinations of `cases` with the `others`, as parameters. Every day each of the `cases` is tried
-    with `daily_each` of the combinations of the others; the next one takes those that follow, so that each of
-    them has its turn too."""
+def rotating(cases: Iterable[Any], *others: Iterable[Any], daily_each: int = 1, one_in: int = 1) -> list[Any]:
+    """All combinations of `cases` with the `others`, as parameters. Every day each of the `cases`, or the
+    first `one_in` so many, is tried with `daily_each` of the combinations of the others; the next one takes
+    those that follow, so that each of them has its turn too."""
     rest = list(product(*others))
-    combined, every_day = [], []
+    combined, every_day, turn = [], [], 0
     for place, case in enumerate(cases):
         first = case if isinstance(case, tuple) else (case,)
         combined += [(*first, *more) for more in rest]
-        turns = range(place * daily_each, (place + 1) * daily_each)
-        every_day += [(*first, *rest[turn % len(rest)]) for turn in turns]
+        if place % one_in == 0:
+            every_day += [(*first, *rest[(turn + more) % len(rest)]) for more in range(daily_each)]
+            turn += daily_each
     return daily(combined, every_day)

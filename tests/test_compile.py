@@ -35,8 +35,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"ranks": 1}, {"ranks": 2, "strategy": "allreduce"}, {"ranks": 3, "topology": "master"}],
-    ids=str,
+    effort.daily(
+        TEAMS := [{"ranks": 1}, {"ranks": 2, "strategy": "allreduce"}, {"ranks": 3, "topology": "master"}],
+        TEAMS[2:],
+    ),
 )
 def test_a_compiled_run_trains_the_same(
     config: Make,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from . import effort
 from .matrix.cells import Cell, run
 from .matrix.choice import choose, part
 from .matrix.models import Program
@@ -16,7 +17,7 @@ from .matrix.styles import STYLES
 from .matrix.ways import WAYS
 
 CELLS = choose()
-DAILY = 40
+DAILY = 30
 """Cells of every day, together of each strategy and each loop one at least."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -73,8 +74,12 @@ def _nothing_left(rank: int, program: Program) -> None:
         raise ValueError("a rank fails")
 
 
-@pytest.mark.parametrize("way", ["local-sgd", "slowmo", "gossip/ring", "allreduce/bf16", "allreduce"])
-@pytest.mark.parametrize("harm", [_scale_one, _nothing_left])
+@pytest.mark.parametrize(
+    ("way", "harm"),
+    effort.rotating(
+        ["local-sgd", "slowmo", "gossip/ring", "allreduce/bf16", "allreduce"], [_scale_one, _nothing_left]
+    ),
+)
 def test_a_broken_rank_is_found(way: str, harm: Any) -> None:
     """A rank whose gradients are a thousandth larger, and one that fails with an error that is not ours, make
     a cell wrong."""

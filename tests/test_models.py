@@ -21,6 +21,8 @@ from rankwise.models.optimizers import make_optimizer
 from rankwise.models.replica import Replica
 from rankwise.plan import resolve
 
+from . import effort
+
 
 class TutorialNet(nn.Module):
     """The network as PyTorch's tutorial, and so the paper, writes it: ReLU before pooling."""
@@ -49,10 +51,13 @@ def test_paper_cnn_is_the_papers_network() -> None:
         assert torch.allclose(mine.grad, reference.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
-@pytest.mark.parametrize(("shape", "classes"), [((3, 32, 32), 10), ((1, 28, 28), 7), ((3, 48, 40), 100)])
-def test_models_take_any_images(name: str, shape: tuple[int, int, int], classes: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "images"),
+    effort.rotating(models.MODELS, [((3, 32, 32), 10), ((1, 28, 28), 7), ((3, 48, 40), 100)]),
+)
+def test_models_take_any_images(name: str, images: tuple[tuple[int, int, int], int]) -> None:
     """Every network takes other sizes, channel counts and numbers of classes."""
+    shape, classes = images
     assert models.build(name, shape, classes)(torch.randn(4, *shape)).shape == (4, classes)
 
 

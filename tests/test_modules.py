@@ -19,7 +19,7 @@ from rankwise.plan import RunPlan
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 
-from . import tiny
+from . import effort, tiny
 from .conftest import stopped
 from .test_cli import call
 
@@ -86,8 +86,12 @@ def normed() -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "local-sgd"])
-@pytest.mark.parametrize(("fills", "holds"), [("Cached", "Plain"), ("Buffered", "Plain"), ("lazy", "eager")])
+@pytest.mark.parametrize(
+    ("fills", "holds", "strategy"),
+    effort.rotating(
+        [("Cached", "Plain"), ("Buffered", "Plain"), ("lazy", "eager")], ["allreduce", "local-sgd"]
+    ),
+)
 def test_modules_that_fill_themselves(
     config: Make, train_in_threads: Train, strategy: str, fills: str, holds: str
 ) -> None:
@@ -370,11 +374,16 @@ class Keeping(Plain):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"ranks": 1}, {"ranks": 2, "strategy": "allreduce"}, {"ranks": 3, "strategy": "parameter-averaging"}],
-    ids=str,
+    ("options", "average"),
+    effort.rotating(
+        [
+            {"ranks": 1},
+            {"ranks": 2, "strategy": "allreduce"},
+            {"ranks": 3, "strategy": "parameter-averaging"},
+        ],
+        ["none", "ema"],
+    ),
 )
-@pytest.mark.parametrize("average", ["none", "ema"])
 def test_all_that_a_module_keeps_is_in_a_checkpoint(
     config: Make, train_in_threads: Train, options: dict[str, Any], average: str
 ) -> None:

@@ -35,7 +35,16 @@ def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
 
 
 @pytest.mark.parametrize(
-    ("strategy", "precision"), effort.rotating(["allreduce", "gradient-server"], ["bf16", "fp32"])
+    ("strategy", "precision"),
+    effort.daily(
+        [
+            ("allreduce", "bf16"),
+            ("gradient-server", "fp32"),
+            ("allreduce", "fp32"),
+            ("gradient-server", "bf16"),
+        ],
+        [("allreduce", "bf16")],
+    ),
 )
 def test_ranks_are_one_rank_with_the_large_batch(
     config: Make, train_in_threads: Train, strategy: str, precision: str
@@ -58,7 +67,7 @@ def test_ranks_are_one_rank_with_the_large_batch(
     assert distance(alone, team[2]) < FAR[precision] * way
 
 
-@pytest.mark.parametrize("name", SYNCHRONISING)
+@pytest.mark.parametrize("name", effort.daily(SYNCHRONISING, SYNCHRONISING[::3]))
 def test_every_strategy_trains_in_bfloat16(config: Make, train_in_threads: Train, name: str) -> None:
     """With any strategy a run in bfloat16 trains each sample once, keeps float32 weights, learns, and goes
     on, where ranks meet, to the bit."""

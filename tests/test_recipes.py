@@ -442,7 +442,7 @@ FREEZING = [
 ]
 
 
-@pytest.mark.parametrize("team", FREEZING, ids=str)
+@pytest.mark.parametrize("team", effort.daily(FREEZING, FREEZING[1::2]), ids=str)
 def test_frozen_parameters_stay(config: Make, train_in_threads: Train, team: dict[str, Any]) -> None:
     """From the epoch that --freeze names its parameters stay, whatever momentum, weight decay or an exchange
     left behind (to the last bit or two, where weights that are alike are averaged), and all others learn."""

@@ -1027,8 +1027,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(("name", "lost"), effort.rotating(LOOPS, [0, 1]))
 def test_a_rank_is_lost(name: str, lost: int) -> None:
     """Whenever a rank is killed, the others end where one process does: nothing that a loop keeps makes a
     step twice or not at all."""

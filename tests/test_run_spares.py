@@ -78,8 +78,7 @@ def of_steps(run: Any) -> np.ndarray:
 WITH_SPARES = {**LOOPS, "between passes": between_passes, "of steps": of_steps}
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("name", WITH_SPARES)
+@pytest.mark.parametrize(("name", "lost"), effort.rotating(WITH_SPARES, [0, 1]))
 def test_a_spare_takes_the_place_of_a_lost_rank(name: str, lost: int) -> None:
     """Whenever a rank is killed, a spare goes through the program from its beginning, comes in where the
     others are, and as many ranks as there were end where one process does."""

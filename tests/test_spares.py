@@ -75,11 +75,14 @@ def test_a_spare_comes_in() -> None:
     assert results[4] is None
 
 
-@pytest.mark.parametrize("compress", ["none", "powersgd:2"])
 @pytest.mark.parametrize(
-    "strategy", ["parameter-averaging", "local-sgd", "allreduce", "gradient-server", "slowmo", "diloco"]
+    ("strategy", "compress"),
+    effort.rotating(
+        ["parameter-averaging", "local-sgd", "allreduce", "gradient-server", "slowmo", "diloco"],
+        ["none", "powersgd:2"],
+    ),
 )
-@effort.examples(6, 60)
+@effort.examples(4, 60)
 @given(size=st.integers(2, 4), spares=st.integers(1, 2), data=st.data())
 def test_spares_come_in_at_any_call(
     strategy: str, compress: str, size: int, spares: int, data: st.DataObject
@@ -120,7 +123,7 @@ def test_a_newcomer_lets_in_the_next(first: int, second: int) -> None:
     assert all((trained == 1).all() for trained in counts)
 
 
-@pytest.mark.parametrize(("strategy", "topology", "lost"), effort.rotating(SYNCHRONOUS, [0, 1]))
+@pytest.mark.parametrize(("strategy", "topology", "lost"), effort.rotating(SYNCHRONOUS, [0, 1], one_in=2))
 def test_back_to_full_strength(
     config: Make, train_in_threads: Train, strategy: str, topology: str, lost: int
 ) -> None:

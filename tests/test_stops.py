@@ -109,7 +109,7 @@ def in_sittings(
 
 @pytest.mark.timeout(900)
 @given(data=st.data())
-@effort.examples(6, 100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@effort.examples(4, 100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_stopping_changes_no_bit(config: Make, train_in_threads: Train, data: st.DataObject) -> None:
     """Stopped at any steps, twice in one epoch too, a run ends with the bits, the losses and the counts of
     one that was not: weights, buffers, optimisers, compression's memory, averages and schedules included."""

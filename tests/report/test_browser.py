@@ -105,8 +105,10 @@ def chart(browser: Browser, caption: str, then: str) -> Any:
 
 KINDS = ["one", "single", "failed", "many", "several", "contest", "language"]
 LOOKS = [(PHONE, False), (DESKTOP, True)]
-# Every day each page is looked at, on a telephone and on a screen in turn.
-EVERY_DAY = [(kind, *LOOKS[turn % 2]) for turn, kind in enumerate(KINDS)]
+# Pages that are made each in its own way, on a telephone and on a screen in turn.
+EVERY_DAY = [
+    (kind, *LOOKS[turn % 2]) for turn, kind in enumerate(["one", "failed", "many", "several", "language"])
+]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ from rankwise.comm import World, run_in_threads
 from rankwise.errors import Interrupted
 from rankwise.strategies.asynchronous import EASGD, Downpour
 
+from .. import effort
 from ..matrix.cells import Cell, run
 from .loops import BATCH, SAMPLES, gradients, make, train_all
 
 
-@pytest.mark.parametrize("strategy", ["easgd", "downpour"])
-@pytest.mark.parametrize("loop", ["plain", "ragged"])
+@pytest.mark.parametrize(("strategy", "loop"), effort.rotating(["easgd", "downpour"], ["plain", "ragged"]))
 def test_one_worker_and_its_centre(strategy: str, loop: str) -> None:
     """With one worker, whose exchanges have a known order, both hold what the rule says."""
     found = run(Cell("mlp", "SGD with momentum", f"{strategy}/1-worker", loop, 2))
@@ -38,11 +39,13 @@ def test_rules_are_the_papers() -> None:
     assert np.array_equal(downpour.take(x, reply), centre)
 
 
-@pytest.mark.parametrize("max_staleness", [None, 0, 2])
-@pytest.mark.parametrize("sync_every", [1, 4, "epoch"])
-@pytest.mark.parametrize("strategy", ["easgd", "downpour"])
-@pytest.mark.parametrize("ranks", [2, 3, 5])  # a master alone has nobody to train
-def test_everybody_is_served(strategy: str, sync_every: Any, max_staleness: int | None, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "sync_every", "max_staleness"),  # a master alone has nobody to train
+    effort.rotating(
+        itertools.product(["easgd", "downpour"], [2, 3, 5]), [1, 4, "epoch"], [None, 0, 2], daily_each=3
+    ),
+)
+def test_everybody_is_served(strategy: str, ranks: int, sync_every: Any, max_staleness: int | None) -> None:
     """Whatever the order, each sample is committed once an epoch, each worker exchanges as often as it has
     rounds, and staleness keeps its bound."""
     results = train_all(ranks, 3, strategy=strategy, sync_every=sync_every, max_staleness=max_staleness)

@@ -30,9 +30,7 @@ TEAMS = [("allreduce", 1), *((topology, n) for topology in ("master", "allreduce
 
 @pytest.mark.parametrize(
     ("topology", "ranks", "optimizer_state", "strategy"),
-    effort.rotating(
-        TEAMS, ["keep", "average", "reset"], ["parameter-averaging", "replication"], daily_each=2
-    ),
+    effort.rotating(TEAMS, ["keep", "average", "reset"], ["parameter-averaging", "replication"]),
 )
 def test_averaging_is_written_out(
     monkeypatch: pytest.MonkeyPatch, topology: str, optimizer_state: str, strategy: str, ranks: int

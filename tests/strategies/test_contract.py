@@ -22,6 +22,7 @@ from rankwise.training.build import make_sampler
 from rankwise.training.snapshots import Progress
 from rankwise.training.synchroniser import Synchroniser
 
+from .. import effort
 from .loops import BATCH, LABELS, SAMPLES, gradients, make, train_all, weights_of
 
 COMPRESSIONS = ["fp16", "bf16", "int8", "topk:0.1", "sign", "powersgd:2"]
@@ -31,9 +32,7 @@ NAMES = [name for name in STRATEGIES if name not in ("single", "ddp")]
 CAREFUL = [name for name in NAMES if name != "paper-stopwatch"]
 """The paper's own exchange sends whatever there is."""
 
-COMPRESSED = [
-    (name, compress) for name in NAMES if STRATEGIES[name].takes("compress") for compress in COMPRESSIONS
-]
+COMPRESSING = [name for name in NAMES if STRATEGIES[name].takes("compress")]
 
 
 def few(name: str) -> int:
@@ -42,11 +41,11 @@ def few(name: str) -> int:
     return 2 if needs_two else 1
 
 
-@pytest.mark.parametrize("samples", [5, 16, 49, SAMPLES])
-@pytest.mark.parametrize(
-    ("name", "ranks"), [(name, ranks) for name in NAMES for ranks in (1, 2, 3, 5) if ranks >= few(name)]
-)
-def test_each_sample_is_committed_once(name: str, samples: int, ranks: int) -> None:
+TEAMS = [(name, ranks) for name in NAMES for ranks in (1, 2, 3, 5) if ranks >= few(name)]
+
+
+@pytest.mark.parametrize(("name", "ranks", "samples"), effort.rotating(TEAMS, [5, 16, 49, SAMPLES]))
+def test_each_sample_is_committed_once(name: str, ranks: int, samples: int) -> None:
     """With any number of ranks and samples, ragged shards and ranks that run out of batches included, all
     come to the end, and each sample is committed once an epoch."""
     results = train_all(ranks, 3, strategy=name, samples=samples)
@@ -57,7 +56,10 @@ def test_each_sample_is_committed_once(name: str, samples: int, ranks: int) -> N
     assert all(state.pending == 0 for state in states)
 
 
-@pytest.mark.parametrize(("name", "compress"), [*((name, None) for name in CAREFUL), *COMPRESSED])
+@pytest.mark.parametrize(
+    ("name", "compress"),
+    [*((name, None) for name in CAREFUL), *effort.rotating(COMPRESSING, COMPRESSIONS, daily_each=3)],
+)
 def test_what_is_no_number_is_told_and_stays_where_it_is(name: str, compress: str | None) -> None:
     """A gradient that is no number ends the run with epoch and step, however it is sent, and the other ranks'
     weights are numbers still."""
@@ -205,7 +207,7 @@ def test_the_end_of_an_epoch_can_be_undone(name: str) -> None:
     assert run_in_threads(3, program) == [None] * 3
 
 
-@pytest.mark.parametrize(("name", "compress"), COMPRESSED)
+@pytest.mark.parametrize(("name", "compress"), effort.rotating(COMPRESSING, COMPRESSIONS, daily_each=2))
 def test_compression_keeps_ranks_alike(name: str, compress: str) -> None:
     """With any compression all ranks end with the same bits, and the record has sizes and their ratio."""
     results = train_all(3, 2, strategy=name, compress=compress)

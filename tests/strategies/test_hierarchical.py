@@ -85,7 +85,7 @@ def test_only_leaders_compress(compress: str) -> None:
 
 
 @pytest.mark.parametrize("hosts", [[0, 0, 1, 1, 1], [0, 1, 0, 1, 2]])
-@effort.examples(20, 60)
+@effort.examples(8, 60)
 @given(data=st.data())
 def test_hosts_lose_ranks_at_any_call(hosts: list[int], data: st.DataObject) -> None:
     """Whichever ranks are killed, leaders and whole hosts included, those that are left end with the same

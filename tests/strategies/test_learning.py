@@ -54,11 +54,11 @@ def check(record: Record) -> None:
         assert sum(row.wait_on_ns.values()) == row.phases_ns["wait"]
 
 
-SETTINGS = {"paper-stopwatch", "post-local-sgd", "diloco"}
-"""Names that are another one with other settings, and learn like it."""
+KINDS = ("parameter-averaging", "allreduce", "slowmo", "easgd", "gossip")
+"""One of each kind: weights, gradients, a momentum outside, a centre, neighbours."""
 
 
-@pytest.mark.parametrize("name", effort.daily(RECIPES, RECIPES.keys() - SETTINGS))
+@pytest.mark.parametrize("name", effort.daily(RECIPES, KINDS))
 def test_every_strategy_learns(config: Make, train_in_threads: Train, name: str) -> None:
     """Each strategy takes 3 ranks on digits to 95%, loses no sample, and its ledgers close."""
     made = config(**SMALL, strategy=name, **RECIPES[name])
@@ -66,10 +66,8 @@ def test_every_strategy_learns(config: Make, train_in_threads: Train, name: str)
 
 
 LEARNERS = [(name, compress) for compress in COMPRESSIONS for name in ("allreduce", "local-sgd")]
-# Every day each second compression has its turn, of gradients and of weights alternately.
-EVERY_DAY = [
-    (("allreduce", "local-sgd")[turn % 2], compress) for turn, compress in enumerate([*COMPRESSIONS][::2])
-]
+EVERY_DAY = [("allreduce", "powersgd:2"), ("local-sgd", "topk:0.1")]
+"""What leaves out most, of gradients and of weights."""
 
 
 @pytest.mark.parametrize(("name", "compress"), effort.daily(LEARNERS, EVERY_DAY))

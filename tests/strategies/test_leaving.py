@@ -22,6 +22,7 @@ from rankwise.comm import World, run_in_threads
 from rankwise.comm.threads import Killed
 from rankwise.errors import OutOfStepError
 
+from .. import effort
 from ..effort import only_in_full
 from .test_out_of_step import FEATURES, FIRST, LABELS, SAMPLES
 
@@ -475,9 +476,10 @@ def test_two_loops_at_once_are_refused() -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("samples", [60, 61])
-@pytest.mark.parametrize("options", [LOCK_STEP[0], LOCK_STEP[3], *AVERAGING[1:3], OTHERS[0]], ids=name)
-@pytest.mark.parametrize("inside", [False, True], ids=["in turn", "inside"])
+@pytest.mark.parametrize(
+    ("options", "samples", "inside"),
+    effort.rotating([LOCK_STEP[0], LOCK_STEP[3], *AVERAGING[1:3], OTHERS[0]], [60, 61], [False, True]),
+)
 def test_loops_of_two_synchronisers_at_once_are_refused(
     options: dict[str, Any], samples: int, inside: bool
 ) -> None:

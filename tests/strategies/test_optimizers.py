@@ -16,6 +16,7 @@ from rankwise.comm import World, run_in_threads, solo_world
 from rankwise.errors import ModelError
 from rankwise.models.replica import Replica
 
+from .. import effort
 from .loops import BATCH, FEATURES, LABELS, SAMPLES
 from .optimizers import OPTIMIZERS, REFUSED, Make, of
 
@@ -86,8 +87,7 @@ def test_one_rank_is_a_plain_loop(name: str) -> None:
     assert not np.array_equal(ended, weights_of(PROTOTYPE))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "ranks"), effort.rotating(OPTIMIZERS, [2, 3]))
 def test_ranks_are_a_plain_loop_with_the_large_batch(name: str, ranks: int) -> None:
     """Ranks that exchange gradients end, all alike, where one process ends with their batches together."""
     results = run_in_threads(ranks, lambda world: on_ranks(world, OPTIMIZERS[name], strategy="allreduce"))

@@ -9,6 +9,7 @@ import torch
 from rankwise import synchronise
 from rankwise.comm import World, run_in_threads
 
+from .. import effort
 from ..matrix.cells import Cell, run
 from ..matrix.oracles import Outside
 from ..matrix.ways import WAYS, averaging
@@ -23,20 +24,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("strategy", "options", "outside"), CASES)
+TEAMS = [  # a master alone has nobody to train
+    ("allreduce", 1),
+    *((topology, ranks) for topology in ("master", "allreduce") for ranks in (2, 3, 5)),
+]
+
+
 @pytest.mark.parametrize(
-    ("topology", "ranks"),  # a master alone has nobody to train
-    [("allreduce", 1), *((topology, n) for topology in ("master", "allreduce") for n in (2, 3, 5))],
+    ("strategy", "options", "outside", "team"), effort.rotating(CASES, TEAMS, daily_each=3)
 )
 def test_outer_steps_are_written_out(
     monkeypatch: pytest.MonkeyPatch,
     strategy: str,
-    topology: str,
     options: dict[str, float],
     outside: Outside | None,
-    ranks: int,
+    team: tuple[str, int],
 ) -> None:
     """After six epochs of several rounds all ranks hold what the rule says."""
+    topology, ranks = team
     way = averaging(strategy, 3, master=topology == "master", options=options, outside=outside)
     monkeypatch.setitem(WAYS, "this", way)
     found = run(Cell("mlp", "SGD", "this", "ragged", ranks))
