@@ -226,6 +226,7 @@ def test_spares_come_in(command: Command, tmp_path: Path, strategy: str, topolog
 
 
 @pytest.mark.cold
+@only_in_full
 def test_a_spare_that_died_in_its_sleep(command: Command, tmp_path: Path) -> None:
     """kill -9 of a rank that stands by disturbs nobody; when it is missed, the others go on with fewer."""
     words = [*SMALL, "--ranks", "3", "--spares", "1", "--epochs", "2000", "--out", "run"]

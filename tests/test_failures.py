@@ -18,6 +18,7 @@ from tests.records import epochs, rank, record
 from tests.test_cli import call
 
 from .conftest import Command
+from .effort import only_in_full
 
 
 def made(accuracy: float, faults: int = 0, *, lost: int = 0) -> Record:
@@ -101,6 +102,7 @@ def test_a_folder_that_holds_something_else(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.mpi
+@only_in_full
 @pytest.mark.timeout(240)
 def test_the_short_form(command: Command, tmp_path: Path) -> None:
     """The study runs from its command line to its page; a second call keeps what is finished."""

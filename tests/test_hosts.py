@@ -26,6 +26,7 @@ from rankwise.runs.record import Record
 from rankwise.submit.kubernetes import SETTINGS
 from rankwise.system.hosts import Host, parse_hosts, read_hostfile
 
+from .effort import only_in_full
 from .hosts import Hosts, why_not
 from .processes import wait_for
 from .test_cli import call
@@ -395,6 +396,7 @@ def test_a_job_of_pbs_has_all_its_hosts(tmp_path: Path) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.waits
+@only_in_full
 @pytest.mark.parametrize("hosts", [(None, None, None)], indirect=True, ids=["three"])
 def test_a_link_is_cut(hosts: Hosts, tmp_path: Path) -> None:
     """Both sides live and see the folder: the one without the launcher ends, and the run goes on once, on the

@@ -251,6 +251,7 @@ def test_a_step_loads_no_compiler() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@effort.only_in_full
 def test_resnet9_learns_at_the_usual_rates() -> None:
     """Its outputs are small enough at first that SGD at 0.05 with momentum goes down, not up."""
     torch.manual_seed(0)

@@ -215,7 +215,7 @@ def sitting(folder: RunFolder, loop: Callable[[Any], Any], *, ranks: int, resume
     return run_in_threads(ranks, program)
 
 
-@pytest.mark.parametrize("second", ["then", "stream"])
+@pytest.mark.parametrize("second", effort.daily(["then", "stream"], ["stream"]))
 def test_a_save_before_a_loader_is_asked_again(tmp_path: Path, second: str) -> None:
     """A loop of a user's own that stops in an epoch, goes on and is stopped in the next one, before a second
     loader was asked again: both loaders go on in the orders of their own generators, a stream where it was,

@@ -73,17 +73,17 @@ def test_a_job_trains(slurm: Slurm, tmp_path: Path) -> None:
 def test_a_job_goes_on_after_a_notice(slurm: Slurm, tmp_path: Path) -> None:
     """Slurm's notice makes the run save itself and the script put the job back into the queue; started once
     more it goes on to its end with all samples."""
-    job = submitted(slurm, tmp_path, "--epochs", "200")
+    job = submitted(slurm, tmp_path, "--epochs", "100")
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)
     slurm.run("scancel", "--signal=USR1", "--batch", job, check=True)
     wait_for(lambda: slurm.job(job).get("Restarts") == "1", 60)
     stopped = RunFolder(tmp_path / "run").read()
     assert stopped.outcome == "interrupted"
-    assert len(stopped.epochs) < 200
+    assert len(stopped.epochs) < 100
     # Slurm lets a job that was put back wait for two minutes; the same script goes on at once.
     slurm.run("scancel", job, check=True)
     again = slurm.run("sbatch", str(tmp_path / "job.sh"), cwd=tmp_path, check=True).split()[-1]
     record = ended(slurm, again, tmp_path)
-    assert len(record.epochs) == 200
+    assert len(record.epochs) == 100
     assert record.resumed_from_epoch is not None

@@ -164,7 +164,9 @@ def test_an_epoch_whose_steps_were_all_made_has_their_rate(config: Make, train_i
     assert told(parts) == told(whole)
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "local-sgd", "parameter-averaging"])
+@pytest.mark.parametrize(
+    "strategy", effort.daily(["allreduce", "local-sgd", "parameter-averaging"], ["allreduce", "local-sgd"])
+)
 def test_every_step_of_an_epoch(config: Make, train_in_threads: Train, strategy: str) -> None:
     """A run that is stopped at each of its steps, the first and the last of an epoch among them, makes every
     epoch once, and ends with the bits of one that was not. Checkpoints go by numbers that only grow."""

@@ -146,7 +146,7 @@ KEPT = {"epochs": 3, "checkpoint_keep": 4}
 """A run with the checkpoints of all its epochs, from which it can be resumed."""
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "slowmo", "gossip"])
+@pytest.mark.parametrize("strategy", effort.daily(["allreduce", "slowmo", "gossip"], ["slowmo"]))
 def test_what_is_cut_back_is_what_a_stop_leaves(
     config: Make, train_in_threads: Train, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
@@ -247,7 +247,7 @@ def test_every_strategy_resumes_to_the_bit(
     assert results(whole[0]) == results(parts[0])
 
 
-@pytest.mark.parametrize("name", ["easgd", "downpour"])
+@pytest.mark.parametrize("name", effort.daily(["easgd", "downpour"], ["easgd"]))
 def test_asynchronous_strategies_go_on(config: Make, train_in_threads: Train, name: str) -> None:
     """After a resume each worker has its own weights again, no sample is lost, and the loss goes on down."""
     options = {"ranks": 3, "strategy": name, "lr": 0.002}

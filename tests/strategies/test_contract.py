@@ -81,8 +81,7 @@ def test_what_is_no_number_is_told_and_stays_where_it_is(name: str, compress: st
     assert all(np.isfinite(weights_of(model)).all() for model, _ in models[:2])
 
 
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "every"), effort.rotating(NAMES, [1, 3]))
 def test_logs_are_compared_every_so_many_rounds(
     monkeypatch: pytest.MonkeyPatch, name: str, every: int
 ) -> None:

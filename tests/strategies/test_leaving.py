@@ -197,8 +197,7 @@ def line_of(words: str) -> int:
 BREAKS = ["break first", "break", "break after", "return"]
 
 
-@pytest.mark.parametrize("word", BREAKS)
-@pytest.mark.parametrize("options", LOCK_STEP + AVERAGING, ids=name)
+@pytest.mark.parametrize(("options", "word"), effort.rotating(LOCK_STEP + AVERAGING, BREAKS))
 def test_break_on_all_ranks_ends_the_epoch(options: dict[str, Any], word: str) -> None:
     """A loop that all ranks leave in the same step ends the epoch there, as in one process."""
     seen = on_ranks(2, loop(at(2, 3, word)), **options)
