@@ -16,10 +16,12 @@ from rankwise.comm.clock_sync import CommonClock
 from rankwise.errors import RankLost
 from rankwise.ledger.exchange_log import ExchangeLog
 from rankwise.ledger.ideal_time import IdealTime
+from rankwise.ledger.messages import MessageMatcher
 from rankwise.ledger.phases import PHASES, Ledger
 from rankwise.ledger.timeline import Timeline
-from rankwise.ledger.waits import ENTRY, MessageMatcher, Pattern, split, violations
+from rankwise.ledger.waits import ENTRY, Pattern, split, violations
 
+from .lockstep import together
 from .simulation import Clock, Program, simulate, token
 
 TRANSFER_NS = 1_000
@@ -296,8 +298,8 @@ def test_a_synchronous_sender_waits_for_a_late_receiver() -> None:
     receive = {"pattern": Pattern.RECEIVE, "peer": 0, "posted_ns": 900, "entered_ns": 900, "left_ns": 1_000}
     held, let_go = (np.array([entry(**send, left_ns=left)], ENTRY) for left in (950, 120))
     other = np.array([entry(**receive)], ENTRY)
-    assert MessageMatcher(0).split([held, other])[1].charged_ns == {1: 800}
-    assert MessageMatcher(0).split([let_go, other])[1].charged_ns == {}
+    assert MessageMatcher(0).split([held, other]).split.charged_ns == {1: 800}
+    assert MessageMatcher(0).split([let_go, other]).split.charged_ns == {}
 
 
 def test_a_held_sender_charges_its_receiver() -> None:
@@ -308,7 +310,7 @@ def test_a_held_sender_charges_its_receiver() -> None:
     from_0 = entry(pattern=Pattern.RECEIVE, posted_ns=900, entered_ns=900, left_ns=1_000)
     late = entry(pattern=Pattern.SEND, peer=1, posted_ns=790, entered_ns=790, left_ns=800)
     logs = [np.array(rows, ENTRY) for rows in ([to_1], [from_2, from_0], [late])]
-    assert MessageMatcher(0).split(logs)[1].charged_ns == {1: 800}
+    assert MessageMatcher(0).split(logs).split.charged_ns == {1: 800}
 
 
 @pytest.mark.parametrize("first", [0, 300])
@@ -328,8 +330,9 @@ def test_waiting_for_messages_is_a_part_of_them_and_charged_to_others(
             rows[first + owner].append(entry(pattern=pattern, peer=first + peer, number=number, **times))
     logs = [np.array(its, ENTRY) for its in rows]
     for rank in range(first, first + 3):
-        names, found = MessageMatcher(rank).split(logs)
-        assert len(names) == len(logs[rank])
+        matched = MessageMatcher(rank).split(logs)
+        found = matched.split
+        assert len(matched.names) == len(logs[rank])
         assert (found.wait_ns >= 0).all()
         assert (found.wait_ns <= logs[rank]["left_ns"] - logs[rank]["entered_ns"]).all()
         assert sum(found.charged_ns.values()) == found.wait_ns.sum()
@@ -398,8 +401,13 @@ def test_what_survivors_had_together_is_told_apart(lost: int) -> None:
             rank.exchange(pattern, root, came_ns, int(begin_ns + delay_ns) + 10)
     left = [rank for rank in range(3) if rank != lost]
     chunks = [ranks[rank].exchange_log.last_chunk() for rank in left]
-    for rank in left:
-        ranks[rank].exchange_log.leave_out(chunks, left, ranks[rank].clock)
+    standings = np.stack([chunk.standing for chunk in chunks])
+    closings = [
+        ranks[rank].exchange_log.closing(chunk, standings, left, [False, False])
+        for rank, chunk in zip(left, chunks, strict=True)
+    ]
+    for rank, closed in zip(left, together(closings), strict=True):
+        ranks[rank].exchange_log.leave_out(closed, standings, left, ranks[rank].clock)
         (other,) = {*left} - {rank}
         waited_ns = sum(
             int(delay_ns)

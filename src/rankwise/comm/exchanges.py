@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,8 @@ from rankwise.comm.transport import Buffer, Op, Pending, Transport
 from rankwise.ledger.exchange_log import ExchangeLog, OpenExchange
 from rankwise.ledger.phases import Ledger
 from rankwise.ledger.regions import collect_in
-from rankwise.ledger.shares import Asks, Collect, Highest, Swap
+from rankwise.ledger.shares import Asks, Collect, Give, Highest, Swap, Take
+from rankwise.ledger.stalls import NO_STALLS
 from rankwise.ledger.timeline import Timeline
 from rankwise.ledger.waits import Pattern, Times
 
@@ -24,6 +25,9 @@ NOTHING = np.empty(0, np.uint8)
 
 MANY_RANKS = 16
 """Ranks from which on each compares a share of the logs. A few have all of them with fewer exchanges."""
+
+REPLAY_TAG = 2
+"""Keeps the numbers of a replay apart from the program's messages, and from those of clocks."""
 
 
 def nothing_owed() -> None:
@@ -234,10 +238,7 @@ class Exchanges:
                 self.exchange_log.compare(self._allgather_object(chunk, self.overhead))
                 return
             standings = self._allgather(chunk.standing, self.overhead)
-            if standings[:, 1].any():  # messages are matched, and replayed, with the logs of all ranks
-                self.exchange_log.compare(self._allgather_object(chunk, self.overhead))
-            else:
-                self._go_through(self.exchange_log.compare_shares(chunk, standings))
+            self._go_through(self.exchange_log.compare_shares(chunk, standings))
 
     def since_start(self, times_ns: Times) -> Times:
         """Times of this rank's clock in ns since the start of rank 0's process."""
@@ -284,25 +285,41 @@ class Exchanges:
         rows = self._allgather(np.pad(mine, (0, lengths.max() - len(mine))), traffic)
         return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
-    def _go_through(self, asks: Asks) -> None:
-        """Hand the other ranks what each of them asks for."""
+    def _go_through(self, asks: Asks) -> Any:
+        """Hand the other ranks what each of them asks for; returns what this one has then."""
         answer: Any = None
-        with suppress(StopIteration):
-            while True:
+        given: list[Pending] = []
+        while True:
+            try:
                 asked = asks.send(answer)
-                match asked:
-                    case Swap(rows, counts, counts_in):
-                        answer = np.empty(counts_in.sum(), rows.dtype)
-                        start = partial(self._transport.swap, rows, counts, answer, counts_in)
-                    case Highest(values):
-                        answer = values
-                        start = partial(self._transport.allreduce, answer, "max")
-                    case Collect(values):
-                        answer = np.empty((self.size, *values.shape), values.dtype)
-                        start = partial(self._transport.allgather, values, answer)
-                self.finish(self.exchange_log.open(Pattern.ALL_TO_ALL, -1, answer.nbytes), start)
-                self.overhead.sent(answer.nbytes)
-                self.overhead.received(answer.nbytes)
+            except StopIteration as ending:
+                for pending in given:
+                    pending.wait(NO_STALLS)
+                    self.under_way.discard(pending)
+                return ending.value
+            match asked:
+                case Give(to, value):  # one for each message of the program: too many for the log
+                    given.append(self._transport.send(np.array([value]), to, REPLAY_TAG))
+                    self.under_way.add(given[-1])
+                    answer = None
+                    continue
+                case Take(source):
+                    number = np.empty(1, np.int64)
+                    self._transport.receive(number, source, REPLAY_TAG).wait(NO_STALLS)
+                    answer = int(number[0])
+                    continue
+                case Swap(rows, counts, counts_in):
+                    answer = np.empty(counts_in.sum(), rows.dtype)
+                    start = partial(self._transport.swap, rows, counts, answer, counts_in)
+                case Highest(values):
+                    answer = values
+                    start = partial(self._transport.allreduce, answer, "max")
+                case Collect(values):
+                    answer = np.empty((self.size, *values.shape), values.dtype)
+                    start = partial(self._transport.allgather, values, answer)
+            self.finish(self.exchange_log.open(Pattern.ALL_TO_ALL, -1, answer.nbytes), start)
+            self.overhead.sent(answer.nbytes)
+            self.overhead.received(answer.nbytes)
 
     def _meet(self) -> None:
         """Comes before every blocking collective exchange of the program: where ranks must meet anyway."""

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from rankwise.comm.exchanges import Exchanges, nothing_owed
 from rankwise.comm.transport import Transport
 from rankwise.errors import RankLost
-from rankwise.ledger.exchange_log import Chunk
+from rankwise.ledger.exchange_log import Chunk, Closed
 from rankwise.ledger.ideal_time import IdealTime
 from rankwise.ledger.phases import Ledger
+from rankwise.ledger.waits import Times
+
+_Report = tuple[bool, Any, Times]
+"""Whether a rank is new, what it tells of itself, and what there is in its last chunk."""
 
 
 class World(Exchanges):
@@ -60,13 +66,14 @@ class World(Exchanges):
         All ranks together."""
         if ranks >= self.size:
             return
-        chunks = self.allgather_object(self.exchange_log.last_chunk())
+        chunk = self.exchange_log.last_chunk()
+        reports = self.allgather_object((False, None, chunk.standing))[:ranks]
         self._transport.set_aside(ranks)
         self._take_place()
         self.members = list(range(ranks))
         if self.rank >= 0:
             self._clock = self._measured_clock()
-            self.exchange_log.leave_out(chunks[:ranks], self.members, self._clock)
+            self.exchange_log.leave_out(*self._closed(chunk, reports), self.members, self._clock)
 
     def stand_by(self) -> list[Any] | None:
         """Sleep until this rank has taken the place of one that was lost, or the others are done.
@@ -116,21 +123,29 @@ class World(Exchanges):
             self._take_place()
             if self.rank < 0:
                 return None
-            reports: list[tuple[bool, Any, Chunk]] = []
+            reports: list[_Report] = []
+            closed = None
             try:
                 clock = self._measured_clock()
-                mine = self._is_new, standing, self.exchange_log.last_chunk()
-                reports = self._allgather_object(mine, self.traffic)
+                chunk = self.exchange_log.last_chunk()
+                reports = self._allgather_object((self._is_new, standing, chunk.standing), self.traffic)
+                closed = self._closed(chunk, reports)
             except RankLost:
                 pass
-            self._refused = not self._transport.agree(bool(reports))
-            if not self._refused:
+            self._refused = not self._transport.agree(closed is not None)
+            if closed is not None and not self._refused:
                 break
             self._transport.call_off(())
         self._clock = clock
-        new = [is_new for is_new, _, _ in reports]
-        self.exchange_log.leave_out([chunk for _, _, chunk in reports], self.members, clock, new)
+        self.exchange_log.leave_out(*closed, self.members, clock)
         return [None if is_new else its for is_new, its, _ in reports]
+
+    def _closed(self, chunk: Chunk, reports: list[_Report]) -> tuple[Closed | None, Times]:
+        """What was waiting in what those had together that go on, and how all stand."""
+        standings = np.stack([standing for _, _, standing in reports])
+        new = [is_new for is_new, _, _ in reports]
+        closing = self.exchange_log.closing(chunk, standings, self.members, new)
+        return self._go_through(closing), standings
 
     def confirm(self, so_far: bool = True) -> None:
         """All ranks have come so far. If one has not, or was lost, it raises RankLost on all."""

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 
 from rankwise.errors import RankLost
-from rankwise.ledger.ideal_time import IdealTime
+from rankwise.ledger.ideal_time import IdealTime, Replay, in_segments
+from rankwise.ledger.messages import Found, MessageMatcher, Name, message_name
 from rankwise.ledger.phases import Ledger
 from rankwise.ledger.regions import LedgerRegions
-from rankwise.ledger.shares import Asks, compare_shares
+from rankwise.ledger.shares import Asks, Highest, compare_shares
 from rankwise.ledger.stalls import StallDetector
 from rankwise.ledger.timeline import EXCHANGE, Timeline
 from rankwise.ledger.waits import (
     ENTRY,
     TIMES,
     Log,
-    MessageMatcher,
-    Name,
     Pattern,
     Split,
     Times,
-    message_name,
     split,
     summed,
     violations,
@@ -51,6 +49,11 @@ class CommonClock(Protocol):
         """Times of this rank's clock, in ns, on the common one."""
 
 
+COLLECTIVES, FIRST, MESSAGES, START_NS, BUSY_NS = range(5)
+"""What ranks must know of each other before logs are compared: the numbers of collective exchanges and of
+messages in a chunk, the number of the first collective one, and the chunk's `start_ns` and `busy_ns`."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What a rank reports to all others: its exchanges that are over and the start of its process, on the
@@ -63,9 +66,19 @@ class Chunk:
 
     @property
     def standing(self) -> Times:
-        """What ranks must know of each other to compare shares: the numbers of collective exchanges and of
-        messages, and `start_ns`."""
-        return np.array([len(self.collective), len(self.messages), self.start_ns])
+        """What the others must know before logs are compared."""
+        first = self.collective["number"][0] if len(self.collective) else 0
+        return np.array([len(self.collective), first, len(self.messages), self.start_ns, self.busy_ns])
+
+
+@dataclass(frozen=True)
+class Closed:
+    """What a rank has found in the exchanges of those that go on together: its rows, what they were made of,
+    and the ideal time."""
+
+    rows: list[LogRow]
+    found: Split
+    ideal_time: IdealTime
 
 
 class OpenExchange:
@@ -222,48 +235,54 @@ class ExchangeLog:
             self._ledger.busy_ns,
         )
 
-    def leave_out(
-        self, chunks: list[Chunk], members: list[int], clock: CommonClock, new: list[bool] | None = None
-    ) -> None:
-        """Begin anew with these members, some of them `new`, and their clock.
+    def closing(self, chunk: Chunk, standings: Times, members: list[int], new: Sequence[bool]) -> Asks:
+        """Compare once more what those had together that go on, as if they had been alone: a rank that waited
+        for a lost one was in transfer. All of `members` take part, with those that are `new` among them
+        behind the others; they have nothing to compare, and get None.
 
-        What the others had together is compared once more, by their last chunks, as if they had been alone: a
-        rank that waited for a lost one was in transfer. A new one gets its ideal time later.
+        `chunk` is this rank's last one, `standings` those of all, in rank order. Nothing is changed until
+        `leave_out`.
         """
-        new = new or [False] * len(members)
-        kept = [chunk for chunk, is_new in zip(chunks, new, strict=True) if not is_new]
-        survivors = [member for member, is_new in zip(members, new, strict=True) if not is_new]
-        self.origin_ns = chunks[0].start_ns
-        if not new[members.index(self._number)]:
-            self._close(kept, [self._members.index(member) for member in survivors])
-            self.ideal_time.welcome([chunk.busy_ns for chunk in chunks])
+        rank, kept = members.index(self._number), len(members) - sum(new)
+        if rank >= kept:
+            count = int((yield Highest(np.zeros(1, np.int64)))[0])
+            yield from compare_shares(rank, len(members), chunk.collective[:0], together=kept)
+            yield from IdealTime(len(members)).add_own(None, rank, count)
+            return None
+        standings = standings[:kept]
+        first = int(standings[standings[:, COLLECTIVES] > 0, FIRST].max(initial=0))
+        # What nobody of them has compared yet, and all of them have logged.
+        upto = int((standings[:, FIRST] + standings[:, COLLECTIVES]).min())
+        numbers = chunk.collective["number"]
+        log = chunk.collective[(numbers >= first) & (numbers < upto)]
+        places = [self._members.index(member) for member in members[:kept]]
+        is_theirs = np.isin(log["peer"], [-1, *places])
+        log = log[is_theirs]
+        new_of = {old: new for new, old in enumerate(places)} | {-1: -1}
+        log["peer"] = [new_of[root] for root in log["peer"].tolist()]
+        rows = [row for row in self._collective if first <= row["number"] < upto]
+        rows = [row for row, its in zip(rows, is_theirs, strict=True) if its]
+        if any(new):  # which know of none
+            yield Highest(np.array([len(log)]))
+        found = yield from compare_shares(rank, len(members), log, together=kept)
+        ideal_time = self.ideal_time.of(places)
+        yield from ideal_time.add_own(log, rank, len(log))
+        return Closed(rows, summed(found), ideal_time.of(range(kept)))
+
+    def leave_out(
+        self, closed: Closed | None, standings: Times, members: list[int], clock: CommonClock
+    ) -> None:
+        """Begin anew with these members and their clock, with what `closing` gave. A new one gets its ideal
+        time later."""
+        self.origin_ns = int(standings[0, START_NS])
+        if closed is not None:
+            self._members = members
+            self._take(closed.rows, closed.found)
+            self.ideal_time = closed.ideal_time
+            self.ideal_time.welcome(standings[:, BUSY_NS].tolist())
         self._members = members
         self._clock = clock
         self._begin(members.index(self._number))
-
-    def _close(self, chunks: list[Chunk], survivors: list[int]) -> None:
-        """Compare what these ranks had together, and none of them has compared yet."""
-        rank = survivors.index(self._rank)
-        first = max(
-            (int(chunk.collective["number"][0]) for chunk in chunks if len(chunk.collective)), default=0
-        )
-        chunks = [
-            replace(chunk, collective=chunk.collective[chunk.collective["number"] >= first])
-            for chunk in chunks
-        ]
-        count = min(len(chunk.collective) for chunk in chunks)
-        collective: Log = np.stack([chunk.collective[:count] for chunk in chunks])
-        roots = collective["peer"][0]
-        kept = np.isin(roots, [-1, *survivors])
-        collective = collective[:, kept]
-        new_of = {old: new for new, old in enumerate(survivors)} | {-1: -1}
-        collective["peer"] = [[new_of[int(root)] for root in roots[kept]]] * len(chunks)
-        self._members = [self._members[rank] for rank in survivors]
-        own = [row for row in self._collective if row["number"] >= first]
-        rows = [row for row, keep in zip(own[:count], kept, strict=True) if keep]
-        self._take(rows, split(collective, rank))
-        self.ideal_time.leave_out(survivors)
-        self.ideal_time.add(collective, [chunk.messages[:0] for chunk in chunks])
 
     def compare(self, chunks: list[Chunk]) -> None:
         """Find what was waiting in what all ranks have reported; `chunks` in rank order."""
@@ -272,24 +291,32 @@ class ExchangeLog:
         messages = [chunk.messages for chunk in chunks]
         self.origin_ns = chunks[0].start_ns
         self._take(self._collective[:count], split(collective, self._rank))
-        names, found = self._matcher.split(messages)
-        self._take([self._reported.pop(name) for name in names], found)
+        self._take_messages(self._matcher.split(messages))
         self.violations += violations(collective)
         self.ideal_time.add(collective, messages)
         del self._collective[:count]
 
     def compare_shares(self, chunk: Chunk, standings: Times) -> Asks:
-        """The same where no rank reports messages: each compares a share. `chunk` is this rank's, `standings`
-        those of all, in rank order."""
-        count = int(standings[:, 0].min())
-        self.origin_ns = int(standings[0, 2])
+        """The same where each rank has its own chunk only, and compares a share; `standings` are those of
+        all, in rank order."""
+        count = int(standings[:, COLLECTIVES].min())
+        self.origin_ns = int(standings[0, START_NS])
         log = chunk.collective[:count]
         found = yield from compare_shares(self._rank, len(standings), log)
-        waited = yield from self.ideal_time.add_own(log, self._rank)
+        messages, replay = None, None
+        if standings[:, MESSAGES].any():
+            mine = in_segments(chunk.messages, log)
+            messages, *others = yield from self._matcher.compare(mine, len(standings))
+            replay = Replay(mine, *others)
+        yield from self.ideal_time.add_own(log, self._rank, count, replay)
         self._take(self._collective[:count], summed(found))
+        if messages is not None:
+            self._take_messages(messages)
         self.violations += int(found["contradicts"].sum())
         del self._collective[:count]
-        return waited
+
+    def _take_messages(self, found: Found) -> None:
+        self._take([self._reported.pop(name) for name in found.names], found.split)
 
     def _take(self, rows: list[LogRow], found: Split) -> None:
         log = _table(rows)

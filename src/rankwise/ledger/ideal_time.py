@@ -9,19 +9,42 @@ and imbalance; what the real run took longer is transfer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rankwise.ledger.shares import Asks, Collect, Highest
-from rankwise.ledger.waits import Log, Name, Pattern, Times, message_name
+from rankwise.ledger.messages import Name, names_of
+from rankwise.ledger.shares import Asked, Asks, Collect, Give, Highest, Take
+from rankwise.ledger.waits import ENTRY, Log, Pattern, Times
 
 BLOCK = 32
-"""Exchanges that ranks replay together at once."""
+"""Collective exchanges that ranks replay together at once."""
 
 NEVER = -(2**61)
 """A time long before all others, to which one can be added."""
+
+MESSAGE = np.dtype([*ENTRY.descr, ("segment", "i8")])
+"""An end of a message, and how many collective exchanges of this comparison are replayed before it."""
+
+
+class Turn(NamedTuple):
+    """An end of a message that is to be replayed; `busy_ns` is what its rank had computed by then."""
+
+    segment: int
+    is_moved: bool
+    name: Name
+    is_send: bool
+    busy_ns: int
+
+
+class Replay(NamedTuple):
+    """The messages of one rank for `add_own`: its own ends, as `in_segments` gives them; those of the others,
+    as they came to it, and whose they are."""
+
+    mine: Log
+    theirs: Log
+    owners: Times
 
 
 class IdealTime:
@@ -30,42 +53,101 @@ class IdealTime:
     def __init__(self, ranks: int) -> None:
         self._waited_ns: Times = np.zeros(ranks, np.int64)
         self._sent_ns: dict[Name, int] = {}
-        self._unsent: list[tuple[int, Log]] = []
+        self._unsent: list[tuple[int, Turn]] = []
 
-    def add(self, collective: Log, messages: list[Log]) -> None:
-        """Replay collective exchanges [ranks, exchanges] and each rank's messages, in the order in which
-        the rank made them."""
-        moments = [np.where(_is_send(log), log["posted_ns"], log["left_ns"]) for log in messages]
-        orders = [np.argsort(moment, kind="stable") for moment in moments]
-        logs = [log[order] for log, order in zip(messages, orders, strict=True)]
-        cuts = [
-            # Exchanges in the background may end in another order than they began.
-            np.maximum.accumulate(np.searchsorted(moment[order], row["entered_ns"], side="right"))
-            for moment, order, row in zip(moments, orders, collective, strict=True)
+    def add(self, collective: Log, messages: Sequence[Log]) -> None:
+        """Replay collective exchanges [ranks, exchanges] and each rank's messages, as one process that has
+        the logs of all."""
+        logs = [in_segments(its, row) for its, row in zip(messages, collective, strict=True)]
+        sent = {
+            name: int(segment)
+            for rank, log in enumerate(logs)
+            for name, segment in zip(names_of(log, rank), log["segment"], strict=True)
+            if name[0] == rank
+        }
+        late, self._unsent = self._unsent, []
+        turns = [
+            self._in_order(rank, log, [turn for whose, turn in late if whose == rank], sent)
+            for rank, log in enumerate(logs)
         ]
-        done = [0] * len(logs)
-        for number in range(collective.shape[1]):
-            until = [int(cut[number]) for cut in cuts]
-            if until != done:
-                self._messages([log[a:b] for log, a, b in zip(logs, done, until, strict=True)])
-                done = until
-            self._collective(collective[:, number])
-        self._messages([log[a:] for log, a in zip(logs, done, strict=True)])
+        for segment in range(collective.shape[1] + 1):
+            self._messages([_of_segment(its, segment) for its in turns])
+            if segment < collective.shape[1]:
+                self._collective(collective[:, segment])
 
-    def add_own(self, log: Log, rank: int) -> Asks:
-        """The same for collective exchanges alone, together with all ranks, of which each has its own `log`
-        only. Its time does not grow with the ranks but by that of finding the largest over all."""
+    def add_own(self, log: Log | None, rank: int, count: int, messages: Replay | None = None) -> Asks:
+        """The same together with all ranks, of which each has its own `log` of `count` collective exchanges
+        only (None of those that took no part) and, if any has some, its own messages.
+
+        A message is replayed as it was made: its sender hands the receiver one number. So a rank's time grows
+        with its own messages, and not with the ranks but by that of finding the largest over all.
+        """
         waited = int(self._waited_ns[rank])
-        for start in range(0, len(log), BLOCK):
-            waited = yield from _replayed(log[start : start + BLOCK], rank, waited)
+        turns: deque[Turn] = deque()
+        coming: dict[int, deque[Name]] = {}
+        begun = 0
+        if messages is not None:
+            turns, coming = self._own_turns(rank, messages)
+            has_some = np.zeros(count + 1, np.int64)
+            has_some[[turn.segment for turn in turns]] = 1
+            for segment in np.flatnonzero((yield Highest(has_some))).tolist():
+                waited = yield from _replayed(log, rank, waited, begun, segment)
+                begun = segment
+                waited = yield from self._own_messages(_of_segment(turns, segment), coming, rank, waited)
+        waited = yield from _replayed(log, rank, waited, begun, count)
+        for source, names in coming.items():  # whose receives are not over yet
+            for name in names:
+                self._sent_ns[name] = yield Take(source)
         self._waited_ns = (yield Collect(np.array([waited]))).reshape(-1)
         return self._waited_ns
 
-    def leave_out(self, survivors: list[int]) -> None:
-        """Go on with these ranks alone; messages that are under way are lost."""
-        self._waited_ns = self._waited_ns[survivors]
-        self._sent_ns.clear()
-        self._unsent.clear()
+    def _own_turns(self, rank: int, messages: Replay) -> tuple[deque[Turn], dict[int, deque[Name]]]:
+        """This rank's ends in the order of the replay, and which messages come to it from whom."""
+        sends = messages.theirs["pattern"] == Pattern.SEND
+        rows, sources = messages.theirs[sends], messages.owners[sends]
+        names = names_of(rows, sources)
+        coming: dict[int, deque[Name]] = {}
+        for source, name in zip(sources.tolist(), names, strict=True):
+            coming.setdefault(source, deque()).append(name)
+        late, self._unsent = self._unsent, []
+        sent = dict(zip(names, rows["segment"].tolist(), strict=True))
+        return self._in_order(rank, messages.mine, [turn for _, turn in late], sent), coming
+
+    def _own_messages(
+        self, turns: list[Turn], coming: dict[int, deque[Name]], rank: int, waited: int
+    ) -> Generator[Asked, int, int]:
+        for turn in turns:
+            if turn.is_send:
+                yield Give(turn.name[1], waited + turn.busy_ns)
+                continue
+            source = turn.name[0]
+            while turn.name not in self._sent_ns:
+                self._sent_ns[coming[source].popleft()] = yield Take(source)
+            waited = max(waited, self._sent_ns.pop(turn.name) - turn.busy_ns)
+        return waited
+
+    def _in_order(self, rank: int, log: Log, late: list[Turn], sent: Mapping[Name, int]) -> deque[Turn]:
+        """A rank's ends in the order of the replay: as it made them, but that a receive which ended before
+        the segment of its send, as collective exchanges do not let go all ranks at once, comes at the end
+        of that one. Those whose send is not logged yet are left for later."""
+        is_send = log["pattern"] == Pattern.SEND
+        busy = np.where(is_send, log["posted_busy_ns"], log["entered_busy_ns"])
+        columns = log["segment"].tolist(), names_of(log, rank), is_send.tolist(), busy.tolist()
+        turns = [Turn(segment, False, *of_it) for segment, *of_it in zip(*columns, strict=True)]
+        placed = []
+        for turn in [*late, *turns]:
+            at = turn.segment if turn.is_send or turn.name in self._sent_ns else sent.get(turn.name)
+            if at is None:
+                self._unsent.append((rank, turn._replace(segment=-1)))
+            else:
+                placed.append(turn._replace(segment=max(at, turn.segment, 0), is_moved=at > turn.segment))
+        return deque(sorted(placed, key=lambda turn: turn[:2]))
+
+    def of(self, places: Sequence[int]) -> IdealTime:
+        """That of these ranks alone; messages that are under way are lost."""
+        its = IdealTime(0)
+        its._waited_ns = self._waited_ns[list(places)]
+        return its
 
     def welcome(self, busy_ns: list[int]) -> None:
         """Let ranks in behind those that are here; `busy_ns` [ranks] is how long each has computed. Their
@@ -89,39 +171,62 @@ class IdealTime:
         else:
             self._waited_ns += np.maximum(came[root] - here, 0)
 
-    def _messages(self, logs: list[Log]) -> None:
-        """Go on with any rank whose next message can be replayed: a receive comes after its send.
+    def _messages(self, turns: list[list[Turn]]) -> None:
+        """Go on with any rank whose next message can be replayed: a receive comes after its send. What a rank
+        made before it made a send came before it to its receiver, so one of them can go on."""
+        left = {rank: deque(its) for rank, its in enumerate(turns) if its}
+        while left:
+            for rank, its in list(left.items()):
+                while its and self._message(rank, its[0]):
+                    its.popleft()
+                if not its:
+                    del left[rank]
 
-        Receives whose send is not logged yet are left for later, so that they hold up no other rank.
-        """
-        self._unsent = [late for late in self._unsent if not self._message(*late)]
-        left = [deque(log) for log in logs]
-        while any(left):
-            moved = False
-            for rank, rows in enumerate(left):
-                while rows and self._message(rank, rows[0]):
-                    rows.popleft()
-                    moved = True
-            if not moved:
-                self._unsent += [(rank, rows.popleft()) for rank, rows in enumerate(left) if rows]
-
-    def _message(self, rank: int, row: Log) -> bool:
-        name = message_name(row, rank)
-        if row["pattern"] == Pattern.SEND:
-            self._sent_ns[name] = self.ideal_ns(rank, int(row["posted_busy_ns"]))
-        elif name in self._sent_ns:
-            here = self.ideal_ns(rank, int(row["entered_busy_ns"]))
-            self._waited_ns[rank] += max(self._sent_ns.pop(name) - here, 0)
+    def _message(self, rank: int, turn: Turn) -> bool:
+        here = self.ideal_ns(rank, turn.busy_ns)
+        if turn.is_send:
+            self._sent_ns[turn.name] = here
+        elif turn.name in self._sent_ns:
+            self._waited_ns[rank] += max(self._sent_ns.pop(turn.name) - here, 0)
         else:
             return False
         return True
 
 
-def _is_send(log: Log) -> NDArray[np.bool_]:
-    return np.asarray(log["pattern"] == Pattern.SEND)
+def in_segments(messages: Log, collective: Log) -> Log:
+    """A rank's messages as a table of MESSAGE, in the order in which it made them: a send when it was posted,
+    a receive when it had come; `collective` are its collective exchanges."""
+    moment = np.where(messages["pattern"] == Pattern.SEND, messages["posted_ns"], messages["left_ns"])
+    order = np.argsort(moment, kind="stable")
+    # Exchanges in the background may end in another order than they began.
+    cuts = np.maximum.accumulate(np.searchsorted(moment[order], collective["entered_ns"], side="right"))
+    log = np.zeros(len(messages), MESSAGE)
+    for name in ENTRY.names or ():
+        log[name] = messages[name][order]
+    log["segment"] = np.searchsorted(cuts, np.arange(len(log)), side="right")
+    return log
 
 
-def _replayed(log: Log, rank: int, waited_ns: int) -> Generator[Highest, Log, int]:
+def _of_segment(turns: deque[Turn], segment: int) -> list[Turn]:
+    """Takes the first of the turns, up to the end of a segment."""
+    its = []
+    while turns and turns[0].segment <= segment:
+        its.append(turns.popleft())
+    return its
+
+
+def _replayed(log: Log | None, rank: int, waited_ns: int, begin: int, end: int) -> Generator[Asked, Log, int]:
+    """How long a rank has waited when it has come through these collective exchanges, a block at a time."""
+    for start in range(begin, end, BLOCK):
+        count = min(BLOCK, end - start)
+        if log is None:
+            yield Highest(np.full(count * (count + 1) // 2, NEVER))
+        else:
+            waited_ns = yield from _block(log[start : start + count], rank, waited_ns)
+    return waited_ns
+
+
+def _block(log: Log, rank: int, waited_ns: int) -> Generator[Asked, Log, int]:
     """How long a rank has waited when it has come through a few collective exchanges.
 
     An exchange m is over at M_m, when the last rank has come that it needs; a rank then has waited so that

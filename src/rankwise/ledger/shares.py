@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from rankwise.ledger.waits import Log, Times, compare
+from rankwise.ledger.waits import FOUND, Log, Times, compare
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,54 @@ class Collect:
     values: Times
 
 
-Asks = Generator[Swap | Highest | Collect, Log, Log]
+@dataclass(frozen=True)
+class Give:
+    """Asks to hand one rank a number, which need not be looked at before this rank goes on. Gives nothing."""
+
+    to: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Take:
+    """Asks for the next number that one rank hands this one: they come in the order in which they were
+    given."""
+
+    source: int
+
+
+Asked = Swap | Highest | Collect | Give | Take
+
+Asks = Generator[Asked, Any, Any]
 """What a rank goes through together with all others, and what it then has."""
 
 
-def compare_shares(rank: int, ranks: int, log: Log) -> Asks:
+def compare_shares(rank: int, ranks: int, log: Log, together: int | None = None) -> Asks:
     """What was waiting in the collective exchanges of this rank, of dtype FOUND, as `compare` finds it from
-    the logs of all. `log` are this rank's rows; all ranks have the same exchanges."""
-    starts, firsts, ends = _shares(ranks, len(log))
+    the logs of all. `log` are this rank's rows; the first ranks, of this number (all if None), have the same
+    exchanges, and the others none."""
+    together = ranks if together is None else together
+    none = np.zeros(ranks, np.int64)
+    if rank >= together:
+        yield Swap(log[:0], none, none)
+        return (yield Swap(np.zeros(0, FOUND), none, none))
+    starts, firsts, ends = _shares(together, len(log))
     widths = ends - firsts
     own = np.repeat(firsts - (np.cumsum(widths) - widths), widths) + np.arange(widths.sum())
-    given = yield Swap(log[own], widths, np.full(ranks, widths[rank]))
-    found = compare(given.reshape(ranks, widths[rank]))[:, starts[rank] - firsts[rank] :]
-    counts = np.full(ranks, ends[rank] - starts[rank])
-    return (yield Swap(found.ravel(), counts, ends - starts))
+    with_me = np.arange(ranks) < together
+    given = yield Swap(log[own], _padded(widths, ranks), np.where(with_me, widths[rank], 0))
+    found = compare(given.reshape(together, widths[rank]))[:, starts[rank] - firsts[rank] :]
+    counts = np.where(with_me, ends[rank] - starts[rank], 0)
+    return (yield Swap(found.ravel(), counts, _padded(ends - starts, ranks)))
+
+
+def deal(rows: Log, to: Times, ranks: int) -> Generator[Asked, Any, tuple[Log, Times]]:
+    """Hand out rows, each to the rank of `to` [rows]. Gives those for this one, in rank order and in the
+    order in which each had them, and whose they are."""
+    counts, one = np.bincount(to, minlength=ranks), np.ones(ranks, np.int64)
+    counts_in = yield Swap(counts, one, one)
+    given = yield Swap(rows[np.argsort(to, kind="stable")], counts, counts_in)
+    return given, np.repeat(np.arange(ranks), counts_in)
 
 
 def _shares(ranks: int, exchanges: int) -> tuple[Times, Times, Times]:
@@ -63,3 +98,7 @@ def _shares(ranks: int, exchanges: int) -> tuple[Times, Times, Times]:
     bounds = np.arange(ranks + 1) * exchanges // ranks
     starts, ends = bounds[:-1], bounds[1:]
     return starts, np.where(ends > starts, np.maximum(starts - 1, 0), starts), ends
+
+
+def _padded(counts: Times, ranks: int) -> Times:
+    return np.pad(counts, (0, ranks - len(counts)))

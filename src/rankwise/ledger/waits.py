@@ -31,7 +31,7 @@ No rank waits longer than it was in an exchange by its own clock, also if that i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -143,7 +143,7 @@ def compare(log: Log) -> Log:
     found["stopped_ns"] = sum(stage.length for stage in stages) - found["wait_ns"]
     blamed = np.choose(np.argmax(waited, axis=0), [stage.cause for stage in stages])
     found["late"] = np.where(found["wait_ns"] > 0, blamed, me)
-    found["hidden_ns"] = _hidden(_until(log, stages[0].cause), log)
+    found["hidden_ns"] = hidden(_until(log, stages[0].cause), log)
     found["contradicts"] = _contradicts(log)
     for place, stage in enumerate(stages):
         found["causes"][:, :, place] = stage.cause
@@ -154,7 +154,7 @@ def compare(log: Log) -> Log:
     ends = starts + first.length[:, 1:]
     for place, stage in enumerate(stages, len(stages)):
         start, cause = stage.start[by, before], stage.cause[by, before]
-        shared = _overlap(starts, ends, start, start + stage.length[by, before])
+        shared = overlap(starts, ends, start, start + stage.length[by, before])
         shared = np.where((cause != me) & (by != me), shared, 0)
         found["causes"][:, 1:, place], found["charged_ns"][:, 1:, place] = cause, shared
         found["charged_ns"][:, 1:, 0] -= shared
@@ -177,7 +177,7 @@ def _held_up(log: Log) -> list[_Stage]:
     exchanges = log.shape[1]
     posted, entered, left = log["posted_ns"], log["entered_ns"], log["left_ns"]
     late = _late(log)
-    needed = _Stage(entered, _wait(_until(log, late), entered, left), late)
+    needed = _Stage(entered, wait_until(_until(log, late), entered, left), late)
 
     start = needed.start + needed.length
     until, latest = _last_before(posted, left)
@@ -187,7 +187,7 @@ def _held_up(log: Log) -> list[_Stage]:
     # One stall per exchange, the longest: a rank that sat through it had time for short ones beside it.
     stalled, columns = (log["stall_end_ns"] - log["stall_start_ns"]).argmax(axis=0), np.arange(exchanges)
     start = np.maximum(until, log["stall_start_ns"][stalled, columns])
-    length = _overlap(start, left, start, log["stall_end_ns"][stalled, columns])
+    length = overlap(start, left, start, log["stall_end_ns"][stalled, columns])
     stall = _Stage(start, length, np.broadcast_to(stalled, log.shape))
     return list(_within(log["inside_ns"], needed, sat_through, stall))
 
@@ -234,81 +234,6 @@ def _until(log: Log, late: Times) -> Times:
     return np.take_along_axis(log["posted_ns"], late, axis=0)
 
 
-class MessageMatcher:
-    """Brings the two ends of each message of one rank together, also if one is logged much later."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._mine: dict[Name, Log] = {}
-        self._theirs: dict[Name, Log] = {}
-
-    def split(self, logs: list[Log]) -> tuple[list[Name], Split]:
-        """Take in the messages that every rank reports now; split those of which both ends are known now.
-
-        Returns which of this rank's messages these are, and what they were made of.
-        """
-        rank = self._rank
-        self._mine |= {message_name(row, rank): row for row in logs[rank]}
-        for owner, log in enumerate(logs):
-            self._theirs |= {message_name(row, owner): row for row in log[log["peer"] == rank]}
-        names = [name for name in self._mine if name in self._theirs]
-        mine = np.array([self._mine.pop(name) for name in names], ENTRY)
-        theirs = np.array([self._theirs.pop(name) for name in names], ENTRY)
-
-        until, entered, left, peer = theirs["posted_ns"], mine["entered_ns"], mine["left_ns"], mine["peer"]
-        # A sender that left before its receiver came did not wait: the library had taken its message.
-        held = (mine["pattern"] == Pattern.RECEIVE) | (left >= until)
-        wait = np.minimum(np.where(held, _wait(until, entered, left), 0), mine["inside_ns"])
-        rest, room = entered + wait, mine["inside_ns"] - wait
-        # Of the two ends' stalls the longer one is what held the message up.
-        sat_out = _overlap(rest, left, theirs["stall_start_ns"], theirs["stall_end_ns"]) * held
-        stopped = _overlap(rest, left, mine["stall_start_ns"], mine["stall_end_ns"])
-        sat_out, stopped = np.minimum(sat_out, room), np.minimum(stopped, room)
-        sat_out, stopped = np.where(stopped > sat_out, 0, sat_out), np.where(stopped > sat_out, stopped, 0)
-        all_wait = wait + sat_out
-
-        charged = np.zeros(len(logs), np.int64)
-        np.add.at(charged, peer, all_wait)
-        for place in np.flatnonzero(wait * (mine["pattern"] == Pattern.RECEIVE)):
-            # The part of it in which the sender itself waited is charged to the rank that it waited for.
-            by, start, end = int(peer[place]), int(entered[place]), int(rest[place])
-            for cause, their_start, their_end in _receive_waits(logs, by, start, end):
-                shared = max(0, min(end, their_end) - max(start, their_start)) if cause != rank else 0
-                charged[by] -= shared
-                charged[cause] += shared
-        return names, Split(
-            wait_ns=all_wait,
-            late=np.where(all_wait > 0, peer, rank),
-            stopped_ns=stopped,
-            charged_ns={r: int(ns) for r, ns in enumerate(charged) if ns},
-            hidden_ns=int(_hidden(until, mine).sum()),
-        )
-
-
-Name = tuple[int, int, int]
-"""Source, destination and number of a message."""
-
-
-def message_name(row: Mapping[str, int] | Log, owner: int) -> Name:
-    """The message of which `row` is the end of `owner`."""
-    peer, number = int(row["peer"]), int(row["number"])
-    return (owner, peer, number) if row["pattern"] == Pattern.SEND else (peer, owner, number)
-
-
-def _receive_waits(logs: list[Log], rank: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The senders for which a rank waited in receives, from when and until when, as far as that touches a
-    stretch of time and both ends are logged now."""
-    log = logs[rank]
-    touching = log[(log["pattern"] == Pattern.RECEIVE) & (log["left_ns"] > start) & (log["entered_ns"] < end)]
-    for row in touching:
-        sent = logs[int(row["peer"])]
-        sent = sent[
-            (sent["pattern"] == Pattern.SEND) & (sent["peer"] == rank) & (sent["number"] == row["number"])
-        ]
-        for posted_ns in sent["posted_ns"]:
-            yield int(row["peer"]), int(row["entered_ns"]), int(min(posted_ns, row["left_ns"]))
-
-
 def violations(log: Log) -> int:
     """The number of exchanges of all [ranks, exchanges] in which clocks contradict each other: a rank left
     before another had come."""
@@ -320,14 +245,17 @@ def _contradicts(log: Log) -> NDArray[np.bool_]:
     return np.asarray(too_early & (log["pattern"][0] == Pattern.ALL_TO_ALL))
 
 
-def _wait(until: Times, entered: Times, left: Times) -> Times:
+def wait_until(until: Times, entered: Times, left: Times) -> Times:
+    """How much of the time from entering to leaving was before `until`."""
     # Clocks of several hosts may contradict each other so far that an exchange seems to end before it began.
     return np.asarray(np.minimum(np.maximum(until - entered, 0), np.maximum(left - entered, 0)))
 
 
-def _overlap(start: Times, end: Times, other_start: Times, other_end: Times) -> Times:
+def overlap(start: Times, end: Times, other_start: Times, other_end: Times) -> Times:
+    """How long two stretches of time have in common."""
     return np.asarray(np.maximum(np.minimum(end, other_end) - np.maximum(start, other_start), 0))
 
 
-def _hidden(until: Times, row: Log) -> Times:
+def hidden(until: Times, row: Log) -> Times:
+    """How long exchanges went on behind computing, once the others had come."""
     return np.asarray(np.maximum(row["entered_ns"] - np.maximum(until, row["posted_ns"]), 0))
