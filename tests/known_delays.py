@@ -18,7 +18,7 @@ comm = MPI.COMM_WORLD
 rank, last = comm.Get_rank(), comm.Get_size() - 1
 middle = 0 < rank < last
 pair = comm.Split(1 if middle else 0, rank)
-sides = None if middle else MPI.COMM_SELF.Create_intercomm(0, comm, last - rank)
+sides = None if middle or not last else MPI.COMM_SELF.Create_intercomm(0, comm, last - rank)
 numbers = int(sys.argv[2]) // 8 if __name__ == "__main__" else 1
 large, small = np.zeros(125_000), np.zeros(numbers)
 total = np.zeros(numbers)

@@ -110,6 +110,35 @@ def test_a_receive_waits_for_its_sender_and_a_send_for_its_receiver() -> None:
     assert late_receiver == [{1: 200}, {}]
 
 
+def test_what_is_received_is_what_was_sent() -> None:
+    """Bytes that came count as their sender had them, whatever the buffer, also where one call sends and
+    receives, or a receive goes on in the background; those of a sender that is not known as the buffer has
+    them."""
+
+    def both(of_rank: int, size: int) -> tuple[Any, ...]:
+        other = {"peer": 1 - of_rank, "tag": 0, "source": 1 - of_rank, "got_tag": 0, "bytes": size}
+        return Kind.EXCHANGE, 100, 110, other
+
+    kind, entered, left, named = message(Kind.RECEIVE, 200, 210, 0)
+    large_buffer = kind, entered, left, named | {"bytes": 4000}
+    *late, named = message(Kind.SEND, 200, 201, 1)
+    sent = *late, named | {"bytes": 700}
+    *post, named = message(Kind.POST_RECEIVE, 220, 221, 1)
+    posted = *post, named | {"bytes": 9000}
+    *later, named = message(Kind.SEND, 222, 223, 0)
+    answer = *later, named | {"bytes": 50}
+    part = Kind.PART, 240, 240, {"request": 2, "source": 1, "got_tag": 0}
+    unknown = Kind.RECEIVE, 300, 310, {"source": 1, "got_tag": 7, "bytes": 16}
+    first, second = account(
+        [
+            log(0, 2, both(0, 8), sent, posted, (Kind.WAIT, 230, 240, {}), part, unknown),
+            log(1, 2, both(1, 24), large_buffer, answer),
+        ]
+    )
+    assert (first.bytes_sent, first.bytes_received) == (8 + 700, 24 + 50 + 16)
+    assert (second.bytes_sent, second.bytes_received) == (24 + 50, 8 + 700)
+
+
 def test_messages_are_matched_by_tag() -> None:
     """A send ends with the receive of its own tag, whichever was received before."""
     assert waits(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import py_compile
+import shutil
 import sys
 import sysconfig
 import zipfile
@@ -245,3 +246,42 @@ def test_two_programs_into_one_folder(command: Command, tmp_path: Path) -> None:
     assert (done.code, done.out, len(done.told)) == (2, "", 1), done
     assert "run" in done.told[0]
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+C_CALLS = """
+#include <mpi.h>
+int meet(MPI_Comm *comm) { return MPI_Barrier(*comm); }
+"""
+
+CALLS_C = """
+import ctypes, time
+from mpi4py import MPI
+comm = MPI.COMM_WORLD.Dup()
+meet = ctypes.CDLL("./libmeets.so").meet
+time.sleep(0.5 * (1 - comm.rank))
+print(meet(ctypes.c_void_p(MPI._addressof(comm))))
+comm.Barrier()
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.timeout(120)
+def test_calls_from_c_are_computing_and_said_to_be(command: Command, tmp_path: Path) -> None:
+    """A library that takes the communicator's handle works as without the ledger; what it waits counts as own
+    work, and record and summary say whose calls were not seen."""
+    compiler = Path(sys.executable).with_name("mpicc")
+    if not (compiler.exists() and shutil.which("gcc")):
+        pytest.skip("there is no compiler for MPI")
+    (tmp_path / "meets.c").write_text(C_CALLS)
+    (tmp_path / "calls.py").write_text(CALLS_C)
+    made = command(str(compiler), "-shared", "-fPIC", "-o", "libmeets.so", "meets.c")
+    assert made.code == 0, made
+    done = command.rankwise("run", "--ranks", "2", "--out", "run", "calls.py")
+    assert done.code == 0, done
+    assert done.out.count("] 0\n") == 2
+    assert "What libmeets.so calls in MPI is not seen, and counts as computing." in done.out + done.err
+    run = RunFolder(tmp_path / "run").read()
+    assert run.environment.calls_from_c == ["libmeets.so"]
+    assert all(sum(row.phases_ns.values()) == row.wall_ns for row in run.ranks)
+    assert all(row.phases_ns["compute"] > 0.45e9 for row in run.ranks)
+    assert {site.call for site in run.call_sites} == {"Dup", "Barrier"}

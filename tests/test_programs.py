@@ -251,9 +251,11 @@ def test_options_of_the_command_line_win(command: Command, tmp_path: Path, progr
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_a_program_ends_as_it_ends_itself(command: Command, tmp_path: Path, ranks: str) -> None:
     """Output goes to the stream on which it came, with its rank if there are several, a line of dashes
-    too; the exit code is the program's; an error is shown as Python shows it, and ends with one line."""
+    too; the exit code is the program's; an error is shown as Python shows it, and ends with one line. Its
+    input is at its end at once."""
     (tmp_path / "ends.py").write_text(
-        "import sys\nfrom beside import text\nprint('-' * 60)\nprint(text, sys.argv[1:], __name__)\n"
+        "import sys; sys.stdin.read()\nfrom beside import text\nprint('-' * 60)\n"
+        "print(text, sys.argv[1:], __name__)\n"
         "print('error', file=sys.stderr)\nif sys.argv[1] == 'raise':\n    raise ValueError('on purpose')\n"
         "sys.exit(int(sys.argv[1]))\n"
     )
@@ -350,22 +352,25 @@ def test_wrong_use_is_one_line(
 
 @pytest.mark.mpi
 @pytest.mark.timeout(120)
-def test_wrong_use_in_a_program(command: Command, tmp_path: Path) -> None:
-    """What a program asks of its Run in vain ends all ranks with one line and code 2 before the first turn,
-    and leaves no run behind."""
-    for line, told in [
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
         ("rankwise.Run(lr=3)", "a loop of one's own says itself"),
         ("rankwise.Run(stratgy='x')", "stratgy"),
         ("rankwise.Run('easgd')", "all ranks train"),
         ("rankwise.Run(); rankwise.Run()", "a second Run"),
         ("next(iter(rankwise.Run().epochs(3)))", "trains no model"),
-    ]:
-        (tmp_path / "wrong.py").write_text(f"import rankwise\n{line}\n")
-        done = command.rankwise("run", "--ranks", "3", "--out", "run", "wrong.py")
-        assert done.code == 2, (line, done)
-        assert len(done.told) == 1, done
-        assert told in done.told[0]
-        assert not (tmp_path / "run").exists()
+    ],
+)
+def test_wrong_use_in_a_program(command: Command, tmp_path: Path, line: str, told: str) -> None:
+    """What a program asks of its Run in vain ends all ranks with one line and code 2 before the first turn,
+    and leaves no run behind."""
+    (tmp_path / "wrong.py").write_text(f"import rankwise\n{line}\n")
+    done = command.rankwise("run", "--ranks", "3", "--out", "run", "wrong.py")
+    assert done.code == 2, done
+    assert len(done.told) == 1, done
+    assert told in done.told[0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_record_of_a_program_can_be_read_again(tmp_path: Path) -> None:

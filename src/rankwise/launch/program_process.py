@@ -120,10 +120,18 @@ current: ProgramRank | None = None
 """This process's, if `rankwise run` has started it."""
 
 
+def _without_input() -> None:
+    """Let a program that reads its input find the end of it: Open MPI's mpiexec keeps rank 0's open."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+
 def run_as_launched(folder: RunFolder) -> None:
     """Be one rank of the program whose plan is in `folder`; ends with the exit code of its error, which
     stands in the folder and is the launcher's to tell."""
     machine.die_with_parent(signal.SIGKILL)
+    _without_input()
     try:
         try:
             plan = read_plan(folder)

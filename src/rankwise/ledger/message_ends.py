@@ -22,14 +22,14 @@ END = np.dtype(
     [
         (name, "i8")
         for name in (
-            *("rank", "begun", "row", "partner", "comm", "tag", "order", "over_ns", "over_there_ns"),
+            *("rank", "begun", "row", "partner", "comm", "tag", "order", "over_ns", "over_there_ns", "bytes"),
         )
     ]
 )
 """`row` is that in which the rank waits for it and `begun` the one that began it, in the main thread (-1 in
 others); `partner` a rank of the world; `comm` the communicator, by a number that all ranks share; `order`
 when it was begun; `over_ns` when this end of it was over, and `over_there_ns` the other one, NEVER if that is
-not known."""
+not known; `bytes` are those that were sent, or those of the buffer if the sender is not known."""
 
 _SENDS = (Kind.SEND, Kind.EXCHANGE)
 _RECEIVES = (Kind.RECEIVE, Kind.EXCHANGE)
@@ -60,12 +60,13 @@ def match(logs: Sequence[RankLog]) -> Matched:
     for these, there, others in ((sent, to_receive, received), (received, to_send, sent)):
         known = there >= 0
         these["over_there_ns"][known] = others["over_ns"][there[known]]
+    is_known = to_send >= 0
+    received["bytes"][is_known] = sent["bytes"][to_send[is_known]]
     return Matched(sent, received, to_receive, to_send, [*comms.values()])
 
 
-def match_ends(logs: Sequence[RankLog]) -> dict[int, tuple[Ends, Ends]]:
+def match_ends(found: Matched, logs: Sequence[RankLog]) -> dict[int, tuple[Ends, Ends]]:
     """For each rank the ends of what it sent, and of what it received or found by a probe."""
-    found = match(logs)
     of_rank = {}
     for log in logs:
         mine = found.sent[found.sent["rank"] == log.rank]
@@ -131,6 +132,9 @@ def _of_rows(log: RankLog, rows: Rows, names: dict[Any, int], *, sends: bool, is
     ends["rank"] = log.rank
     ends["row"] = np.where(rows["kind"][waits] == posts, -1, waits) if is_main else -1
     ends["begun"] = begins if is_main else -1
+    # The row of an exchange, or of one in the background, tells what is sent.
+    tells = np.ones(len(waits), bool) if sends else rows["kind"][begins] != Kind.EXCHANGE
+    ends["bytes"] = np.where(tells, rows["bytes"][begins], 0)
     ends["tag"], ends["order"] = tag, rows["entered_ns"][begins]
     ends["over_ns"], ends["over_there_ns"] = rows["left_ns"][waits] - rows["loads_ns"][waits], NEVER
     ends["over_ns"][(rows["left_ns"][waits] == 0) | (rows["kind"][waits] == posts)] = NEVER

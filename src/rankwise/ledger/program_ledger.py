@@ -11,6 +11,7 @@ import numpy as np
 
 from rankwise.ledger.call_log import Kind, RankLog, Rows, Site
 from rankwise.ledger.last_entry import Times
+from rankwise.ledger.message_ends import NEVER, match
 from rankwise.ledger.program_charges import Charges, charges
 from rankwise.ledger.program_waits import Waits, find_waits
 from rankwise.ledger.regions import RegionTime
@@ -23,7 +24,6 @@ _IN_MPI = tuple(
     kind for kind in Kind if kind not in (Kind.STARTUP, Kind.INSTRUMENT, Kind.PART, Kind.FAILED, Kind.OPEN)
 )
 _SENT = (Kind.SEND, Kind.EXCHANGE, Kind.POST_SEND)
-_RECEIVED = (Kind.RECEIVE,)
 
 
 @dataclass
@@ -63,14 +63,31 @@ class RankTimes:
 def account(logs: Sequence[RankLog], over_ns: int | None = None) -> list[RankTimes]:
     """The time of each rank; `logs` are on one clock. `over_ns` is when the last rank was seen to be gone:
     one that was killed inside a call was there until then."""
-    waits = find_waits(logs)
+    messages = match(logs)
+    waits = find_waits(logs, messages)
     by_rank = {log.rank: log for log in logs}
     rows = {log.rank: log.rows for log in logs}
-    return [_account(log, waits[log.rank], charges(log.rank, waits, rows), by_rank, over_ns) for log in logs]
+    came = messages.received[(messages.received["over_ns"] < NEVER) & (messages.received["begun"] >= 0)]
+    return [
+        _account(
+            log,
+            waits[log.rank],
+            charges(log.rank, waits, rows),
+            by_rank,
+            over_ns,
+            int(came["bytes"][came["rank"] == log.rank].sum()),
+        )
+        for log in logs
+    ]
 
 
 def _account(
-    log: RankLog, waits: Waits, charged: Charges, logs: dict[int, RankLog], over_ns: int | None
+    log: RankLog,
+    waits: Waits,
+    charged: Charges,
+    logs: dict[int, RankLog],
+    over_ns: int | None,
+    bytes_received: int,
 ) -> RankTimes:
     rows, said = log.rows, log.said
     is_open = rows["kind"] == Kind.OPEN
@@ -102,14 +119,13 @@ def _account(
     causes, which = np.unique(charged.cause, return_inverse=True)
     for_causes = np.bincount(which, weights=charged.ns, minlength=len(causes)).astype(np.int64)
     sent = np.isin(rows["kind"], _SENT)
-    received = np.isin(rows["kind"], _RECEIVED)
     return RankTimes(
         rank=log.rank,
         wall_ns=wall_ns,
         phases_ns=phases_ns,
         wait_on_ns={int(rank): int(ns) for rank, ns in zip(causes, for_causes, strict=True) if ns},
         bytes_sent=int(rows["bytes"][sent].sum()),
-        bytes_received=int(rows["bytes"][received].sum()),
+        bytes_received=bytes_received,
         messages_sent=int(sent.sum()),
         lines=_lines(log, charged, logs, wait, transfer, pack),
         is_over="ended_ns" in said,

@@ -10,7 +10,7 @@ import numpy as np
 
 from rankwise.ledger.call_log import Comm, Kind, RankLog, Rows
 from rankwise.ledger.last_entry import Times, last_before, last_to_come
-from rankwise.ledger.message_ends import Ends, match_ends
+from rankwise.ledger.message_ends import Ends, Matched, match, match_ends
 
 _COLLECTIVE = (Kind.COLLECTIVE, Kind.POST_COLLECTIVE)
 _ENTRIES = (
@@ -44,8 +44,9 @@ class _Rank:
     entries: Times
 
 
-def find_waits(logs: Sequence[RankLog]) -> dict[int, Waits]:
-    """The waits in the calls of each rank's main thread, by its number; `logs` are on one clock."""
+def find_waits(logs: Sequence[RankLog], messages: Matched | None = None) -> dict[int, Waits]:
+    """The waits in the calls of each rank's main thread, by its number; `logs` are on one clock, and
+    `messages` those of theirs, if they are known."""
     ranks = {log.rank: _prepared(log) for log in logs}
     found = {
         rank: Waits(*(np.full(len(its.log.rows), none) for none in (0, -1, -1)))
@@ -54,7 +55,7 @@ def find_waits(logs: Sequence[RankLog]) -> dict[int, Waits]:
     until = {rank: its.came[: its.count].copy() for rank, its in ranks.items()}
     for exchange in collectives(logs):
         _compare_collectives(exchange, ranks, until, found)
-    ends = match_ends(logs)
+    ends = match_ends(messages or match(logs), logs)
     for rank, its in ranks.items():
         for of_rank in ends[rank]:
             _compare_messages(its, of_rank, ranks, until[rank], found[rank])

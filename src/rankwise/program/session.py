@@ -27,7 +27,7 @@ from rankwise.program.torch_calls import TorchCalls
 from rankwise.program.torch_ddp import DdpCalls
 from rankwise.program.waiting import beginning, polling, starting, waiting, waiting_for_one
 from rankwise.program.wrappers import Seen, logged, now
-from rankwise.system import limits, machine
+from rankwise.system import limits, machine, shared_libraries
 from rankwise.system.call_sites import place_of
 
 
@@ -91,6 +91,7 @@ class Session:
             pss_bytes=limits.pss_bytes(),
             threads=threading.active_count(),
             has_mpi=mpi is not None or self._has_group,
+            calls_from_c=_calling_from_c() if mpi is not None else [],
         )
 
     def leave(self) -> None:
@@ -238,6 +239,16 @@ class Session:
 
         if not self._seen.off:
             mpi.pickle.__init__(dumps, loads, mpi.pickle.PROTOCOL)
+
+
+def _calling_from_c() -> list[str]:
+    """Libraries of the program that are linked with MPI, beside MPI's own and mpi4py: what they call is not
+    seen."""
+    return [
+        path.name
+        for path in shared_libraries.linked_with("libmpi")
+        if not path.name.startswith(("libmpi", "mca_")) and "mpi4py" not in path.parts
+    ]
 
 
 def end_all_ranks(code: int) -> None:

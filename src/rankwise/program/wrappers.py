@@ -121,7 +121,10 @@ def logged(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
             try:
                 size = args[1].nbytes
             except (IndexError, AttributeError):
-                size = bytes_of(args[1] if len(args) > 1 else kwargs.get(buffer_name))
+                given = args[1] if len(args) > 1 else kwargs.get(buffer_name)
+                if given is getattr(seen.mpi, "IN_PLACE", seen):
+                    given = args[2] if len(args) > 2 else kwargs.get("recvbuf")
+                size = bytes_of(given)
         elif pickles and log.bytes:
             dumps_ns, loads_ns, size = log.dumps_ns, log.loads_ns, log.bytes
             if exchanges:

@@ -52,7 +52,10 @@ def verdict(record: Record) -> list[str]:
         phase: sum(row.phases_ns[phase] for row in record.ranks)
         for phase in ("wait", "transfer", "pack", "instrument")
     }
-    told = []
+    told = [
+        f"What {name} calls in MPI is not seen, and counts as computing."
+        for name in record.environment.calls_from_c[:1]
+    ]
     if spent["wait"] >= WORTH_TELLING * time_ns:
         told += _waiting(record, spent["wait"], time_ns)
     if spent["transfer"] >= WORTH_TELLING * time_ns:

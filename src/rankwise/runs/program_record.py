@@ -173,4 +173,5 @@ def _environment(logs: Sequence[RankLog]) -> Environment:
             )
             for name, its in hosts.items()
         ],
+        calls_from_c=sorted({name for log in logs for name in log.said.get("calls_from_c", [])}),
     )

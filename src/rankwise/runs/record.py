@@ -44,6 +44,9 @@ class Environment(_Row):
     mpi: str = Field(description="the MPI library, or the threads that stood in for it")
     git_commit: str | None = Field(description="of the folder where the command was given")
     hosts: list[Host]
+    calls_from_c: list[str] = Field(
+        default_factory=list, description="libraries of a program that call MPI themselves, which is not seen"
+    )
 
 
 class Epoch(_Row):
