@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rankwise.ledger.call_log import read_logs
 from rankwise.runs.folder import RunFolder
 
 from .conftest import Command
@@ -57,6 +58,14 @@ def of_two():
     if rank in (0, last):
         late(0); dist.all_reduce(x, group=some)
 of_two()
+def rooted():
+    dist.reduce(x.clone(), last)
+    dist.gather(x, [torch.empty(4) for _ in range(size)] if rank == 0 else None)
+    dist.scatter(x.clone(), [x.clone() for _ in range(size)] if rank == last else None, src=last)
+    dist.broadcast_object_list([rank], src=last)
+    if rank in (0, last):
+        dist.broadcast(x, last, group=some)
+rooted()
 torch.manual_seed(0)
 def trained(late_s=0.0, **options):
     torch.manual_seed(7)
@@ -94,8 +103,8 @@ EXPECTED = {
 @pytest.mark.parametrize("ranks", daily([2, 3], [2]))
 def test_a_pytorch_program_has_its_ledger(command: Command, tmp_path: Path, ranks: int) -> None:
     """Who waited for whom in each kind of call of `torch.distributed`, in groups and in the background, and
-    in the backward pass of DDP, by line; each rank's time closes; and what DDP computes is what it computes
-    where rankwise leaves it alone, to the bit on two ranks."""
+    in the backward pass of DDP, by line; each rank's time closes; roots are told; and what DDP computes is
+    what it computes where rankwise leaves it alone, to the bit on two ranks."""
     (tmp_path / "torches.py").write_text(PROGRAM)
     done = command.rankwise("run", "--ranks", str(ranks), "--out", "run", "torches.py", "net")
     assert done.code == 0, done
@@ -115,6 +124,14 @@ def test_a_pytorch_program_has_its_ledger(command: Command, tmp_path: Path, rank
     (backward,) = (site for site in run.call_sites if (site.rank, site.line) == (ranks - 1, line))
     assert backward.call == "DistributedDataParallel"
     assert backward.wait_on_ns["0"] / 1e9 == pytest.approx(2 * LATE_S, rel=0.2, abs=0.15)
+    for log in read_logs(RunFolder(tmp_path / "run").calls):
+        roots = [
+            int(row["peer"])
+            for row in log.rows
+            if row["site"] >= 0 and log.sites[row["site"]].function == "rooted"
+        ]
+        of_group = [1] if log.rank in (0, ranks - 1) else []
+        assert roots == [ranks - 1, 0, ranks - 1, ranks - 1, *of_group]
     for rank in range(ranks):
         hooked, alone = torch.load(tmp_path / f"net-{rank}.pt")
         for one, other in zip(hooked, alone, strict=True):

@@ -115,8 +115,9 @@ class TorchCalls:
         names = list(inspect.signature(method).parameters)
         find = Places(self.seen.log, self.seen.numbers, name).find
         posts = {Kind.COLLECTIVE: Kind.POST_COLLECTIVE}.get(kind, kind)
-        to, of = ("dst", "group_dst") if kind in (Kind.SEND, Kind.POST_SEND) else ("src", "group_src")
-        is_message = kind is not Kind.COLLECTIVE
+        to = "dst" if "dst" in names else "src"
+        of, is_message = f"group_{to}", kind is not Kind.COLLECTIVE
+        has_root = not is_message and to in names
         receives = kind in (Kind.RECEIVE, Kind.POST_RECEIVE)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -130,8 +131,10 @@ class TorchCalls:
             comm, members = self.comm_of(None if name == "new_group" else given.get("group"))
             if comm < 0:
                 return method(*args, **kwargs)
-            peer = given.get(of)
-            peer = (_place(members, given.get(to)) if peer is None else int(peer)) if is_message else -1
+            peer = given.get(of) if is_message or has_root else -1
+            if peer is None:
+                other = given.get(to)
+                peer = _place(members, 0 if has_root and other is None else other)
             tag = int(given.get("tag", 0)) if is_message else -1
             row = Row(log, site)
             try:
@@ -145,7 +148,7 @@ class TorchCalls:
             in_background = isinstance(result, self._module.Work)
             its = posts if in_background else kind
             size = _bytes(args[0] if args else next(iter(kwargs.values()), None))
-            number = row.put(int(its), comm=comm, peer=peer, tag=tag, bytes=size, source=source)
+            number = row.put(int(its), comm=comm, peer=int(peer), tag=tag, bytes=size, source=source)
             if in_background:
                 self.keep_open(result, number, any_source=receives and source < 0)
             return result
