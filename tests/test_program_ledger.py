@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from itertools import product
@@ -471,7 +472,8 @@ def test_what_was_known_is_left(command: Command, tmp_path: Path, how: str, code
     ends with its code, and says in one line who did not come to an end, and where that one was."""
     (tmp_path / "ends.py").write_text(ENDS)
     done = command.rankwise("run", "--ranks", "2", "--out", "run", "ends.py", how)
-    assert done.code == code, done
+    by_signal = 128 + signal.SIGKILL  # which MPICH's mpiexec tells, and Open MPI's does not
+    assert done.code == code or (how, done.code) == ("kill", by_signal), done
     assert len(done.told) == 1
     assert told in done.told[0]
     run = record(tmp_path / "run")
