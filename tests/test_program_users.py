@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rankwise.comm.mpi_environment import Placement
@@ -96,6 +97,31 @@ def steps(work: Callable[[], Any]) -> int:
         sys.setprofile(None)
         gc.enable()
     return count
+
+
+def test_bytes_of_a_call_in_place_are_those_of_its_buffer(tmp_path: Path) -> None:
+    """Where an array stands in for what is sent, as with MPI.IN_PLACE, its bytes are told."""
+    log = CallLog(tmp_path, 0)
+    log.say("rank", start_ns=0)
+    seen = Seen(log)
+    in_place: Any = object()
+    seen.mpi = SimpleNamespace(IN_PLACE=in_place)
+    comm: Any = SimpleNamespace(handle=1)
+    seen.comms[1] = 0
+
+    def nothing(comm: Any, sendbuf: Any, recvbuf: Any) -> None:
+        """Allreduce(self, sendbuf: BufSpec | InPlace, recvbuf: BufSpec) -> None"""
+
+    content: dict[str, Any] = {}
+    exec(compile("def run(call, *args, **more): call(*args, **more)", "program.py", "exec"), content)
+    allreduce, array = logged(seen, nothing, "Allreduce", Kind.COLLECTIVE), np.zeros(5)
+    content["run"](allreduce, comm, in_place, array)
+    content["run"](allreduce, comm, in_place, [array, "DOUBLE"])
+    content["run"](allreduce, comm, in_place, recvbuf=array)
+    content["run"](allreduce, comm, array[:2], array)
+    log.close()
+    (found,) = read_logs(tmp_path)
+    assert found.rows["bytes"].tolist() == [40, 40, 40, 16]
 
 
 def test_a_call_takes_as_few_steps_late_and_deep_as_at_first(tmp_path: Path) -> None:

@@ -17,7 +17,12 @@ from cosmic_ray.mutating import mutate_code
 
 GROUPS = {
     "sampler and partition": ("data/sampler.py", "data/partition.py", "training/batch_sizes.py"),
-    "rules of waiting": ("ledger/waits.py", "ledger/ideal_time.py", "ledger/exchange_log.py"),
+    "rules of waiting": (
+        "ledger/waits.py",
+        "ledger/messages.py",
+        "ledger/ideal_time.py",
+        "ledger/exchange_log.py",
+    ),
     "ledger": ("ledger/phases.py",),
     "compression": ("strategies/compression.py", "strategies/powersgd.py"),
     "checkpoints": ("runs/checkpoint.py", "runs/checkpoint_writer.py"),
