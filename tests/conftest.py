@@ -23,6 +23,7 @@ from rankwise.comm.threads import Killed
 from rankwise.config import TrainConfig
 from rankwise.data import prepare
 from rankwise.errors import LaunchError
+from rankwise.launch import forking
 from rankwise.plan import RunPlan, resolve
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record, Samples
@@ -274,6 +275,7 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def warm_processes(warm_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process starts as Python is forked from a warm one."""
     monkeypatch.setattr(sys, "executable", str(warm_python))
+    monkeypatch.setattr(forking, "possible", lambda plan: False)
     for name, value in SURROUNDINGS.items():
         monkeypatch.setenv(name, value)
 

@@ -95,6 +95,11 @@ class TrainConfig(CheckedOptions):
         description="Network: paper-cnn, mlp, resnet9, resnet18, airbench, airbench-wide, airbench-deep, or "
         "module:callable.",
     )
+    fork: bool = Field(
+        True,
+        description="Import torch once on each host, and fork the ranks from there, which start sooner and "
+        "share its memory; otherwise each imports it by itself, as a program's do. Linux only.",
+    )
     strategy: str | None = Field(
         None,
         description="How ranks keep in step: single, parameter-averaging, replication, allreduce, "
@@ -472,7 +477,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("schedule", "warmup", "peak_at", "final_lr_fraction", "lr_scaling", "seed"),
     ),
     "Ranks in step": (
-        *("ranks", "hosts", "hostfile", "threads", "strategy", "topology", "sync_every", "sync_across_hosts"),
+        *(
+            "ranks",
+            "hosts",
+            "hostfile",
+            "fork",
+            "threads",
+            "strategy",
+            "topology",
+            "sync_every",
+            "sync_across_hosts",
+        ),
         *("shards", "balance", "optimizer_state", "compress", "local_after", "outer_lr", "outer_momentum"),
         *("elasticity", "max_staleness", "bucket_mb"),
     ),

@@ -6,9 +6,12 @@ Python imports this at its start, so it must be quick: `signal` would load `enum
 
 import faulthandler
 import os
+import sys
 from _signal import SIGUSR2
 
-if folder := os.environ.get("RANKWISE_TEST"):
+
+def tell_where(folder: str) -> None:
+    """Have this process do so."""
     rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or ""
     # The job stands there too: what is left of it has a name that can be told from the job's.
     name = f"{rank},{os.environ.get('PMIX_NAMESPACE', '')},{os.getpid()}"
@@ -17,3 +20,18 @@ if folder := os.environ.get("RANKWISE_TEST"):
         faulthandler.register(SIGUSR2, where)
     except OSError:
         pass  # the test is over, and its folder gone
+
+
+def tell_where_as_a_rank(event: str, _: object) -> None:
+    """In a fork of the server of ranks, once it has the environment of its rank and goes into its folder."""
+    if event == "os.chdir" and not _told:
+        _told.append(event)
+        tell_where(os.environ["RANKWISE_TEST"])
+
+
+_told: list[str] = []
+
+if folder := os.environ.get("RANKWISE_TEST"):
+    tell_where(folder)
+    if "rankwise.launch.fork_server" in sys.orig_argv:
+        os.register_at_fork(after_in_child=lambda: sys.addaudithook(tell_where_as_a_rank))

@@ -131,12 +131,15 @@ def run(words: list[str], environment: dict[str, str]) -> None:
     import numpy as np
     import torch
 
+    from rankwise.launch import forking
+
     # Forks share the generators of their server, those that users' scripts may draw from too.
     torch.seed()
     np.random.seed()  # noqa: NPY002
     if "OMP_NUM_THREADS" in environment:  # which torch has read already
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     runpy.run_path(str(STACKS))  # which Python does at its start
+    forking.possible = lambda plan: False  # ranks are forks already, of this server
     path = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.path[:] = [*path, *(part for part in sys.path if part not in path)]
     safe_path = words[0] == "-P"

@@ -9,6 +9,7 @@ from pathlib import Path
 from rankwise.comm.mpi_environment import find_mpiexec, placement, started_as_rank
 from rankwise.errors import ConfigError, RankwiseError, UsageError
 from rankwise.launch import preflight
+from rankwise.launch.forking import forking
 from rankwise.launch.mpiexec import run_by_mpiexec
 from rankwise.launch.order import Order, resumed, run_folder
 from rankwise.launch.plan_file import read_plan
@@ -69,13 +70,16 @@ def launch(order: Order) -> Result:
     by_mpiexec = plan.ranks > 1 or plan.hosts is not None
     if by_mpiexec:
         find_mpiexec()  # before anything is decoded or written
-    with showing_progress(order.console) as on_progress:
-        prepared = preflight.prepare(plan, on_progress)
-    for remark in preflight.remarks(plan):  # of a run that can begin
-        order.say(remark)
-    with run_folder(order, plan) as folder:
+    with contextlib.ExitStack() as stack:
+        # It imports what ranks need while the data is prepared.
+        forks = stack.enter_context(forking(plan)) if by_mpiexec else None
+        with showing_progress(order.console) as on_progress:
+            prepared = preflight.prepare(plan, on_progress)
+        for remark in preflight.remarks(plan):  # of a run that can begin
+            order.say(remark)
+        folder = stack.enter_context(run_folder(order, plan))
         if by_mpiexec:
-            written = run_by_mpiexec(order, prepared, folder)
+            written = run_by_mpiexec(order, prepared, folder, forks)
             assert written is not None  # it is no program of a user's
             record = written
         else:

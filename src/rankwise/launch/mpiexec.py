@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,9 @@ from typing import Literal
 
 from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
+from rankwise.launch import stand_in
 from rankwise.launch.command_line import command_line
+from rankwise.launch.forking import Forking, rank_command
 from rankwise.launch.generations import Generations
 from rankwise.launch.hosts import answering, check, fit
 from rankwise.launch.order import Order
@@ -50,9 +51,12 @@ class RestartBackoff:
         return self._pause_s
 
 
-def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Record | None:
+def run_by_mpiexec(
+    order: Order, prepared: PreparedRun, folder: RunFolder, forks: Forking | None = None
+) -> Record | None:
     """Start the ranks on this machine, show how they fare, and return the final record, None of a program
-    that has come to its end and left nothing. A program's only rank needs no mpiexec.
+    that has come to its end and left nothing. A program's only rank needs no mpiexec. With `forks` ranks are
+    forks of what that makes.
 
     If the run fails in a way that may not come again, it is started again from its newest checkpoint, as
     far as the options allow. Raises the error of the rank that failed first, or Interrupted.
@@ -72,7 +76,7 @@ def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Re
         )
 
         def start_ranks(plan: RunPlan, *mark: str) -> Started:
-            return _start(plan, folder, show, mark)
+            return _start(plan, folder, show, mark, forks)
 
         with Generations(order, plan, folder, start_ranks, display.say) as generations:
             ranks = start_ranks(plan)
@@ -103,17 +107,19 @@ def run_by_mpiexec(order: Order, prepared: PreparedRun, folder: RunFolder) -> Re
                     ranks = start_ranks(plan)
 
 
-def _start(plan: RunPlan, folder: RunFolder, show: Callable[[Line], None], mark: Sequence[str]) -> Started:
+def _start(
+    plan: RunPlan, folder: RunFolder, show: Callable[[Line], None], mark: Sequence[str], forks: Forking | None
+) -> Started:
     """Start the ranks of a run, or those of the start `mark` that are to take over."""
-    # -P keeps files of this folder from being taken for modules of Python's or of a library.
-    module = "rankwise.launch.program_rank" if plan.program else "rankwise.launch.rank"
-    program = [sys.executable, "-P", "-m", module, str(folder.path), *mark]
+    server = forks.serve() if forks else None
+    module = "rankwise.launch.program_rank" if plan.program else stand_in.RANK
+    words = rank_command(module, folder.path, *mark, server=server)
     if plan.program and plan.processes == 1 and not plan.hosts:
-        return start(program, show, is_rank=True)
+        return start(words, show, is_rank=True)
     survives = plan.on_failure == "continue"
     mpiexec = find_mpiexec()
-    words = command_line(mpiexec, plan.processes, program, survives=survives, hosts=plan.host_list)
-    return start(words, show, is_hydra=mpiexec.is_hydra)
+    command = command_line(mpiexec, plan.processes, words, survives=survives, hosts=plan.host_list)
+    return start(command, show, is_hydra=mpiexec.is_hydra, server=server)
 
 
 def _without_lost_hosts(

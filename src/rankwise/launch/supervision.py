@@ -19,6 +19,7 @@ from typing import IO
 
 from rankwise.comm.mpi_environment import clear_shared_memory, mpi_environment
 from rankwise.errors import LaunchError
+from rankwise.launch.forking import ForkServer
 from rankwise.system import machine
 from rankwise.system.signals import STOP, handling, leave_lost_terminal
 
@@ -51,11 +52,17 @@ class MpiexecResult:
 
 class Started:
     """An mpiexec that has been started, and what it shows and says; `asked_at` are the moments at which its
-    ranks were asked to stop."""
+    ranks were asked to stop, `server` that of which they are forks."""
 
-    def __init__(self, process: subprocess.Popen[bytes], readers: list[threading.Thread]) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        readers: list[threading.Thread],
+        server: ForkServer | None = None,
+    ) -> None:
         self.process = process
         self.readers = readers
+        self.server = server
         self.banners: list[str] = []
         self.asked_at: list[float] = []
 
@@ -88,7 +95,8 @@ class Started:
 
     def clear_up(self) -> None:
         """mpiexec has ended: wait for its ranks and for what they have printed."""
-        _end_session(self.process.pid)
+        server = None if self.server is None else self.server.release()
+        _end_sessions([self.process.pid] if server is None else [self.process.pid, server])
         clear_shared_memory(self.process.pid)
         for reader in self.readers:
             reader.join()
@@ -107,13 +115,18 @@ class Line:
 
 
 def start(
-    command: list[str], show: Callable[[Line], None], *, is_rank: bool = False, is_hydra: bool = False
+    command: list[str],
+    show: Callable[[Line], None],
+    *,
+    is_rank: bool = False,
+    is_hydra: bool = False,
+    server: ForkServer | None = None,
 ) -> Started:
     """Start mpiexec in a session of its own, so that a terminal's Ctrl-C does not reach it.
 
     `show` gets what ranks print, line by line; mpiexec's own banners are held back. With `is_rank` the
     command is the only rank itself, with `is_hydra` it is MPICH's or Intel MPI's mpiexec, told to put each
-    line's rank in front of it. Raises LaunchError.
+    line's rank in front of it. Ranks are forks of the `server`. Raises LaunchError.
     """
     try:
         process = subprocess.Popen(
@@ -129,7 +142,7 @@ def start(
         raise LaunchError(f"cannot start {command[0]}: {error.strerror}") from None
     assert process.stdout is not None
     assert process.stderr is not None
-    started = Started(process, [])
+    started = Started(process, [], server)
     for stream in (process.stdout, process.stderr):
         words = (stream, stream is process.stderr, show, started.banners)
         which = {"is_rank": is_rank, "is_hydra": is_hydra}
@@ -188,10 +201,11 @@ def _stop_signals(started: Started) -> Iterator[list[int]]:
         yield came
 
 
-def _end_session(leader: int) -> None:
-    """Wait until no process of mpiexec's session is left: it may end a moment before its last rank."""
+def _end_sessions(leaders: list[int]) -> None:
+    """Wait until no process is left of the session of mpiexec, which may end a moment before its last rank,
+    nor of those that others began for it."""
     give_up = time.monotonic() + LEAVE_S
-    while left := machine.session(leader):
+    while left := machine.sessions(leaders):
         if time.monotonic() > give_up:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):

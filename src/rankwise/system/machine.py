@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -108,10 +109,23 @@ def keep_freed_memory() -> None:
         mallopt(m_mmap_threshold, most)
 
 
+_started: list[int] = []
+
+
+def was_started_as(pid: int) -> None:
+    """This process was forked from another one for `pid`, which is what was started, and ends with it."""
+    _started[:] = [pid]
+
+
+def started_process() -> int:
+    """The process that was started for what this one does: this one, unless it was forked for another."""
+    return _started[0] if _started else os.getpid()
+
+
 def process_start_ns() -> int:
     """When this process started, on `time.monotonic_ns`'s clock (to 10 ms, the kernel's tick)."""
     # Not from its wall-clock time: that counts from the second of the boot, rounded down.
-    started_ns = (start_ticks(os.getpid()) or 0) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    started_ns = (start_ticks(started_process()) or 0) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
     return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - started_ns)
 
 
@@ -123,22 +137,30 @@ def start_ticks(pid: int) -> int | None:
         return None
 
 
-def session(leader: int) -> list[int]:
-    """The live processes of the session that a process began, whether it still lives or not."""
-    return [process.pid for process in psutil.process_iter() if _is_in_session(process, leader)]
+def sessions(leaders: Collection[int]) -> list[int]:
+    """The live processes of the sessions that these processes began, whether they still live or not."""
+    return [process.pid for process in psutil.process_iter() if _is_in_session(process, leaders)]
 
 
-def _is_in_session(process: psutil.Process, leader: int) -> bool:
+def _is_in_session(process: psutil.Process, leaders: Collection[int]) -> bool:
     try:
-        return os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+        return os.getsid(process.pid) in leaders and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, psutil.NoSuchProcess):  # it has just ended
         return False
 
 
 def die_with_parent(how: signal.Signals) -> None:
-    """Ask Linux to send this process a signal when its parent is gone, even by kill -9."""
+    """Ask Linux to send this process a signal when its parent is gone, even by kill -9. One that was forked
+    for another ends with that one already."""
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, how)
+    if not _started:
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, how)
+
+
+def outlive_parent() -> None:
+    """Take that back."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, 0)
 
 
 def kill_self() -> None:
@@ -151,11 +173,13 @@ def kill_self() -> None:
 
 def drop_host() -> None:
     """End this process, its parent, and all that the parent started, as if the host had lost power."""
-    parent = psutil.Process(os.getppid())
-    for child in parent.children():
-        if child.pid != os.getpid():
+    me = psutil.Process(started_process())
+    parent = me.parent()
+    for child in parent.children() if parent else ():
+        if child.pid != me.pid:
             child.kill()
-    parent.kill()
+    if parent:
+        parent.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

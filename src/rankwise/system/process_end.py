@@ -8,7 +8,11 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import NoReturn
+
+at_end: list[Callable[[int], None]] = []
+"""What is to be told this process's exit code, when all else is over."""
 
 
 def end_process(code: int, *, ends_libraries: bool) -> NoReturn:
@@ -20,6 +24,8 @@ def end_process(code: int, *, ends_libraries: bool) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    for tell in at_end:
+        tell(code)
     if ends_libraries:
         ctypes.CDLL(None).exit(code)
     os._exit(code)
