@@ -9,7 +9,7 @@ from pathlib import Path
 from rankwise.comm.mpi_environment import find_mpiexec, placement, started_as_rank
 from rankwise.errors import ConfigError, RankwiseError, UsageError
 from rankwise.launch import preflight
-from rankwise.launch.forking import forking
+from rankwise.launch.forking import forks_of
 from rankwise.launch.mpiexec import run_by_mpiexec
 from rankwise.launch.order import Order, resumed, run_folder
 from rankwise.launch.plan_file import read_plan
@@ -72,7 +72,7 @@ def launch(order: Order) -> Result:
         find_mpiexec()  # before anything is decoded or written
     with contextlib.ExitStack() as stack:
         # It imports what ranks need while the data is prepared.
-        forks = stack.enter_context(forking(plan)) if by_mpiexec else None
+        forks = stack.enter_context(forks_of(plan)) if by_mpiexec else None
         with showing_progress(order.console) as on_progress:
             prepared = preflight.prepare(plan, on_progress)
         for remark in preflight.remarks(plan):  # of a run that can begin

@@ -3,9 +3,9 @@
 
 Each rank of mpiexec's is a stand-in (stand_in.py), which asks here for its fork. From then on neither needs
 the server: Linux ends a rank with its stand-in, by a pipe, and the server only tells how a rank has ended.
-HANDLE is a socket at which stand-ins call; or the launcher's, over which come such sockets, one for each start
-of ranks, whose server is then a fork as well (forking.py). It computes nothing and begins no thread, as a fork
-would have none of them.
+HANDLE is a socket at which stand-ins call; or the launcher's, over which come such sockets, one for each
+start of ranks, whose server is then a fork as well (forking.py). It computes nothing and begins no thread, as
+a fork would have none of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from rankwise.launch import stand_in
 from rankwise.system import machine
 from rankwise.system.forked import end_with, show_as
 from rankwise.system.process_end import at_end, end_process
@@ -189,7 +190,7 @@ def be_rank(link: socket.socket, content: int, pipe: int, *streams: int) -> NoRe
             why = " ".join((getattr(error, "strerror", None) or str(error)).split())
             link.sendall(f"no {why}\n".encode())
         os._exit(1)
-    from rankwise.launch import rank
+    rank = importlib.import_module(stand_in.RANK)
 
     def tell(code: int) -> None:
         with contextlib.suppress(OSError):
@@ -247,11 +248,10 @@ def take_on(link: socket.socket, content: int, pipe: int, streams: tuple[int, ..
 
 def reseed() -> None:
     """Have generators of this process's own, as if it had imported them itself: a fork's are its server's."""
-    import numpy as np
-    import torch
-
-    torch.default_generator.seed()
-    np.random.seed()  # noqa: NPY002
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.seed()
+    if random := sys.modules.get("numpy.random"):
+        random.seed()
 
 
 if __name__ == "__main__":

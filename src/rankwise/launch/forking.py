@@ -102,13 +102,13 @@ def _as_for_ranks(mpiexec: Mpiexec) -> dict[str, str]:
 
 
 def possible(plan: RunPlan) -> bool:
-    """Whether ranks can come by fork: those of a program may have to do something before they import torch."""
+    """Whether ranks can come by fork. A program may have to do something before it imports torch."""
     several = plan.processes > 1 and not plan.program
     return plan.fork and several and sys.platform == "linux" and Path(stand_in.__file__).is_file()
 
 
 @contextlib.contextmanager
-def forking(plan: RunPlan) -> Iterator[Forking | None]:
+def forks_of(plan: RunPlan) -> Iterator[Forking | None]:
     """What makes the servers of a run's ranks, as long as it is entered; None where they come otherwise: a
     program may have to do something before it imports torch."""
     hosts = plan.host_list

@@ -1,0 +1,318 @@
+"""Ranks that come by fork: what they have, how they end, and with whom.
+
+A stand-in is started here as mpiexec starts it; its server has no torch, and the rank is a piece of code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from rankwise.launch import stand_in
+from rankwise.runs.folder import RunFolder
+
+from . import tiny
+from .processes import wait_for
+
+if TYPE_CHECKING:
+    from .conftest import Command
+
+ROOT = Path(__file__).parents[1]
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a stand-in for a rank that runs a piece of code; `plainly` the rank itself. All find the same
+    server, which has gone at the end of the test, as have the ranks."""
+    text = Path(stand_in.__file__).read_text()
+    text = text.replace(stand_in.RANK, "tests.forked_rank").replace(
+        stand_in.SERVER, "tests.light_fork_server"
+    )
+    (tmp_path / "stand_in.py").write_text(text)
+    mark = f"{tmp_path.name}-{os.getpid()}"
+    begun = []
+
+    def begin(code: str, *, plainly: bool = False, **options: Any) -> subprocess.Popen[str]:
+        words = ["-P", "-m", "tests.forked_rank"] if plainly else ["-IS", str(tmp_path / "stand_in.py"), mark]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "MARK": mark}
+        environment |= options.pop("env", {})
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        process = subprocess.Popen([sys.executable, *words, code], env=environment, **options)
+        begun.append(process)
+        return process
+
+    yield begin
+    for process in begun:
+        with process:
+            process.kill()
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not marked(mark), 20)
+    left = marked(mark)
+    for one in left:
+        one.kill()
+    assert not left
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes that have this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def said_by(process: subprocess.Popen[str]) -> str:
+    """What it prints to its end, which is a good one."""
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    return out
+
+
+WAITS = "import os, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(60)"
+
+
+def begun(process: subprocess.Popen[str]) -> tuple[int, int]:
+    """The processes of a rank that waits, and of its parent."""
+    assert process.stdout is not None
+    rank, parent = process.stdout.readline().split()
+    return int(rank), int(parent)
+
+
+TELLS = """
+import json, os, signal, sys
+import __main__
+os.write(1, b"")
+told = {
+    "words": sys.orig_argv, "argv": sys.argv, "shown": open("/proc/self/cmdline").read(),
+    "environment": dict(os.environ), "flags": str(sys.flags), "main": __main__.__spec__.name,
+    "shown environment": sorted(open("/proc/self/environ").read().split(chr(0))),
+    "folder": os.getcwd(), "cores": sorted(os.sched_getaffinity(0)), "path": sys.path,
+    "mask": os.umask(0), "niceness": os.nice(0), "input": sys.stdin.read(),
+    "handlers": {str(n): str(signal.getsignal(n)) for n in signal.valid_signals()},
+    "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+    "leads its group": os.getpgid(0) == os.getpid(),
+    "line by line": sys.stdout.line_buffering, "encoding": sys.stdout.encoding,
+    "pipe": os.fstat(int(os.environ["PMI_FD"])).st_ino,
+    "handles": sorted(os.readlink(f"/proc/self/fd/{n}") for n in (0, 1, 2)),
+}
+print(json.dumps(told))
+print("to stderr", file=sys.stderr)
+"""
+
+
+def test_a_fork_has_what_a_process_has_that_is_started(start: Start, tmp_path: Path) -> None:
+    """Command line and environment, also as the system shows them, folder, cores, mask, niceness, signals
+    that are ignored, input, output, and MPICH's handle: all is as in a Python that mpiexec starts."""
+    (tmp_path / "input").write_text("some input")
+    (tmp_path / "folder").mkdir()
+    ours, theirs = os.pipe()
+    core = min(os.sched_getaffinity(0))
+
+    def before() -> None:
+        os.setpgid(0, 0)
+        os.umask(0o027)
+        os.nice(3)
+        os.sched_setaffinity(0, [core])
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    told = []
+    for plainly in (False, True):
+        with (tmp_path / "input").open() as given, (tmp_path / "error").open("w") as error:
+            done = start(
+                TELLS,
+                plainly=plainly,
+                stdin=given,
+                stderr=error,
+                cwd=tmp_path / "folder",
+                env={"PMI_FD": str(theirs), "OMPI_COMM_WORLD_RANK": "3", "WORDS": "a=b\nc \udc80"},
+                pass_fds=[theirs],
+                preexec_fn=before,
+                stdout=(out := (tmp_path / "out").open("w")),
+            )
+            assert done.wait(60) == 0, (tmp_path / "error").read_text()
+            out.close()
+            told.append(json.loads((tmp_path / "out").read_text()))
+            assert (tmp_path / "error").read_text() == "to stderr\n"
+    os.close(ours)
+    os.close(theirs)
+    forked, started = told
+    assert forked["mask"] == 0o027
+    assert forked["environment"]["OMPI_COMM_WORLD_RANK"] == "3"
+    assert {name for name in started if started[name] != forked[name]} == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "number"),
+    [
+        *(("pass", 0), ("import sys; sys.exit(3)", 3), ("import sys; sys.exit()", 0)),
+        *(("import sys; sys.exit('words')", 1), ("raise ValueError('an error')", 1)),
+        ("import os; os._exit(7)", 7),
+        *(
+            (f"import os; os.kill(os.getpid(), {int(number)})", -number)
+            for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGUSR1)
+        ),
+    ],
+)
+def test_a_stand_in_ends_as_its_rank(start: Start, code: str, number: int) -> None:
+    """By the same code, or by the same signal; and what the rank prints at its end is printed."""
+    process = start(code)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == number
+    assert ("an error" in err, "words" in err) == ("an error" in code, "words" in code)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+@pytest.mark.parametrize("without_server", [False, True], ids=["", "server-killed"])
+def test_a_rank_ends_with_its_stand_in(start: Start, stopped: bool, without_server: bool) -> None:
+    """By kill -9 of it, be the rank stopped or the server gone."""
+    process = start(WAITS)
+    rank, server = begun(process)
+    if stopped:
+        os.kill(rank, signal.SIGSTOP)
+    if without_server:
+        os.kill(server, signal.SIGKILL)
+        wait_for(lambda: not psutil.pid_exists(server), 20)
+    assert psutil.pid_exists(rank)
+    process.kill()
+    process.wait(20)
+    wait_for(lambda: not psutil.pid_exists(rank), 20)
+
+
+@pytest.mark.parametrize(("end", "number"), [("pass", 0), ("import sys; sys.exit(4)", 4), (None, -9)])
+def test_a_rank_does_without_its_server(start: Start, end: str | None, number: int) -> None:
+    """A server that is killed takes no rank with it, and its rank's code, or that it was killed, arrives."""
+    process = start(
+        f"print(__import__('os').getpid(), __import__('os').getppid(), flush=True); input(); {end}",
+        stdin=subprocess.PIPE,
+    )
+    rank, server = begun(process)
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: not psutil.pid_exists(server), 20)
+    assert process.poll() is None
+    assert process.stdin is not None
+    if end is None:
+        os.kill(rank, signal.SIGKILL)
+    else:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert process.wait(20) == number
+
+
+def test_signals_are_passed_on(start: Start) -> None:
+    """What a stand-in gets, the rank gets, and what it does then counts."""
+    process = start(
+        "import signal, sys, time\n"
+        "for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):\n"
+        "    signal.signal(n, lambda n, _: print(n, flush=True))\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(5))\n"
+        "print('begun', flush=True)\n"
+        "while True: time.sleep(1)"
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+        assert process.stdout.readline() == f"{int(number)}\n"
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(20) == 5
+
+
+def test_ranks_of_a_host_have_one_server(start: Start) -> None:
+    """Ranks that are started at once, as mpiexec does, are forks of one process, which has gone when the last
+    of them has. It holds nobody's output, and its forks draw other numbers than each other."""
+    code = "import os, numpy as np; print(os.getppid(), np.random.randint(2**62)); input()"
+    waits = start(WAITS)
+    rank, server = begun(waits)
+    several = [start(code, stdin=subprocess.PIPE, env={"PMIX_RANK": str(n)}) for n in range(4)]
+    told = [process.communicate("\n", timeout=60)[0].split() for process in several]
+    assert {parent for parent, _ in told} == {str(server)}
+    assert len({number for _, number in told}) == 4
+    assert psutil.Process(rank).parent() == psutil.Process(server)
+    waits.kill()
+    wait_for(lambda: not psutil.pid_exists(server), 20)
+
+
+def test_another_environment_has_another_server(start: Start) -> None:
+    """A library may have read a variable when it was loaded: only who has the same one is served."""
+    processes = [start(WAITS, env={"OMP_NUM_THREADS": number}) for number in "112"]
+    parents = [begun(process)[1] for process in processes]
+    assert parents[0] == parents[1] != parents[2]
+
+
+@pytest.mark.parametrize("variable", ["SERVER_FAILS", "OMP_PROC_BIND"])
+def test_without_a_server_a_rank_starts_by_itself(start: Start, variable: str) -> None:
+    """One line says so, and the rank is what mpiexec started."""
+    process = start("import os; print(os.getpid())", env={variable: "1"})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, f"{process.pid}\n")
+    assert re.fullmatch(r"rankwise: ranks import torch one by one, as none can be forked here: .+\n", err)
+    other = start("pass", env={variable: "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"})
+    assert said_by(other) == ""
+
+
+MODEL = """
+import json, os, sys
+import numpy as np, torch
+from tests import tiny
+
+def net(image_shape, classes):
+    told = {
+        "pid": os.getpid(), "parent": os.getppid(), "torch": torch.random.default_generator.seed(),
+        "numpy": int(np.random.randint(2**62)), "words": sys.orig_argv,
+    }
+    with open(f"told-{os.environ['OMPI_COMM_WORLD_RANK']}", "a") as file:
+        file.write(json.dumps(told) + chr(10))
+    return tiny.net(image_shape, classes)
+"""
+
+
+def told_by(folder: Path) -> list[list[dict[str, Any]]]:
+    """What each rank tells, each time that it makes a network."""
+    return [
+        [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("told-*"))
+    ]
+
+
+@pytest.mark.cold
+@pytest.mark.ulfm
+@pytest.mark.mpi
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_without_its_server(command: Command, tmp_path: Path) -> None:
+    """Ranks under mpiexec are forks of one process, found by command line and environment. If it is killed
+    the run goes on, and a rank that is killed then is lost as any is; all is gone at the end."""
+    (tmp_path / "own.py").write_text(MODEL)
+    words = ["--dataset", tiny.DATASET, "--model", "own:net", "--lr", "0.02", "--ranks", "3"]
+    process = command.start(
+        *(sys.executable, "-m", "rankwise", "train", *words, "--epochs", "4000", "--out", "run"),
+        *("--strategy", "allreduce", "--topology", "allreduce", "--fault", "kill:rank=1,epoch=4"),
+    )
+    folder = RunFolder(tmp_path / "run")
+    wait_for(lambda: len(folder.read_metrics()) >= 1)
+    ranks = [told[0] for told in told_by(tmp_path)]
+    assert len({rank["parent"] for rank in ranks}) == 1
+    for number, rank in enumerate(ranks):
+        seen = psutil.Process(rank["pid"])
+        assert seen.cmdline() == [sys.executable, "-P", "-m", "rankwise.launch.rank", "run"] == rank["words"]
+        assert seen.environ()["OMPI_COMM_WORLD_RANK"] == str(number)
+    os.kill(ranks[0]["parent"], signal.SIGKILL)
+    before = len(folder.read_metrics())
+    wait_for(lambda: len(folder.read_metrics()) >= max(before, 4) + 2)
+    assert [fault.rank for fault in folder.read().faults] == [1]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert not any(psutil.pid_exists(rank["pid"]) for rank in ranks)
