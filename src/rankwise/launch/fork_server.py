@@ -62,7 +62,7 @@ def fork_servers(launcher: socket.socket) -> None:
     """Fork a server for each start of ranks, which tells its process's number, until the launcher is gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that no ended one stays
     while True:
-        content, handles, _, _ = socket.recv_fds(launcher, 1, 2)
+        content, handles, _, _ = socket.recv_fds(launcher, 1, 2, socket.MSG_CMSG_CLOEXEC)
         if not content:
             return
         listener, owner = map(_socket, handles)
@@ -127,7 +127,7 @@ class Server:
     def _hear(self, caller: Caller) -> None:
         """A stand-in asks, or has gone: then Linux has ended its rank, or is about to."""
         try:
-            content, handles, _, _ = socket.recv_fds(caller.link, 16, 8)
+            content, handles, _, _ = socket.recv_fds(caller.link, 16, 8, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             content, handles = b"", []
         if content and caller.pid is None:

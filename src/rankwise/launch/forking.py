@@ -115,7 +115,8 @@ def forks_of(plan: RunPlan) -> Iterator[Forking | None]:
     if not plan.fork or plan.program or plan.processes == 1 or not Path(stand_in.__file__).is_file():
         yield None
         return
-    made = Forking(find_mpiexec(), here=not hosts or any(is_here(host.name) for host in hosts))
+    here = not hosts or any(is_here(host.name) for host in hosts)
+    made = Forking(find_mpiexec(), here=here and not stand_in.binds_threads(os.environ))
     try:
         yield made
     finally:

@@ -37,8 +37,7 @@ OF_MPI = re.compile(
 )
 OF_SHELLS = (b"_=", b"PWD=", b"OLDPWD=", b"SHLVL=", b"HOSTNAME=")
 
-BINDING = (b"OMP_PROC_BIND", b"OMP_PLACES", b"GOMP_CPU_AFFINITY", b"KMP_AFFINITY", b"KMP_HW_SUBSET")
-"""Where one of these is set, OpenMP binds threads when it is loaded: to the cores of the server."""
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "KMP_HW_SUBSET")
 
 NOT_PASSED_ON = {
     *(signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE, signal.SIGTTIN, signal.SIGTTOU),
@@ -73,6 +72,11 @@ def address(token: str, environment: Mapping[bytes, bytes]) -> str:
     lines += [os.readlink("/proc/self/root").encode(), sys.executable.encode(), sys.version.encode()]
     total = binascii.crc32(b"\n".join(lines))
     return f"\0rankwise-{token}-{total:08x}"
+
+
+def binds_threads(environment: Mapping[str, str]) -> bool:
+    """Whether OpenMP binds threads when it is loaded: it would be to the cores of the server."""
+    return any(name in environment for name in BINDING)
 
 
 def require_own(link: socket.socket) -> None:
@@ -129,9 +133,8 @@ def start_server(listener: socket.socket) -> None:
 def ask(link: socket.socket, words: list[str]) -> tuple[int, int]:
     """Ask for a fork that is a rank with these words. Returns a handle of its process, and the end of a pipe
     that must stay open as long as it shall live. Raises NoForkError, or OSError."""
-    if any(name in os.environb for name in BINDING):
-        raise NoForkError("OpenMP is told to bind threads")
     ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
+    pmi = int(os.environ.get("PMI_FD", -1))
     mask = os.umask(0)
     os.umask(mask)
     wanted = {
@@ -143,14 +146,14 @@ def ask(link: socket.socket, words: list[str]) -> tuple[int, int]:
         "mask": mask,
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "stand_in": os.getpid(),
-        "pmi": int(os.environ.get("PMI_FD", -1)),
+        "pmi": pmi,
     }
     content = os.memfd_create("rankwise")
     os.write(content, marshal.dumps(wanted))
     ends, lives = os.pipe()
     handles = [content, ends, 0, 1, 2]
-    if wanted["pmi"] >= 0:
-        handles.append(int(os.environ["PMI_FD"]))
+    if pmi >= 0:
+        handles.append(pmi)
     socket.send_fds(link, [b"fork"], handles)
     os.close(content)
     os.close(ends)
@@ -158,7 +161,7 @@ def ask(link: socket.socket, words: list[str]) -> tuple[int, int]:
     link.settimeout(PATIENCE_S)
     answers = b""
     while not (b"forked\n" in answers and b"ready\n" in answers):
-        part, given, _, _ = socket.recv_fds(link, 4096, 1)
+        part, given, _, _ = socket.recv_fds(link, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         process = given[0] if given else process
         if not part:
             raise NoForkError("the process from which they were to come has ended")
@@ -238,6 +241,8 @@ def main() -> None:
     token, *rest = sys.argv[1:]
     words = [sys.executable, "-P", "-m", RANK, *rest]
     try:
+        if binds_threads(os.environ):
+            raise NoForkError("OpenMP is told to bind threads")
         link = reach(address(token, os.environb))
         process, _lives = ask(link, words)
         if "PMI_FD" in os.environ:  # or MPICH's mpiexec would see a death late
