@@ -100,7 +100,7 @@ os.write(1, b"")
 told = {
     "words": sys.orig_argv, "argv": sys.argv, "shown": open("/proc/self/cmdline").read(),
     "environment": dict(os.environ), "flags": str(sys.flags), "main": __main__.__spec__.name,
-    "shown environment": sorted(open("/proc/self/environ").read().split(chr(0))),
+    "shown environment": sorted(open("/proc/self/environ", errors="surrogateescape").read().split(chr(0))),
     "folder": os.getcwd(), "cores": sorted(os.sched_getaffinity(0)), "path": sys.path,
     "mask": os.umask(0), "niceness": os.nice(0), "input": sys.stdin.read(),
     "handlers": {str(n): str(signal.getsignal(n)) for n in signal.valid_signals()},

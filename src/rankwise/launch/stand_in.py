@@ -105,6 +105,7 @@ def reach(place: str) -> socket.socket:
             listener.listen(socket.SOMAXCONN)
             link.connect(place)
             start_server(listener)
+            break
     require_own(link)
     return link
 
