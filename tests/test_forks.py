@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +45,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
     mark = f"{tmp_path.name}-{os.getpid()}"
     begun = []
 
-    def begin(code: str, *, plainly: bool = False, **options: Any) -> subprocess.Popen[str]:
+    def begin(
+        code: str, *, plainly: bool = False, by: Sequence[str] = (), **options: Any
+    ) -> subprocess.Popen[str]:
         words = ["-P", "-m", "tests.forked_rank"] if plainly else ["-IS", str(tmp_path / "stand_in.py"), mark]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "MARK": mark}
         environment |= options.pop("env", {})
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-        process = subprocess.Popen([sys.executable, *words, code], env=environment, **options)
+        process = subprocess.Popen([*by, sys.executable, *words, code], env=environment, **options)
         begun.append(process)
         return process
 
@@ -154,6 +156,19 @@ def test_a_fork_has_what_a_process_has_that_is_started(start: Start, tmp_path: P
     assert forked["mask"] == 0o027
     assert forked["environment"]["OMPI_COMM_WORLD_RANK"] == "3"
     assert {name for name in started if started[name] != forked[name]} == set()
+
+
+def test_the_handle_of_mpich_keeps_its_number(start: Start) -> None:
+    """Whatever the server has at that number itself: MPICH's library finds its mpiexec by it."""
+    begun(start(WAITS))  # one server for all
+    ours, theirs = os.pipe()
+    code = "import os; print(os.fstat(int(os.environ['PMI_FD'])).st_ino)"
+    for number in range(3, 16):
+        by = ["bash", "-c", f'exec "$@" {number}<&{theirs}', "bash"]
+        process = start(code, by=by, env={"PMI_FD": str(number)}, pass_fds=[theirs])
+        assert said_by(process) == f"{os.fstat(theirs).st_ino}\n"
+    os.close(ours)
+    os.close(theirs)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ a fork would have none of them.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import io
@@ -183,7 +184,10 @@ class Server:
 def be_rank(link: socket.socket, content: int, pipe: int, *streams: int) -> NoReturn:
     """In a fork: become the process for which a stand-in stands, and be a rank."""
     try:
-        wanted = take_on(link, content, pipe, streams)
+        wanted = read_wanted(content)
+        taken: int = wanted["pmi"]  # a number that has to be free
+        link, pipe = socket.socket(fileno=clear_of(link.detach(), taken)), clear_of(pipe, taken)
+        take_on(wanted, pipe, streams)
         link.sendall(b"ready\n")
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -211,11 +215,21 @@ def be_rank(link: socket.socket, content: int, pipe: int, *streams: int) -> NoRe
     end_process(code if isinstance(code, int) else int(code is not None), ends_libraries=True)
 
 
-def take_on(link: socket.socket, content: int, pipe: int, streams: tuple[int, ...]) -> dict[str, Any]:
-    """Take from the stand-in what a process has from who started it; returns all that it asked for."""
+def read_wanted(content: int) -> dict[str, Any]:
+    """What a stand-in asks for."""
     with open(content, "rb") as file:
         file.seek(0)
         wanted: dict[str, Any] = marshal.loads(file.read())
+    return wanted
+
+
+def clear_of(handle: int, number: int) -> int:
+    """The same as the handle, but not of this number."""
+    return fcntl.fcntl(handle, fcntl.F_DUPFD_CLOEXEC, number + 1) if handle == number else handle
+
+
+def take_on(wanted: dict[str, Any], pipe: int, streams: tuple[int, ...]) -> None:
+    """Take from the stand-in what a process has from who started it."""
     end_with(pipe)
     os.setpgid(0, 0)
     for number in wanted["ignored"]:
@@ -224,8 +238,6 @@ def take_on(link: socket.socket, content: int, pipe: int, streams: tuple[int, ..
         os.dup2(stream, number)
         os.close(stream)
     if streams[3:]:
-        if wanted["pmi"] in (link.fileno(), pipe):
-            raise OSError(0, "its handle of PMI is taken")
         os.dup2(streams[3], wanted["pmi"])
         if streams[3] != wanted["pmi"]:
             os.close(streams[3])
@@ -243,7 +255,6 @@ def take_on(link: socket.socket, content: int, pipe: int, streams: tuple[int, ..
     os.chdir(wanted["folder"])
     if threading.active_count() != 1:
         raise OSError(0, "its server has begun threads")
-    return wanted
 
 
 def reseed() -> None:
