@@ -31,8 +31,8 @@ from rankwise.system.forked import end_with, show_as
 from rankwise.system.process_end import at_end, end_process
 
 IMPORTS = (
-    *("rankwise.launch.rank", "rankwise.comm.mpi_shared", "mpi4py"),
-    *("torch.optim", "torch.nn.functional", "torch.utils.data"),
+    *("rankwise.launch.rank", "rankwise.comm.mpi_shared", "rankwise.models.trial", "mpi4py"),
+    *("torch.optim", "torch.nn.functional", "torch.utils.data", "numpy.random", "numpy.ma"),
 )
 """What ranks need, as far as it begins no thread and no MPI."""
 
