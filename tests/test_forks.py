@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,42 +30,57 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-Start = Callable[..., "subprocess.Popen[str]"]
 
+class Starter:
+    """Starts stand-ins, of which those of one environment find the same server."""
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a stand-in for a rank that runs a piece of code; `plainly` the rank itself. All find the same
-    server, which has gone at the end of the test, as have the ranks."""
-    text = Path(stand_in.__file__).read_text()
-    text = text.replace(stand_in.RANK, "tests.forked_rank").replace(
-        stand_in.SERVER, "tests.light_fork_server"
-    )
-    (tmp_path / "stand_in.py").write_text(text)
-    mark = f"{tmp_path.name}-{os.getpid()}"
-    begun = []
+    def __init__(self, folder: Path) -> None:
+        text = Path(stand_in.__file__).read_text().replace(stand_in.RANK, "tests.forked_rank")
+        self._stand_in = folder / "stand_in.py"
+        self._stand_in.write_text(text.replace(stand_in.SERVER, "tests.light_fork_server"))
+        self._mark = f"{folder.name}-{os.getpid()}"
+        self._begun: list[subprocess.Popen[str]] = []
 
-    def begin(
-        code: str, *, plainly: bool = False, by: Sequence[str] = (), **options: Any
+    def __call__(
+        self, code: str, *, plainly: bool = False, by: Sequence[str] = (), **options: Any
     ) -> subprocess.Popen[str]:
-        words = ["-P", "-m", "tests.forked_rank"] if plainly else ["-IS", str(tmp_path / "stand_in.py"), mark]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "MARK": mark}
+        """Start a stand-in for a rank that runs a piece of code; `plainly` the rank itself."""
+        words = ["-P", "-m", "tests.forked_rank"] if plainly else ["-IS", str(self._stand_in), self._mark]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "MARK": self._mark}
         environment |= options.pop("env", {})
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
         process = subprocess.Popen([*by, sys.executable, *words, code], env=environment, **options)
-        begun.append(process)
+        self._begun.append(process)
         return process
 
-    yield begin
-    for process in begun:
-        with process:
-            process.kill()
-    with contextlib.suppress(AssertionError):
-        wait_for(lambda: not marked(mark), 20)
-    left = marked(mark)
-    for one in left:
-        one.kill()
-    assert not left
+    def end(self) -> None:
+        """End all; nothing is left of them."""
+        for process in self._begun:
+            with process:
+                process.kill()
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: not marked(self._mark), 20)
+        left = marked(self._mark)
+        for one in left:
+            one.kill()
+        assert not left
+
+
+@pytest.fixture
+def start_apart(tmp_path: Path) -> Iterator[Starter]:
+    """Starts stand-ins whose server is this test's."""
+    starter = Starter(tmp_path)
+    yield starter
+    starter.end()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    """Starts stand-ins; one that waits keeps their server."""
+    starter = Starter(tmp_path_factory.mktemp("stand-ins"))
+    begun(starter(WAITS.replace("60", "600")))
+    yield starter
+    starter.end()
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -117,7 +132,7 @@ print("to stderr", file=sys.stderr)
 """
 
 
-def test_a_fork_has_what_a_process_has_that_is_started(start: Start, tmp_path: Path) -> None:
+def test_a_fork_has_what_a_process_has_that_is_started(start: Starter, tmp_path: Path) -> None:
     """Command line and environment, also as the system shows them, folder, cores, mask, niceness, signals
     that are ignored, input, output, and MPICH's handle: all is as in a Python that mpiexec starts."""
     (tmp_path / "input").write_text("some input")
@@ -158,9 +173,8 @@ def test_a_fork_has_what_a_process_has_that_is_started(start: Start, tmp_path: P
     assert {name for name in started if started[name] != forked[name]} == set()
 
 
-def test_the_handle_of_mpich_keeps_its_number(start: Start) -> None:
+def test_the_handle_of_mpich_keeps_its_number(start: Starter) -> None:
     """Whatever the server has at that number itself: MPICH's library finds its mpiexec by it."""
-    begun(start(WAITS))  # one server for all
     ours, theirs = os.pipe()
     code = "import os; print(os.fstat(int(os.environ['PMI_FD'])).st_ino)"
     for number in range(3, 16):
@@ -183,7 +197,7 @@ def test_the_handle_of_mpich_keeps_its_number(start: Start) -> None:
         ),
     ],
 )
-def test_a_stand_in_ends_as_its_rank(start: Start, code: str, number: int) -> None:
+def test_a_stand_in_ends_as_its_rank(start: Starter, code: str, number: int) -> None:
     """By the same code, or by the same signal; and what the rank prints at its end is printed."""
     process = start(code)
     _, err = process.communicate(timeout=60)
@@ -192,43 +206,38 @@ def test_a_stand_in_ends_as_its_rank(start: Start, code: str, number: int) -> No
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
-@pytest.mark.parametrize("without_server", [False, True], ids=["", "server-killed"])
-def test_a_rank_ends_with_its_stand_in(start: Start, stopped: bool, without_server: bool) -> None:
-    """By kill -9 of it, be the rank stopped or the server gone."""
+def test_a_rank_ends_with_its_stand_in(start: Starter, stopped: bool) -> None:
+    """By kill -9 of it, also if the rank is stopped."""
     process = start(WAITS)
-    rank, server = begun(process)
+    rank, _ = begun(process)
     if stopped:
         os.kill(rank, signal.SIGSTOP)
-    if without_server:
-        os.kill(server, signal.SIGKILL)
-        wait_for(lambda: not psutil.pid_exists(server), 20)
-    assert psutil.pid_exists(rank)
     process.kill()
     process.wait(20)
     wait_for(lambda: not psutil.pid_exists(rank), 20)
 
 
-@pytest.mark.parametrize(("end", "number"), [("pass", 0), ("import sys; sys.exit(4)", 4), (None, -9)])
-def test_a_rank_does_without_its_server(start: Start, end: str | None, number: int) -> None:
-    """A server that is killed takes no rank with it, and its rank's code, or that it was killed, arrives."""
-    process = start(
-        f"print(__import__('os').getpid(), __import__('os').getppid(), flush=True); input(); {end}",
-        stdin=subprocess.PIPE,
-    )
-    rank, server = begun(process)
-    os.kill(server, signal.SIGKILL)
-    wait_for(lambda: not psutil.pid_exists(server), 20)
-    assert process.poll() is None
-    assert process.stdin is not None
-    if end is None:
-        os.kill(rank, signal.SIGKILL)
-    else:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    assert process.wait(20) == number
+def test_ranks_do_without_their_server(start_apart: Starter) -> None:
+    """A server that is killed takes no rank with it. A rank's code arrives, or that it was killed, and it
+    still ends with its stand-in."""
+    code = "import os, sys; print(os.getpid(), os.getppid(), flush=True); sys.exit(int(input()))"
+    well, badly, killed, lonely = processes = [start_apart(code, stdin=subprocess.PIPE) for _ in range(4)]
+    ranks, servers = zip(*map(begun, processes), strict=True)
+    assert len({*servers}) == 1
+    os.kill(servers[0], signal.SIGKILL)
+    wait_for(lambda: not psutil.pid_exists(servers[0]), 20)
+    assert [process.poll() for process in processes] == [None] * 4
+    for process, number in ((well, 0), (badly, 4)):
+        process.communicate(f"{number}\n", timeout=20)
+        assert process.returncode == number
+    os.kill(ranks[2], signal.SIGKILL)
+    assert killed.wait(20) == -signal.SIGKILL
+    assert psutil.pid_exists(ranks[3])
+    lonely.kill()
+    wait_for(lambda: not psutil.pid_exists(ranks[3]), 20)
 
 
-def test_signals_are_passed_on(start: Start) -> None:
+def test_signals_are_passed_on(start: Starter) -> None:
     """What a stand-in gets, the rank gets, and what it does then counts."""
     process = start(
         "import signal, sys, time\n"
@@ -247,30 +256,29 @@ def test_signals_are_passed_on(start: Start) -> None:
     assert process.wait(20) == 5
 
 
-def test_ranks_of_a_host_have_one_server(start: Start) -> None:
+def test_ranks_of_a_host_have_one_server(start_apart: Starter) -> None:
     """Ranks that are started at once, as mpiexec does, are forks of one process, which has gone when the last
     of them has. It holds nobody's output, and its forks draw other numbers than each other."""
     code = "import os, numpy as np; print(os.getppid(), np.random.randint(2**62)); input()"
-    waits = start(WAITS)
-    rank, server = begun(waits)
-    several = [start(code, stdin=subprocess.PIPE, env={"PMIX_RANK": str(n)}) for n in range(4)]
+    several = [start_apart(code, stdin=subprocess.PIPE, env={"PMIX_RANK": str(n)}) for n in range(4)]
+    waits = start_apart(WAITS)
+    _, server = begun(waits)
     told = [process.communicate("\n", timeout=60)[0].split() for process in several]
     assert {parent for parent, _ in told} == {str(server)}
     assert len({number for _, number in told}) == 4
-    assert psutil.Process(rank).parent() == psutil.Process(server)
     waits.kill()
     wait_for(lambda: not psutil.pid_exists(server), 20)
 
 
-def test_another_environment_has_another_server(start: Start) -> None:
+def test_another_environment_has_another_server(start: Starter) -> None:
     """A library may have read a variable when it was loaded: only who has the same one is served."""
-    processes = [start(WAITS, env={"OMP_NUM_THREADS": number}) for number in "112"]
+    processes = [start(WAITS, env=env) for env in ({}, {"OMP_NUM_THREADS": "1"}, {})]
     parents = [begun(process)[1] for process in processes]
-    assert parents[0] == parents[1] != parents[2]
+    assert parents[0] == parents[2] != parents[1]
 
 
 @pytest.mark.parametrize("variable", ["SERVER_FAILS", "OMP_PROC_BIND"])
-def test_without_a_server_a_rank_starts_by_itself(start: Start, variable: str) -> None:
+def test_without_a_server_a_rank_starts_by_itself(start: Starter, variable: str) -> None:
     """One line says so, and the rank is what mpiexec started."""
     process = start("import os; print(os.getpid())", env={variable: "1"})
     out, err = process.communicate(timeout=60)
