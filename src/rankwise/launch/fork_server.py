@@ -209,6 +209,8 @@ def be_rank(link: socket.socket, content: int, pipe: int, *streams: int) -> NoRe
         rank.main()
     except SystemExit as ending:
         code = ending.code
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1

@@ -131,9 +131,9 @@ def start_server(listener: socket.socket) -> None:
             os._exit(1)
 
 
-def ask(link: socket.socket, words: list[str]) -> tuple[int, int]:
+def ask(link: socket.socket, words: list[str]) -> tuple[int, int, bytes]:
     """Ask for a fork that is a rank with these words. Returns a handle of its process, and the end of a pipe
-    that must stay open as long as it shall live. Raises NoForkError, or OSError."""
+    that must stay open as long as it shall live, and what was told besides. Raises NoForkError, or OSError."""
     ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
     pmi = int(os.environ.get("PMI_FD", -1))
     mask = os.umask(0)
@@ -172,11 +172,11 @@ def ask(link: socket.socket, words: list[str]) -> tuple[int, int]:
     if process < 0:
         raise NoForkError("no handle of the fork has come")
     link.settimeout(None)
-    return process, lives
+    return process, lives, answers.replace(b"forked\n", b"").replace(b"ready\n", b"")
 
 
-def stand_by(link: socket.socket, process: int) -> NoReturn:
-    """Pass signals on, and end as the rank ends."""
+def stand_by(link: socket.socket, process: int, said: bytes) -> NoReturn:
+    """Pass signals on, and end as the rank ends, of which something may have been `said` already."""
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: pass_on(process, number))
     parent, above = os.getppid(), -1
@@ -189,27 +189,28 @@ def stand_by(link: socket.socket, process: int) -> NoReturn:
         watch.register(handle, select.POLLIN)
     if os.getppid() != parent:
         end(-signal.SIGKILL)
-    said, code, over_at, is_gone = b"", None, 0.0, False
+    code, over_at, is_gone = None, 0.0, False
     while True:
+        *lines, said = said.split(b"\n")
+        for line in lines:
+            if line.startswith(b"status "):  # from the server, when the rank has gone
+                end(int(line[7:]))
+            if line.startswith(b"code "):  # from the rank itself, which is about to go
+                code = int(line[5:])
+        if over_at and (is_gone or time.monotonic() > over_at + LAST_WORD_S):  # the server was killed
+            end(-signal.SIGKILL if code is None else code)
         events = {handle for handle, _ in watch.poll(100 if over_at else None)}
         if above in events:  # or the rank might stay behind when a host's daemon is lost
             end(-signal.SIGKILL)
         if link.fileno() in events:
             part = link.recv(4096)
-            *lines, said = (said + part).split(b"\n")
-            for line in lines:
-                if line.startswith(b"status "):  # from the server, when the rank has gone
-                    end(int(line[7:]))
-                if line.startswith(b"code "):  # from the rank itself, which is about to go
-                    code = int(line[5:])
+            said += part
             if not part:
                 is_gone = True
                 watch.unregister(link)
         if process in events:
             over_at = time.monotonic()
             watch.unregister(process)
-        if over_at and (is_gone or time.monotonic() > over_at + LAST_WORD_S):  # the server was killed
-            end(-signal.SIGKILL if code is None else code)
 
 
 def pass_on(process: int, number: int) -> None:
@@ -245,7 +246,7 @@ def main() -> None:
         if binds_threads(os.environ):
             raise NoForkError("OpenMP is told to bind threads")
         link = reach(address(token, os.environb))
-        process, _lives = ask(link, words)
+        process, _lives, said = ask(link, words)
         if "PMI_FD" in os.environ:  # or MPICH's mpiexec would see a death late
             os.close(int(os.environ["PMI_FD"]))
     except (NoForkError, OSError, AttributeError, ValueError) as error:
@@ -254,7 +255,7 @@ def main() -> None:
             told = f"rankwise: ranks import torch one by one, as none can be forked here: {why}\n"
             os.write(2, told.encode())
         os.execv(sys.executable, words)
-    stand_by(link, process)
+    stand_by(link, process, said)
 
 
 if __name__ == "__main__":
