@@ -132,8 +132,8 @@ def start_server(listener: socket.socket) -> None:
 
 
 def ask(link: socket.socket, words: list[str]) -> tuple[int, int, bytes]:
-    """Ask for a fork that is a rank with these words. Returns a handle of its process, and the end of a pipe
-    that must stay open as long as it shall live, and what was told besides. Raises NoForkError, or OSError."""
+    """Ask for a fork that is a rank with these words. Returns a handle of its process, the end of a pipe that
+    must stay open as long as it shall live, and what was told besides. Raises NoForkError, or OSError."""
     ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
     pmi = int(os.environ.get("PMI_FD", -1))
     mask = os.umask(0)
