@@ -41,11 +41,15 @@ def words(ranks: int, epochs: int, out: Path) -> list[str]:
 
 
 def begin(tree: Path, ranks: int, epochs: int, out: Path) -> subprocess.Popen[bytes]:
+    """Start a run, by fork in this tree."""
     # The network and its images are this tree's for both.
     path = os.pathsep.join([str(tree / "src"), str(HERE)])
     environment = os.environ | {"PYTHONPATH": path}
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(words(ranks, epochs, out), env=environment, stdout=quiet, stderr=quiet)
+    by_fork = ["--fork"] if tree == HERE else []
+    return subprocess.Popen(
+        [*words(ranks, epochs, out), *by_fork], env=environment, stdout=quiet, stderr=quiet
+    )
 
 
 def start_and_end_s(tree: Path, ranks: int, scratch: Path) -> tuple[float, float]:

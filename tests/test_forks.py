@@ -93,6 +93,14 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
+def lives(pid: int) -> bool:
+    """Whether a process is there, and not only its number, which nobody has taken note of yet."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def said_by(process: subprocess.Popen[str]) -> str:
     """What it prints to its end, which is a good one."""
     out, err = process.communicate(timeout=60)
@@ -214,7 +222,7 @@ def test_a_rank_ends_with_its_stand_in(start: Starter, stopped: bool) -> None:
         os.kill(rank, signal.SIGSTOP)
     process.kill()
     process.wait(20)
-    wait_for(lambda: not psutil.pid_exists(rank), 20)
+    wait_for(lambda: not lives(rank), 20)
 
 
 def test_ranks_do_without_their_server(start_apart: Starter) -> None:
@@ -225,16 +233,16 @@ def test_ranks_do_without_their_server(start_apart: Starter) -> None:
     ranks, servers = zip(*map(begun, processes), strict=True)
     assert len({*servers}) == 1
     os.kill(servers[0], signal.SIGKILL)
-    wait_for(lambda: not psutil.pid_exists(servers[0]), 20)
+    wait_for(lambda: not lives(servers[0]), 20)
     assert [process.poll() for process in processes] == [None] * 4
     for process, number in ((well, 0), (badly, 4)):
         process.communicate(f"{number}\n", timeout=20)
         assert process.returncode == number
     os.kill(ranks[2], signal.SIGKILL)
     assert killed.wait(20) == -signal.SIGKILL
-    assert psutil.pid_exists(ranks[3])
+    assert lives(ranks[3])
     lonely.kill()
-    wait_for(lambda: not psutil.pid_exists(ranks[3]), 20)
+    wait_for(lambda: not lives(ranks[3]), 20)
 
 
 def test_signals_are_passed_on(start: Starter) -> None:
@@ -267,7 +275,7 @@ def test_ranks_of_a_host_have_one_server(start_apart: Starter) -> None:
     assert {parent for parent, _ in told} == {str(server)}
     assert len({number for _, number in told}) == 4
     waits.kill()
-    wait_for(lambda: not psutil.pid_exists(server), 20)
+    wait_for(lambda: not lives(server), 20)
 
 
 def test_another_environment_has_another_server(start: Starter) -> None:
@@ -322,7 +330,7 @@ def test_a_run_goes_on_without_its_server(command: Command, tmp_path: Path) -> N
     words = ["--dataset", tiny.DATASET, "--model", "own:net", "--lr", "0.02", "--ranks", "3"]
     process = command.start(
         *(sys.executable, "-m", "rankwise", "train", *words, "--epochs", "4000", "--out", "run"),
-        *("--strategy", "allreduce", "--topology", "allreduce", "--fault", "kill:rank=1,epoch=4"),
+        *("--strategy", "allreduce", "--fork", "--fault", "kill:rank=1,epoch=4"),
     )
     folder = RunFolder(tmp_path / "run")
     wait_for(lambda: len(folder.read_metrics()) >= 1)
@@ -338,4 +346,4 @@ def test_a_run_goes_on_without_its_server(command: Command, tmp_path: Path) -> N
     assert [fault.rank for fault in folder.read().faults] == [1]
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert not any(psutil.pid_exists(rank["pid"]) for rank in ranks)
+    assert not any(lives(rank["pid"]) for rank in ranks)

@@ -96,9 +96,9 @@ class TrainConfig(CheckedOptions):
         "module:callable.",
     )
     fork: bool = Field(
-        True,
-        description="Import torch once on each host, and fork the ranks from there, which start sooner and "
-        "share its memory; otherwise each imports it by itself, as a program's do. Linux only.",
+        False,
+        description="Import torch once on each host, and fork the ranks from there: they start sooner, and "
+        "share its memory. Otherwise each imports it by itself. Linux only.",
     )
     strategy: str | None = Field(
         None,

@@ -212,7 +212,7 @@ def be_rank(link: socket.socket, content: int, pipe: int, *streams: int) -> NoRe
         if not isinstance(code, int | None):
             print(code, file=sys.stderr)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         code = 1
     end_process(code if isinstance(code, int) else int(code is not None), ends_libraries=True)
 
