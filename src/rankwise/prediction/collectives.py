@@ -5,13 +5,17 @@ operations stand in ompi 5.0, ompi/mca/coll/tuned/coll_tuned_decision_fixed.c. G
 rankwise starts in the background, are those of `libnbc` (nbc_igather.c: linear; nbc_ibcast.c: linear for up
 to 4 ranks, else binomial), and so is the background Allreduce in place (nbc_iallreduce.c: a binomial tree
 up and one down). The hops of each algorithm are in Thakur, Rabenseifner, Gropp 2005
-(doi:10.1177/1094342005051521).
+(doi:10.1177/1094342005051521). Ranks of one host add up in memory that they share
+(`rankwise.comm.shared_memory`), and not by MPI's Allreduce.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from rankwise.comm.shared_memory import CAPACITY, WHOLE
 
 ITEM_BYTES = 4
 """Of a float32, in which weights and gradients are added up."""
@@ -23,7 +27,8 @@ class Hop:
 
     All ranks exchange with one that is `distance` places away, or with `ring` all with their next; `one_way`
     messages, as along a tree, meet none that come back. With `fan` all `count` messages go through one rank's
-    port at a time, one way: their latencies overlap.
+    port at a time, one way: their latencies overlap. In memory that all ranks have in common (`shared`) a hop
+    is one meeting, before which each rank copies `bytes`.
     """
 
     count: float
@@ -33,6 +38,7 @@ class Hop:
     ring: bool = False
     fan: bool = False
     one_way: bool = False
+    shared: bool = False
 
 
 Hops = tuple[Hop, ...]
@@ -116,6 +122,21 @@ def allreduce(ranks: int, size: int) -> Hops:
     if name == _RABENSEIFNER:
         return _rabenseifner(ranks, size)
     return _trees(ranks, size) if name == _TREES else _recursive_doubling(ranks, size)
+
+
+def shared_sum(ranks: int, size: int) -> Hops:
+    """The sum of `size` bytes per rank, on all ranks of one host, without a message; by MPI if that is more
+    than the memory takes."""
+    if ranks == 1 or size > CAPACITY:
+        return allreduce(ranks, size)
+    if ranks == 2 or size <= WHOLE:  # each reads all that the others bring
+        return (Hop(1, size, (ranks - 1) * size, shared=True),)
+    return (Hop(1, size, (ranks - 1) * size / ranks, shared=True), Hop(1, size, shared=True))
+
+
+def sum_of_all(hosts: Sequence[int], size: int) -> Hops:
+    """The sum of `size` bytes per rank, on all ranks, of which each of `hosts` [hosts] has some."""
+    return shared_sum(sum(hosts), size) if len(hosts) == 1 else allreduce(sum(hosts), size)
 
 
 def background_allreduce(ranks: int, size: int) -> Hops:

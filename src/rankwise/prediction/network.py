@@ -148,12 +148,14 @@ def _slowest_found(path: Path) -> Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks that fill hosts one after the other, `ranks_per_host` each."""
+    """Ranks that fill hosts one after the other, `ranks_per_host` each. Messages inside a host take `local`,
+    meetings in its shared memory `shared`, and messages between hosts `between`."""
 
     ranks: int
     ranks_per_host: int
     cores_per_host: int
     local: Link
+    shared: Link
     between: Link
     reduce_s_per_byte: float
 
@@ -181,7 +183,8 @@ class Cluster:
         if not crosses:
             # Copying and adding up take a core.
             crowd = max(1.0, min(self.ranks, here) / self.cores_per_host)
-            message_s = self.local.message_s(hop.bytes, one_way=hop.one_way)
+            link = self.shared if hop.shared else self.local
+            message_s = link.message_s(hop.bytes, one_way=hop.one_way)
             return crowd * (hop.count * message_s + added_s)
         flows = min(hop.distance, here)  # that share the host's port
         return hop.count * self.between.message_s(flows * hop.bytes, one_way=hop.one_way) + added_s
@@ -189,6 +192,7 @@ class Cluster:
 
 def coefficients(hops: Iterable[Hop]) -> tuple[float, float, float]:
     """What latency, bytes and bytes added up are multiplied by within one host, for a fit of their costs."""
-    one = Cluster(1, 1 << 30, 1, Link(1, 0), Link(1, 0), 0), Cluster(1, 1 << 30, 1, Link(0, 1), Link(0, 1), 0)
+    latency, size = Link(1, 0), Link(0, 1)
+    one = [Cluster(1, 1 << 30, 1, its, its, its, 0) for its in (latency, size)]
     hops = tuple(hops)
     return one[0].seconds(hops), one[1].seconds(hops), sum(hop.count * hop.reduced for hop in hops)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 
+from rankwise.prediction.interval import LEVEL, Doubt
 from rankwise.prediction.points import Point
 from rankwise.prediction.predict import UNKNOWN, Prediction
 from rankwise.report.charts.learning import HEIGHT
@@ -102,9 +104,16 @@ def _sentences(prediction: Prediction) -> list[str]:
     return [
         f"best: {count(best.ranks, 'rank')}, {duration(best.epoch_s)} an epoch; most of it is {best.limit}",
         *(f"assumed: {line}" for line in prediction.remarks),
-        "from and to span what the source's own steps and exchanges spread over; not known: "
-        + "; ".join(UNKNOWN),
+        *(f"not measured: {line}" for line in prediction.narrower),
+        f"from and to are to hold {LEVEL:.0%} of what is measured; of {count(best.ranks, 'rank')}: "
+        + ", ".join(map(partial(_doubt, best), best.doubts)),
+        "not known: " + "; ".join(UNKNOWN),
     ]
+
+
+def _doubt(point: Point, doubt: Doubt) -> str:
+    below, above = doubt.below_s / point.epoch_s, doubt.above_s / point.epoch_s
+    return f"{doubt.name} {-below:+.0%} to {above:+.0%}"
 
 
 def _cells(point: Point) -> tuple[str, ...]:

@@ -12,11 +12,12 @@ import numpy as np
 from rankwise.errors import ConfigError
 from rankwise.plan import RunPlan
 from rankwise.prediction import codec
+from rankwise.prediction.interval import Asked, Doubt, doubts, interval
 from rankwise.prediction.network import Cluster, Network
 from rankwise.prediction.simulation import Outcome, gossip, serve_all
 from rankwise.prediction.slowest import SEED, expected_maximum
-from rankwise.prediction.source import Source, meets_in_each_step
-from rankwise.prediction.steps import SLICE_S, compute_at, meeting_s, rounds_s, spread_of_mean
+from rankwise.prediction.source import Compute, Source, meets_in_each_step
+from rankwise.prediction.steps import SLICE_S, compute_at, meeting_s, rounds_s
 from rankwise.prediction.traffic import RunTraffic, traffic
 from rankwise.strategies.traffic import Barrier, Neighbours, Server
 
@@ -66,12 +67,31 @@ class Point:
     high_s: float
     limit: str
     parts: Parts
+    doubts: tuple[Doubt, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As `--format json` prints it; `parts` in seconds under ``<part>_s``."""
+        """As `--format json` prints it; `parts` in seconds under ``<part>_s``, `doubts` by their names."""
         row = asdict(self)
         row["parts"] = {f"{name}_s": value for name, value in row["parts"].items()}
+        row["doubts"] = {doubt.pop("name"): doubt for doubt in row["doubts"]}
         return row
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The parts of an epoch, the seconds that all ranks together wait, what they send, the steps that it is
+    made of, threads per rank, `busy` cores of a host, `crowd` threads for each of them, how many ranks work
+    on a host, and whether they meet in each step."""
+
+    parts: Parts
+    wait_s: float
+    sent: RunTraffic
+    compute: Compute
+    threads: int
+    busy: int
+    crowd: float
+    workers_here: int
+    meets: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,7 @@ class Place:
             here,
             self.cores_per_host,
             local,
+            source.messages.shared,
             between,
             source.messages.reduce_s_per_byte if own is None else own,
         )
@@ -117,8 +138,10 @@ def predict_point(source: Source, config: RunPlan, place: Place, alone_images_pe
     """The prediction for a resolved configuration. `alone_images_per_s` is what one rank alone trains, to
     which the efficiency compares."""
     cluster = place.cluster(source, config.ranks)
-    parts, wait_s, sent, threads = _epoch(source, config, cluster, place)
-    low, high = (_scaled(source, config, threads, parts, side) for side in (-1, 1))
+    epoch = _epoch(source, config, cluster, place)
+    parts, sent = epoch.parts, epoch.sent
+    found = doubts(source, _asked(source, config, cluster, place, epoch))
+    low_s, high_s = interval(parts.total, found)
     copies = config.workers if config.entry.replicates else 1
     images_per_s = source.samples * copies / parts.total
     steps = _steps(config, source.samples)
@@ -126,17 +149,44 @@ def predict_point(source: Source, config: RunPlan, place: Place, alone_images_pe
     return Point(
         ranks=config.ranks,
         hosts=len(cluster.hosts),
-        threads=threads,
+        threads=epoch.threads,
         epoch_s=parts.total,
         images_per_s=images_per_s,
         efficiency=images_per_s / (config.ranks * alone),
-        wait_fraction=min(1.0, wait_s / (config.ranks * parts.total)),
+        wait_fraction=min(1.0, epoch.wait_s / (config.ranks * parts.total)),
         bytes_sent=_bytes(sent, _rounds(config, steps), steps),
         memory_bytes=source.rss_bytes + sent.said.served_bytes + sent.said.unpacked_bytes,
-        low_s=low,
-        high_s=high,
+        low_s=low_s,
+        high_s=high_s,
         limit=parts.limit,
         parts=parts,
+        doubts=found,
+    )
+
+
+def _asked(source: Source, config: RunPlan, cluster: Cluster, place: Place, epoch: _Epoch) -> Asked:
+    """What of a prediction its interval depends on."""
+    parts, sent = epoch.parts, epoch.sent
+    trained_s = parts.compute + parts.cores + parts.waiting
+    steps = _steps(config, source.samples)
+    hops = sent.each_step.hops + sent.each_round.hops
+    return Asked(
+        total_s=parts.total,
+        computing_s=trained_s + parts.evaluation,
+        trained_s=trained_s,
+        exchanged_s=parts.transfer + parts.master,
+        batch=config.batch_size,
+        threads=epoch.threads,
+        compute=epoch.compute,
+        busy=epoch.busy,
+        meets=epoch.meets,
+        crowd=epoch.crowd,
+        workers_here=epoch.workers_here,
+        shared=any(hop.shared for hop in hops),
+        messages=any(not hop.shared for hop in hops),
+        steps_a_round=1.0 if sent.each_step.hops else steps / _rounds(config, steps),
+        cluster=cluster,
+        network=place.network,
     )
 
 
@@ -177,7 +227,7 @@ def _turn_s(source: Source, per_core: float) -> float:
     known = replace(source, samples=run.samples)
 
     def train_s(turn_s: float) -> float:
-        parts = _epoch(known, run.config, cluster, place, turn_s=turn_s)[0]
+        parts = _epoch(known, run.config, cluster, place, turn_s=turn_s).parts
         return parts.total - parts.evaluation - parts.checkpoint
 
     without_s = train_s(0.0)
@@ -187,9 +237,9 @@ def _turn_s(source: Source, per_core: float) -> float:
 
 def _epoch(
     source: Source, config: RunPlan, cluster: Cluster, place: Place, turn_s: float | None = None
-) -> tuple[Parts, float, RunTraffic, int]:
-    """The parts of an epoch, the seconds that all ranks together wait, what they send, and threads per rank.
-    `turn_s` is what each exchange waits for a core, by default `_turn_s`."""
+) -> _Epoch:
+    """An epoch of a resolved configuration. `turn_s` is what each exchange waits for a core, by default
+    `_turn_s`."""
     if config.local_after:
         return _two_halves(source, config, cluster, place, config.local_after, turn_s)
     sent = traffic(config, source.model, cluster.hosts)
@@ -203,7 +253,8 @@ def _epoch(
     shared = max(crowd, 1.0)
     # A rank that has had the core in between empties the caches as an exchange does.
     meets = meets_in_each_step(config) or (crowd > 1 and crowd_of > 1)
-    compute, step_s = compute_at(source, threads, config.batch_size, meets=meets)
+    busy = min(crowd_of * threads, cluster.cores_per_host)
+    compute, step_s = compute_at(source, threads, config.batch_size, busy=busy, meets=meets)
     if said.server_steps:
         step_s = np.maximum(step_s - compute.optimizer_s, 0)
     steps = _steps(config, source.samples)
@@ -271,30 +322,19 @@ def _epoch(
     wait_s = config.workers * (outcome.worker_wait_s + met_s)
     if has_master:
         wait_s += outcome.master_wait_s + config.workers * evaluation_s
-    return parts, wait_s, sent, threads
+    return _Epoch(parts, wait_s, sent, compute, threads, busy, crowd, crowd_of, meets)
 
 
 def _two_halves(
     source: Source, config: RunPlan, cluster: Cluster, place: Place, part: float, turn_s: float | None
-) -> tuple[Parts, float, RunTraffic, int]:
+) -> _Epoch:
     """The mean of an epoch that is synchronised every step, which `part` of them are, and one that is not."""
     local = config.model_copy(update={"local_after": None})
     first = _epoch(source, local.model_copy(update={"sync_every": 1}), cluster, place, turn_s)
     second = _epoch(source, local, cluster, place, turn_s)
-    pairs = zip(asdict(first[0]).items(), asdict(second[0]).values(), strict=True)
+    pairs = zip(asdict(first.parts).items(), asdict(second.parts).values(), strict=True)
     parts = Parts(**{name: part * one + (1 - part) * other for (name, one), other in pairs})
-    return parts, part * first[1] + (1 - part) * second[1], second[2], second[3]
-
-
-def _scaled(source: Source, config: RunPlan, threads: int, parts: Parts, side: int) -> float:
-    """The epoch with its computing at one end of what it may be in the mean, and its transfers too."""
-    compute, step_s = compute_at(source, threads, config.batch_size)
-    spread = max(spread_of_mean(step_s), compute.epochs_spread)
-    factor = max(0.0, 1 + side * spread)
-    messages = source.messages
-    quick = messages.low if side < 0 else messages.high
-    fixed = parts.total - parts.transfer
-    return factor * fixed + quick * parts.transfer
+    return replace(second, parts=parts, wait_s=part * first.wait_s + (1 - part) * second.wait_s)
 
 
 def best_of(points: Sequence[Point]) -> Point:

@@ -31,13 +31,15 @@ UNKNOWN = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """The points, what was predicted and from what, and what was assumed."""
+    """The points, what was predicted and from what, what was assumed, and which short runs would narrow the
+    intervals, by the point for which most is not known."""
 
     source: str
     about: str
     network: str
     points: tuple[Point, ...]
     remarks: tuple[str, ...]
+    narrower: tuple[str, ...]
 
     @property
     def best(self) -> Point:
@@ -53,6 +55,7 @@ class Prediction:
             "about": self.about,
             "network": self.network,
             "remarks": list(self.remarks),
+            "narrower": list(self.narrower),
             "unknown": list(UNKNOWN),
         }
 
@@ -79,7 +82,8 @@ def predict(source: Source, wanted: PredictionOptions) -> Prediction:
         about,
         network.name if network else "within a host",
         points,
-        _remarks(source, points, last),
+        source.remarks,
+        _narrower(points),
     )
 
 
@@ -139,24 +143,13 @@ def read_ranks(text: str, samples: int) -> list[int]:
     return sorted(found)
 
 
-def _remarks(source: Source, points: Sequence[Point], config: RunPlan) -> tuple[str, ...]:
-    lines = list(source.remarks)
-    known = sorted({its.threads for its in source.compute})
-    lacking = sorted({point.threads for point in points} - set(known))
-    if lacking:
-        lines.append(
-            f"the source has no steps on {' or '.join(map(str, lacking))} threads: those on "
-            f"{' or '.join(map(str, known))} stand for them"
-        )
-    if any(point.threads > 1 and point.parts.cores > 0 for point in points):
-        lines.append(
-            "ranks of several threads that share cores hold each other up far more than their work says: "
-            "take what is predicted for them as the least that they need"
-        )
-    batches = {its.batch for its in source.compute}
-    if config.batch_size not in batches and len(batches) == 1:
-        lines.append(
-            f"the source has batches of {batches.pop()} alone: forward and backward are taken to grow with "
-            "the batch, and the rest of a step not to"
-        )
-    return tuple(lines)
+def _narrower(points: Sequence[Point]) -> tuple[str, ...]:
+    """For each kind of thing that was not measured a line about the point that it matters to most."""
+    worst: dict[str, tuple[float, str]] = {}
+    for point in points:
+        for doubt in point.doubts:
+            line = doubt.told(point.epoch_s)
+            part = (doubt.below_s + doubt.above_s) / point.epoch_s
+            if line and part > worst.get(doubt.name, (0.0, ""))[0]:
+                worst[doubt.name] = part, line
+    return tuple(line for _, line in sorted(worst.values(), reverse=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from rankwise.errors import ConfigError, UsageError, one_line
 from rankwise.ledger.phases import PHASES
 from rankwise.ledger.timeline import RankTimeline, read_timeline
 from rankwise.plan import RunPlan, recorded_plan
-from rankwise.prediction.messages import ASSUMED, MessageCosts, fit_messages
+from rankwise.prediction.messages import MessageCosts, fit_messages
 from rankwise.prediction.slowest import Seconds
 from rankwise.prediction.step_phases import spent_in_steps
 from rankwise.prediction.traffic import traffic
@@ -32,13 +33,13 @@ _SAVED_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Compute:
-    """Steps of a rank, without exchanges, at one batch size and number of threads.
+    """Steps of a rank, without exchanges, at one batch size and number of threads, in one run or `runs`.
 
     `meets` is whether there was an exchange after each, which empties the caches that the next step then
     fills again. `steps_s` [n] are their times; in the mean `per_sample_s` of each sample (forward and
     backward), `backward_s` of it the backward pass, and `optimizer_s` the optimiser's step. `evaluation_s` is
-    what one rank would take to evaluate all validation samples. `epochs_spread` is by which part an epoch's
-    time differs from another's.
+    what one rank would take to evaluate all validation samples. `epochs_s` are mean steps of each epoch, and
+    `busy` is how many cores of the host worked at once.
     """
 
     threads: int
@@ -49,12 +50,37 @@ class Compute:
     backward_s: float
     optimizer_s: float
     evaluation_s: float
-    epochs_spread: float
+    epochs_s: tuple[float, ...]
+    busy: int = 1
+    runs: int = 1
 
     @property
     def mean_s(self) -> float:
         """Of a step."""
         return float(self.steps_s.mean())
+
+    def of_the_kind(self, other: Compute) -> bool:
+        """Whether another run tells of the same steps."""
+        mine, its = ((one.threads, one.batch, one.meets, one.busy) for one in (self, other))
+        return mine == its
+
+    def beside(self, other: Compute) -> Compute:
+        """What this and another run of the same kind tell together."""
+
+        def mean(mine: float, its: float) -> float:
+            return (self.runs * mine + other.runs * its) / (self.runs + other.runs)
+
+        steps_s = np.concatenate([self.steps_s, other.steps_s])
+        return replace(
+            self,
+            steps_s=steps_s * (mean(self.mean_s, other.mean_s) / steps_s.mean()),
+            per_sample_s=mean(self.per_sample_s, other.per_sample_s),
+            backward_s=mean(self.backward_s, other.backward_s),
+            optimizer_s=mean(self.optimizer_s, other.optimizer_s),
+            evaluation_s=mean(self.evaluation_s, other.evaluation_s),
+            epochs_s=self.epochs_s + other.epochs_s,
+            runs=self.runs + other.runs,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,22 +116,22 @@ class Source:
 
     def with_compute_of(self, other: Source) -> Source:
         """This source, with the steps that another has at other batch sizes or threads, or with exchanges
-        where this one has none or the other way, and its messages if this one has none."""
-        mine = {(its.threads, its.batch, its.meets) for its in self.compute}
-        new = tuple(its for its in other.compute if (its.threads, its.batch, its.meets) not in mine)
-        messages = self.messages if self.messages.measured else other.messages
-        remarks = tuple(dict.fromkeys((*self.remarks, *other.remarks)))
-        if messages.measured:
-            remarks = tuple(line for line in remarks if line != NO_MESSAGES)
-        crowds = self.crowds + other.crowds
-        return replace(self, compute=self.compute + new, messages=messages, crowds=crowds, remarks=remarks)
-
-
-NO_MESSAGES = (
-    f"the source exchanged nothing: a message inside a host is assumed to take "
-    f"{1e6 * ASSUMED.local.latency_s:g} us and {8e-9 / ASSUMED.local.s_per_byte:.0f} Gbit/s, and packing "
-    f"{1e9 * ASSUMED.pack_s_per_byte:g} ns a byte"
-)
+        where this one has none or the other way, and what it knows of exchanges if this one does not. A run
+        like one that is there already is one more of it, unless its ranks shared cores."""
+        compute = list(self.compute)
+        for its in other.compute:
+            place = next((i for i, mine in enumerate(compute) if mine.of_the_kind(its)), None)
+            if place is None:
+                compute.append(its)
+            elif not other.crowds:
+                compute[place] = compute[place].beside(its)
+        return replace(
+            self,
+            compute=tuple(compute),
+            messages=self.messages.or_else(other.messages),
+            crowds=self.crowds + other.crowds,
+            remarks=tuple(dict.fromkeys((*self.remarks, *other.remarks))),
+        )
 
 
 def read_source(folders: Sequence[Path]) -> Source:
@@ -136,17 +162,21 @@ def _read(path: Path) -> Source:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     lines = [read_timeline(folder.timeline_of(row.rank)) for row in record.ranks if row.role != "spare"]
-    steps, parts = _steps(record, lines, config.batch_size)
+    steps = _steps(record, lines, config.batch_size)
     if len(steps) < LEAST_STEPS:
         raise UsageError(
             f"{path} is too short to predict from: {len(steps)} steps of a full batch were kept, expected "
             f"{LEAST_STEPS} or more; train more samples or epochs"
         )
-    messages = fit_messages(record, config, model, lines)
+    outside_s = _outside_steps(lines, float(steps.mean()))
+    epochs_s, parts = _mean_steps(lines, config.batch_size, outside_s)
+    steps = steps * (median(epochs_s) / steps.mean())
     hosts = record.environment.hosts
+    on_hosts = Counter(row.host for row in record.ranks if row.role != "spare")
+    messages = fit_messages(config, model, lines, list(on_hosts.values()))
     workers = [row for row in record.ranks if row.role == "worker"]
     copies = len(workers) if config.entry.replicates else 1
-    remarks: tuple[str, ...] = () if messages.measured else (NO_MESSAGES,)
+    remarks: tuple[str, ...] = ()
     cores = max(host.cores for host in hosts)
     later = record.epochs[1:] or record.epochs
     train_s = np.array([row.train_s for row in later])
@@ -173,7 +203,8 @@ def _read(path: Path) -> Source:
         backward_s=parts["backward"],
         optimizer_s=parts["optimizer"],
         evaluation_s=_of_epochs(lines, "evaluation", sum, config.evaluate_every),
-        epochs_spread=float((train_s.max() - train_s.min()) / 2 / np.median(train_s)),
+        epochs_s=epochs_s,
+        busy=min(cores, max(1, round(per_core * cores))),
     )
     checkpoint_s = _of_epochs(lines, "checkpoint", max, config.checkpoints.epochs)
     return Source(
@@ -185,7 +216,7 @@ def _read(path: Path) -> Source:
         compute=(compute,),
         messages=messages,
         checkpoint_s=checkpoint_s,
-        epoch_s=_outside_steps(lines, compute.mean_s),
+        epoch_s=outside_s,
         startup_s=max(row.phases_ns["startup"] for row in record.ranks) / 1e9,
         rss_bytes=max(row.max_rss_bytes for row in workers),
         crowds=crowds,
@@ -226,25 +257,49 @@ def _numbers(shapes: Any) -> int:
     return sum(int(np.prod(shape)) for shape in shapes)
 
 
-def _steps(record: Record, lines: list[RankTimeline], batch: int) -> tuple[Seconds, dict[str, float]]:
-    """The times of full steps without exchanges and packing, of all workers, and the mean of each phase.
+_BETWEEN_RANKS = [PHASES.index(phase) for phase in ("transfer", "wait", "pack", "recovery")]
+
+
+def _steps(record: Record, lines: list[RankTimeline], batch: int) -> Seconds:
+    """The times of the full steps that were kept, without exchanges and packing, of all workers.
 
     The first step of an epoch deals shards too, and the first epoch warms up where there are others.
     """
     first = 2 if len(record.epochs) > 1 else 1
-    times, parts = [], dict.fromkeys(PHASES, 0.0)
+    times = []
     for line in lines:
         full = (line.steps["step"] > 1) & (line.steps["samples"] == batch) & (line.steps["epoch"] >= first)
         if line.role != "worker" or not full.any():
             continue
-        spent = spent_in_steps(line)[full]
-        away = spent[:, [PHASES.index(phase) for phase in ("transfer", "wait", "pack", "recovery")]].sum(1)
+        away = spent_in_steps(line)[full][:, _BETWEEN_RANKS].sum(1)
         times.append((line.steps["end_ns"] - line.steps["start_ns"])[full] - away)
-        for number, phase in enumerate(PHASES):
-            parts[phase] += float(spent[:, number].mean()) / 1e9
-    if not times:
-        return np.empty(0), parts
-    return np.concatenate(times) / 1e9, {phase: value / len(times) for phase, value in parts.items()}
+    return np.concatenate(times) / 1e9 if times else np.empty(0)
+
+
+_IN_STEPS = [
+    phase
+    for number, phase in enumerate(PHASES)
+    if number not in _BETWEEN_RANKS and phase not in ("startup", "evaluation", "checkpoint")
+]
+
+
+def _mean_steps(
+    lines: list[RankTimeline], batch: int, outside_s: float
+) -> tuple[tuple[float, ...], dict[str, float]]:
+    """The mean step of each epoch but the first, where there are others, and the mean of each phase in a
+    step, in seconds. Of an epoch's own phases `outside_s` is in no step.
+
+    An epoch's phases hold all its steps, of which a timeline keeps few, half of them from the run's end.
+    """
+    workers = [line for line in lines if line.role == "worker"]
+    count = max(len(line.epochs) for line in workers)
+    tables = np.array([line.epochs for line in workers if len(line.epochs) == count])
+    tables = tables[:, 1:] if count > 1 else tables
+    steps = tables["samples"] / batch
+    own_s = sum(tables[phase] for phase in _IN_STEPS) / 1e9
+    means_s = (np.maximum(own_s - outside_s, 0.5 * own_s) / steps).mean(axis=0)
+    parts = {phase: float(np.median((tables[phase] / steps).mean(axis=0))) / 1e9 for phase in PHASES}
+    return tuple(means_s.tolist()), parts
 
 
 def _of_epochs(lines: list[RankTimeline], phase: str, over_ranks: Any, every: int) -> float:

@@ -16,23 +16,29 @@ SLICE_S = 0.003
 """About how long Linux lets a task run before another gets its core."""
 
 
-def compute_at(source: Source, threads: int, batch: int, *, meets: bool = False) -> tuple[Compute, Seconds]:
+def compute_at(
+    source: Source, threads: int, batch: int, *, busy: int = 1, meets: bool = False
+) -> tuple[Compute, Seconds]:
     """The known steps that are nearest to this number of threads and this batch, and the times [n] of steps
     with them, with an exchange after each if it `meets`.
 
     Between two batch sizes the mean goes along a line; with one alone forward and backward grow with the
     batch, and the rest of a step does not. Steps of the other kind stand in where there are more of them,
-    by what an exchange adds to the next step.
+    by what an exchange adds to the next step. Of several with the same batch those count during which as many
+    cores worked as there will, `busy` of a host.
     """
-    there = sorted(_nearest(source, threads), key=lambda its: abs(math.log(its.batch / batch)))
+    there = sorted(
+        known_at(source, threads),
+        key=lambda its: (abs(math.log(its.batch / batch)), abs(math.log(its.busy / max(busy, 1)))),
+    )
     own = [its for its in there if its.meets == meets]
     others = [its for its in there if its.meets != meets]
     known = own and (own[0].batch == batch or len(own) >= len(others))
     these, added_s = (own, 0.0) if known else (others, meeting_s(source, threads) * (1 if meets else -1))
     best = these[0]
     slope = best.per_sample_s
-    if len(these) > 1:
-        slope = (these[1].mean_s - best.mean_s) / (these[1].batch - best.batch)
+    if of_others := [its for its in these if its.batch != best.batch]:
+        slope = (of_others[0].mean_s - best.mean_s) / (of_others[0].batch - best.batch)
     mean_s = max(best.mean_s + slope * (batch - best.batch) + added_s, 0.1 * best.mean_s)
     steps_s = best.steps_s * (mean_s / best.mean_s)
     return replace(best, backward_s=best.backward_s * batch / best.batch), steps_s
@@ -41,13 +47,16 @@ def compute_at(source: Source, threads: int, batch: int, *, meets: bool = False)
 def meeting_s(source: Source, threads: int) -> float:
     """What an exchange adds to the next step: the difference between steps with and without, where there are
     both with the same batch; 0 if that is not known."""
-    there = _nearest(source, threads)
-    alone_s = {its.batch: its.mean_s for its in there if not its.meets}
-    more_s = [its.mean_s - alone_s[its.batch] for its in there if its.meets and its.batch in alone_s]
+    there = known_at(source, threads)
+    more_s = []
+    for met in (its for its in there if its.meets):
+        alike = [its for its in there if not its.meets and its.batch == met.batch]
+        if alike:
+            more_s.append(met.mean_s - min(alike, key=lambda its: abs(its.busy - met.busy)).mean_s)
     return max(0.0, statistics.mean(more_s)) if more_s else 0.0
 
 
-def _nearest(source: Source, threads: int) -> list[Compute]:
+def known_at(source: Source, threads: int) -> list[Compute]:
     """What is known on the number of threads that is nearest."""
     apart = [abs(math.log(its.threads / threads)) for its in source.compute]
     return [its for its, far in zip(source.compute, apart, strict=True) if far == min(apart)]
@@ -82,17 +91,3 @@ def rounds_s(
     # other.
     work = (sums(step_s, terms * here, SEED + 1) / here + more_s) * crowd
     return alone, np.maximum(alone, np.minimum(alone * math.ceil(crowd), work + SLICE_S)), len(cluster.hosts)
-
-
-def spread_of_mean(steps_s: Seconds, block: int = 16, draws: int = 200) -> float:
-    """By which part the mean of steps may be off: half of what 90% of the means of resampled blocks span.
-
-    Neighbouring steps take similar times, so blocks of them are drawn (Künsch 1989,
-    doi:10.1214/aos/1176347265).
-    """
-    block = min(block, max(1, len(steps_s) // 4))
-    means = np.convolve(steps_s, np.ones(block) / block, "valid")
-    random = np.random.default_rng(SEED)
-    drawn = random.choice(means, (draws, max(1, len(steps_s) // block))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.05, 0.95])
-    return float((high - low) / 2 / steps_s.mean())

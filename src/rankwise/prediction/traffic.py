@@ -89,7 +89,7 @@ def _transfer_of(exchange: Exchange, hosts: Sequence[int]) -> Transfer:
         case Messages(_, size, count):
             return Transfer(ranks * count * size, (Hop(count, size, distance=1, ring=True),))
         case Collective(among="all"):
-            return _by_mpi(exchange, ranks)
+            return _of_all(exchange, hosts)
         case Collective(among="host"):
             return _by_messages(exchange, hosts)
         case Collective():
@@ -97,14 +97,14 @@ def _transfer_of(exchange: Exchange, hosts: Sequence[int]) -> Transfer:
             return Transfer(found.bytes_sent, tuple(_far(hop, max(hosts)) for hop in found.hops))
 
 
-def _by_mpi(exchange: Collective, ranks: int) -> Transfer:
-    """All ranks at once."""
-    size, pieces = exchange.bytes, exchange.pieces
+def _of_all(exchange: Collective, hosts: Sequence[int]) -> Transfer:
+    """All ranks at once: by MPI, or in the memory of a host that has them all."""
+    size, pieces, ranks = exchange.bytes, exchange.pieces, sum(hosts)
     match exchange.kind:
         case "allreduce" if pieces > 1:
             return Transfer(ranks * size, collectives.background_allreduce(ranks, size // pieces) * pieces)
         case "allreduce":
-            return Transfer(ranks * size, collectives.allreduce(ranks, size))
+            return Transfer(ranks * size, collectives.sum_of_all(hosts, size))
         case "allgather":
             return Transfer(ranks * (ranks - 1) * size, collectives.allgather(ranks, size))
         case "gather":
