@@ -103,6 +103,7 @@ def test_a_folder_that_holds_something_else(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.mpi
 @only_in_full
+@pytest.mark.ulfm
 @pytest.mark.timeout(240)
 def test_the_short_form(command: Command, tmp_path: Path) -> None:
     """The study runs from its command line to its page; a second call keeps what is finished."""
