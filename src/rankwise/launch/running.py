@@ -86,14 +86,18 @@ def list_runs(folder: Path) -> list[RunLine]:
     no such folder, or no run in it."""
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else f"does not exist{misspelt(folder)}"
-        raise UsageError(f"{folder} {what}: expected a folder with runs in it, or a run folder")
+        raise UsageError(
+            f"{folder} {what}: expected a folder with runs in it (. is this one), or a run folder"
+        )
     try:
         paths = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     except OSError as error:
         raise UsageError(f"{folder} cannot be read: {error.strerror}") from None
     found = [look(path) for path in paths if _is_run(path)]
     if not found:
-        raise UsageError(f"there is no run in {folder}: expected a folder with runs in it, or a run folder")
+        raise UsageError(
+            f"there is no run in {folder}: expected a folder with runs in it (. is this one), or a run folder"
+        )
     return found
 
 
