@@ -334,6 +334,9 @@ def test_a_host_is_dropped(hosts: Hosts, tmp_path: Path) -> None:
     assert f"host {hosts.names[1]} was lost; starting again" in err
 
 
+CALLS_BACK = "Hydra's proxies come back to a host by its own name for itself, which no other knows here"
+
+
 def hostnames(made: Hosts, words: Sequence[str], cwd: Path, **environment: str) -> list[str]:
     """On which hosts the ranks of a command were that print it."""
     process = made.start(*words, environment=mpi_environment() | environment, cwd=cwd)
@@ -347,6 +350,8 @@ def test_hosts_of_one_first_name_get_a_rank_each(tmp_path: Path) -> None:
     """Two hosts that differ behind the first dot only are two for Open MPI, as another user, too."""
     if reason := why_not():
         pytest.skip(reason)
+    if not find_mpiexec().is_open_mpi:
+        pytest.skip(CALLS_BACK)
     names = ["n1.rack1", "n1.rack2"]
     with Hosts(None, None, called=names) as made:
         for asked in (",".join(names), f"{names[0]}:1,root@{names[1]}:1"):
@@ -360,6 +365,8 @@ def test_pods_get_a_rank_each(tmp_path: Path) -> None:
     operator writes, and by an mpirun of one's own with the settings that the launcher gets."""
     if reason := why_not():
         pytest.skip(reason)
+    if not find_mpiexec().is_open_mpi:
+        pytest.skip(CALLS_BACK)
     names = ["job-0", "job-1"]
     with Hosts(None, None, called=names, domain=".job.ns.svc") as made:
         hostfile = tmp_path / "hostfile"

@@ -12,6 +12,7 @@ import pytest
 
 from rankwise.comm import World, run_in_threads
 from rankwise.comm.link_probe import SIZES, Link, measure_links
+from rankwise.launch.links import MARK, links_in
 
 from .conftest import Command
 from .hosts import Hosts, why_not
@@ -102,6 +103,14 @@ def test_a_doctor_for_hosts_that_cannot_be_reached(command: Command, tmp_path: P
     done = command(*words, "a:2,a:none")
     assert done.code == 2
     assert "host a has 'none' slots" in done.err
+
+
+def test_lines_that_are_mixed() -> None:
+    """Links of two ranks in one line are two links, and a line's end that is another's does no harm."""
+    one, two = ({"ranks": [0, rank], "latency_s": 1e-5} for rank in (1, 2))
+    told = [MARK + json.dumps(link) for link in (one, two)]
+    assert links_in(told[0] + told[1]) == [one, two]
+    assert links_in(told[0] + "[1] ") == [one]
 
 
 @pytest.mark.mpi

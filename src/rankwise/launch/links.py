@@ -47,9 +47,9 @@ def survey(hosts: Sequence[Host], say: Callable[[str], None]) -> dict[str, Any]:
         if not line.text.startswith(MARK):
             say(line.text)
             return
-        link = json.loads(line.text.removeprefix(MARK))
-        links.append({"hosts": [hosts[rank].name for rank in link.pop("ranks")]} | link)
-        say(f"measured {' - '.join(links[-1]['hosts'])}, {len(links)} of {pairs}")
+        for link in links_in(line.text):
+            links.append({"hosts": [hosts[rank].name for rank in link.pop("ranks")]} | link)
+            say(f"measured {' - '.join(links[-1]['hosts'])}, {len(links)} of {pairs}")
 
     program = [sys.executable, "-m", "rankwise.launch.links"]
     if pairs:
@@ -72,6 +72,12 @@ def survey(hosts: Sequence[Host], say: Callable[[str], None]) -> dict[str, Any]:
             *_clocks(links),
         ],
     }
+
+
+def links_in(text: str) -> list[dict[str, Any]]:
+    """The links in a line of a rank's. MPICH's mpiexec may end it behind that of another rank only."""
+    decoder = json.JSONDecoder()
+    return [decoder.raw_decode(piece)[0] for piece in text.split(MARK)[1:]]
 
 
 def _clocks(links: Sequence[dict[str, Any]]) -> list[str]:
