@@ -647,6 +647,7 @@ def test_steps_over_a_stream_go_on(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
+@pytest.mark.ulfm
 def test_a_killed_rank_loses_no_sample_of_a_stream(command: Command, tmp_path: Path) -> None:
     """If a rank is killed the others read a stream that shuffles without a seed again, and each of its
     samples is trained once, also where they collate with random numbers."""
