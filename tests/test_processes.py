@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.comm.mpi_environment import find_mpiexec
+
 from . import processes
 from .conftest import Command, launched, mpiexec_words
 from .processes import Process
@@ -45,6 +47,8 @@ def test_a_timeout_tells_where_each_rank_stands(
     request: pytest.FixtureRequest, tmp_path: Path, warm: bool
 ) -> None:
     """Which rank is at which line, and what was printed until then; also of forks of a warm Python."""
+    if warm and not find_mpiexec().is_open_mpi:
+        pytest.skip("ranks are forked from a warm Python on Open MPI alone")
     python = request.getfixturevalue("warm_python") if warm else sys.executable
     with launched(tmp_path, python) as command:
         check_what_a_timeout_tells(command, tmp_path)
@@ -65,6 +69,8 @@ def check_what_a_timeout_tells(command: Command, tmp_path: Path) -> None:
 def test_nothing_is_left_of_a_killed_job(tmp_path: Path, mpiexec_too: bool) -> None:
     """Neither a process nor a file in shared memory or the temporary folder is there when the test's command
     is closed, whether mpiexec could tidy up or not."""
+    if not find_mpiexec().is_open_mpi:
+        pytest.skip("other MPIs have other files, or none")
     with launched(tmp_path) as command:
         process = start(command, "-c", HANGING)
         ours = command.belongings
