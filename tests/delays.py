@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -34,9 +33,9 @@ from rankwise.data.selection import select
 from rankwise.ledger.phases import PHASES
 from rankwise.models.replica import Replica
 from rankwise.plan import resolve
-from rankwise.runs.folder import RunFolder
 from rankwise.strategies import exchange
-from rankwise.training.loop import UnderWay, train_epoch
+from rankwise.training.book import Book
+from rankwise.training.loop import ImageJob, train_epoch
 from rankwise.training.rank import _make_job, _make_replica
 
 ROUNDS = 3
@@ -102,8 +101,8 @@ def main(topology: str, *cases: str) -> None:
     )
     chosen = select(config, dataset)
     replica = _make_replica(config, dataset, chosen, begins=True)
-    job = _make_job(config, dataset, chosen, replica, world, RunFolder(Path(".")))
-    train_epoch(job, 1, UnderWay(0.0))  # warms up
+    job = _make_job(config, dataset, chosen, replica, world, Book())
+    train_epoch(job, 1)  # warms up
     for case in cases:
         kind, rank, length_s = case.split(":")
         before, started_s = told(world), time.monotonic()
@@ -115,7 +114,7 @@ def main(topology: str, *cases: str) -> None:
         print(json.dumps(said | {name: after[name] - before[name] for name in after}), flush=True)
 
 
-def live(job: rankwise.training.loop.Job, kind: str, length_s: float) -> None:
+def live(job: ImageJob, kind: str, length_s: float) -> None:
     """What goes on while a rank is held up."""
     world, topology = job.synchroniser.world, job.config.topology
     started_s = time.monotonic()
@@ -132,9 +131,9 @@ def live(job: rankwise.training.loop.Job, kind: str, length_s: float) -> None:
         epoch = 1
         while not over(world, started_s, length_s):
             epoch += 1
-            train_epoch(job, epoch, UnderWay(0.0))
+            train_epoch(job, epoch)
     else:
-        train_epoch(job, 2, UnderWay(0.0))
+        train_epoch(job, 2)
     world.cross_check = False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -608,8 +608,8 @@ class Noted(Book):
         super().__init__(join_state)
         self.metrics: list[dict[str, float]] = []
 
-    def epoch_over(self, epoch: int, metrics: dict[str, float], *, last: bool) -> bool:
-        self.metrics.append(metrics)
+    def epoch_over(self, epoch: int, found: Mapping[str, Any], *counts: Any, last: bool) -> bool:
+        self.metrics.append(found["metrics"])
         return last
 
 

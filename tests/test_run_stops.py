@@ -66,6 +66,7 @@ class Sittings:
                 world.asked_to_stop = world.asked_to_stop or stop == (world.rank, made)
 
             book = FolderBook(plan, world, self.folder, say=self.said.append, start=start)
+            book.come_in(plan)
             try:
                 found = self._loop(Run(plan, world, book), turn)
                 book.complete()

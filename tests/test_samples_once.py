@@ -205,6 +205,7 @@ def sitting(folder: RunFolder, loop: Callable[[Any], Any], *, ranks: int, resume
 
     def program(world: World) -> Any:
         book = FolderBook(plan, world, folder, say=print, start=start)
+        book.come_in(plan)
         try:
             result = loop(Run(plan, world, book))
             book.complete()

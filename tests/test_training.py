@@ -28,7 +28,8 @@ from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
 from rankwise.training import loop
 from rankwise.training.agreement import require_same_options
-from rankwise.training.loop import count_samples
+from rankwise.training.counting import count_samples
+from rankwise.training.history import SampleCounts
 from rankwise.training.rank import run
 
 from . import effort, tiny
@@ -156,9 +157,9 @@ def test_what_is_cut_back_is_what_a_stop_leaves(
     copy = stopped(train_in_threads(config(**options), folder="whole")[1])
     real = loop.train_epoch
 
-    def stop_in_the_second(job: loop.Job, epoch: int, under_way: loop.UnderWay, *more: Any) -> None:
+    def stop_in_the_second(job: loop.ImageJob, epoch: int) -> None:
         job.synchroniser.world.stopping = epoch == 2
-        real(job, epoch, under_way, *more)
+        real(job, epoch)
 
     monkeypatch.setattr(loop, "train_epoch", stop_in_the_second)
     with pytest.raises(Interrupted):
@@ -416,11 +417,16 @@ def test_the_sample_count_is_exact(ranks: int, data: st.DataObject) -> None:
         st.one_of(st.just(counts.sum(0)), arrays(np.int64, shape[1], elements=st.integers(0, 3)))
     )
 
-    def program(world: World) -> tuple[int, int, int]:
+    def program(world: World) -> SampleCounts:
         return count_samples(world, counts[world.rank], expected, seed=0)
 
     surplus = counts.sum(0) - expected
-    true = (int(counts.sum()), int(surplus[surplus > 0].sum()), int(-surplus[surplus < 0].sum()))
+    true = SampleCounts(
+        int(expected.sum()),
+        int(counts.sum()),
+        int(surplus[surplus > 0].sum()),
+        int(-surplus[surplus < 0].sum()),
+    )
     assert run_in_threads(ranks, program) == [true] * ranks
 
 

@@ -75,12 +75,14 @@ class Seat:
             start = checkpoint.newest(self.folder.checkpoints, on_damage=self._say_first)
             self._say_first(f"going on {start.where()}")
         epochs = asked.get("epochs")
+        book = FolderBook(plan, self.world, self.folder, say=self.say, start=start, epochs=epochs)
         try:
-            self.book = FolderBook(plan, self.world, self.folder, say=self.say, start=start, epochs=epochs)
+            book.come_in(plan)
         except NotNeeded:
             self.stood_by = True
             raise
-        return plan, self.book
+        self.book = book
+        return plan, book
 
     def finish(self) -> None:
         """The program is at its end; all ranks together."""

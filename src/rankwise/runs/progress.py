@@ -16,7 +16,17 @@ from rankwise.errors import StorageError
 _COLUMNS = 3  # epoch, samples trained in it, sum of their losses
 
 
-class ProgressFile:
+class NoProgress:
+    """Shown nowhere."""
+
+    def start(self, epoch: int) -> None:
+        """Nothing of `epoch` is trained yet."""
+
+    def add(self, samples: int, loss_sum: float) -> None:
+        """`samples` more are trained, whose losses add up to `loss_sum`."""
+
+
+class ProgressFile(NoProgress):
     """One rank's row. Raises StorageError if the file cannot be written."""
 
     def __init__(self, path: Path, rank: int, ranks: int) -> None:
@@ -29,11 +39,9 @@ class ProgressFile:
             raise StorageError(f"cannot write {path}: {error}") from error
 
     def start(self, epoch: int) -> None:
-        """Nothing of `epoch` is trained yet."""
         self._row[:] = (epoch, 0, 0)
 
     def add(self, samples: int, loss_sum: float) -> None:
-        """`samples` more are trained, whose losses add up to `loss_sum`."""
         self._row[1] += samples
         self._row[2] += loss_sum
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 from rankwise.comm import World
 from rankwise.plan import RunPlan
@@ -14,12 +14,12 @@ from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import (
     SCHEMA_VERSION,
     Clock,
+    EpochRow,
     Fault,
     Host,
     Outcome,
     Rank,
     Record,
-    Role,
     Seen,
     seconds_since,
     utc_before,
@@ -32,33 +32,19 @@ from rankwise.training import accounting
 from rankwise.training.cadence import Cadence
 from rankwise.training.goodput import add_goodput
 from rankwise.training.history import RunHistory, SampleCounts
-from rankwise.training.loop import EpochResult, Take, Taken
+from rankwise.training.job import Job, Take, Taken
 from rankwise.training.observer import Recovered
-from rankwise.training.synchroniser import Synchroniser
 
 
-class Job(Protocol):
-    """What one rank trains with, as far as it is written down."""
+@dataclass(frozen=True)
+class EpochResult:
+    """An epoch, alike on all ranks. `last` says that the run ends with it. It began at the monotonic second
+    `start_s`."""
 
-    @property
-    def synchroniser(self) -> Synchroniser:
-        """Keeps it in step."""
-
-    @property
-    def worker(self) -> int | None:
-        """Its number among the workers, None for a master."""
-
-    @property
-    def first_worker(self) -> int:
-        """The lowest rank that trains."""
-
-    @property
-    def role(self) -> Role:
-        """What it is in the record."""
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        """What a checkpoint is to know besides."""
+    epoch: EpochRow
+    counts: SampleCounts
+    last: bool
+    start_s: float
 
 
 class Recorder:
@@ -162,12 +148,11 @@ class Recorder:
         """Count the epoch in, save it, and write it down; all ranks together."""
         self._tell_of_commit()
         number = result.epoch.epoch
-        counts = SampleCounts(result.expected, result.epoch.train_samples, result.duplicated, result.lost)
         row = result.epoch.model_copy(update={"since_launch_s": seconds_since(self.history.launched_at)})
 
         def add() -> None:
             wall_s = time.monotonic() - result.start_s
-            self.history.add_epoch(row.model_copy(update={"wall_s": wall_s}), counts)
+            self.history.add_epoch(row.model_copy(update={"wall_s": wall_s}), result.counts)
 
         add()
         every = self._config.checkpoints

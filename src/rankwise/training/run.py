@@ -26,6 +26,7 @@ from rankwise.training.book import Book
 from rankwise.training.build import has_batch_norm
 from rankwise.training.hooks import LoopHooks
 from rankwise.training.loader import Loader, require_dealable
+from rankwise.training.loop_job import LoopJob
 from rankwise.training.metrics import Metrics, means, number_of, weight_of, weighted
 from rankwise.training.sharing import share_of
 from rankwise.training.stream import StreamLoader
@@ -167,11 +168,11 @@ class Run:
         if self._book.epochs_asked is not None:
             numbers = range(numbers.start, numbers.start + self._book.epochs_asked)
         self._epochs = self._epoch + len(numbers)
-        self._book.epochs_come(self._epochs)
+        self._book.settle(epochs=self._epochs)
         turns = self._begin()
         for place, number in enumerate(numbers, start=self._epoch + 1):
             self._epoch = place
-            if place <= self._book.epochs_over:
+            if place <= self._book.epochs_over or self._book.is_at_target:
                 continue
             if not turns.around.arrival.under_way:
                 self._passes_over = 0
@@ -360,6 +361,7 @@ class Run:
             least=1 + replica.needs_pairs,
             faults=self._book.faults(replica),
             observer=self._book.observer,
+            progress=self._book.progress,
             join_state=self._book.join_state,
             loaders=self._loaders,
         )
@@ -371,7 +373,7 @@ class Run:
             before_step=turns.before_step,
             mean=self.mean,
         )
-        self._book.begin(turns)
+        self._book.begin(LoopJob(self._plan, turns.synchroniser, turns))
         return turns
 
     def _begin_epoch(self, turns: Turns, place: int) -> None:
@@ -385,9 +387,22 @@ class Run:
 
     def _close_epoch(self, turns: Turns, *, last: bool) -> bool:
         """Write an epoch down; returns whether it is the last."""
-        return turns.synchroniser.retry_until_all(
-            lambda: self._book.epoch_over(self._epoch, means(self._metrics.sums(), self.world), last=last)
-        )
+        if turns.batch_size is not None:
+            self._book.settle(batch_size=turns.batch_size, said=("batch_size",))
+
+        def write() -> bool:
+            logged = means(self._metrics.sums(), self.world)
+            found = {
+                "train_loss": logged.get("loss"),
+                "val_loss": logged.get("val_loss"),
+                "val_accuracy": logged.get("val_accuracy"),
+                "metrics": logged,
+                "steps": turns.steps_made,
+                "learning_rate": turns.learning_rate,
+            }
+            return self._book.epoch_over(self._epoch, found, turns.count(), turns.seconds, last=last)
+
+        return turns.synchroniser.retry_until_all(write)
 
     def _require_not_begun(self, what: str) -> None:
         if self._turns is not None:

@@ -20,7 +20,7 @@ from rankwise.errors import ConfigError, RankLost
 from rankwise.models.loop_replica import LoopReplica
 from rankwise.models.snapshot import Snapshot
 from rankwise.plan import RunPlan
-from rankwise.runs.progress import ProgressFile
+from rankwise.runs.progress import NoProgress
 from rankwise.strategies.backward import MEANS, BackwardAveraging, Passes
 from rankwise.strategies.base import Strategy
 from rankwise.strategies.gradients import GradientAveraging
@@ -31,9 +31,9 @@ from rankwise.system.call_sites import here, left_by, place_of
 from rankwise.training.admission import JoinState
 from rankwise.training.agreement import require_same_model, require_same_place
 from rankwise.training.around import Around
+from rankwise.training.counting import count_samples
 from rankwise.training.history import SampleCounts
 from rankwise.training.loader import Draw, Loader
-from rankwise.training.loop import count_samples
 from rankwise.training.metrics import NOTHING as NOTHING_LOGGED
 from rankwise.training.metrics import Metrics
 from rankwise.training.observer import Observer, Recovered
@@ -74,6 +74,7 @@ class Turns:
         least: int,
         faults: NoFaults,
         observer: Observer,
+        progress: NoProgress,
         join_state: JoinState | None = None,
         loaders: Sequence[Loader[Any]] = (),
     ) -> None:
@@ -101,7 +102,7 @@ class Turns:
         self._counts: dict[int, SampleCounts] = {}
         self._seed, self._spares = plan.seed, plan.spares
         self._is_open = self._takes_own_data = False
-        self.progress: ProgressFile | None = None
+        self._progress = progress
         self._least = least
         self._sampler = StreamSampler(
             rank=world.rank,
@@ -234,8 +235,7 @@ class Turns:
             self.world.allreduce(total)
             expected = total[:-1].clip(max=1)
             expected[np.flatnonzero(expected == 0)[: total[-1]]] = 1  # turns hold samples in their order
-        counts = count_samples(self.world, trained, expected, self._seed)
-        return {**self._counts, number: SampleCounts(int(expected.sum()), *counts)}
+        return {**self._counts, number: count_samples(self.world, trained, expected, self._seed)}
 
     def turns_of(self, loader: Loader[Any]) -> int:
         """How many turns a pass over a loader has; the one under way, as its turns are dealt now."""
@@ -488,8 +488,7 @@ class Turns:
         if self._lent is not None:
             self._lent.restore_tensors()
         self.synchroniser.step()
-        if self.progress is not None:
-            self.progress.add(len(batch), self.metrics.last("loss"))
+        self._progress.add(len(batch), self.metrics.last("loss"))
 
 
 def _samples(batch: Batch) -> Indices:
