@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from rankwise.data.turns import TurnSampler
 from rankwise.errors import ConfigError, OutOfStepError, RankwiseError
 from rankwise.plan import resolve
 from rankwise.training.admission import JoinState
+from rankwise.training.history import SampleCounts
 from rankwise.training.run import Book, Run
 
 from . import effort
@@ -608,7 +608,9 @@ class Noted(Book):
         super().__init__(join_state)
         self.metrics: list[dict[str, float]] = []
 
-    def epoch_over(self, epoch: int, found: Mapping[str, Any], *counts: Any, last: bool) -> bool:
+    def epoch_over(
+        self, epoch: int, found: Mapping[str, Any], counts: SampleCounts, seconds: float, *, last: bool
+    ) -> bool:
         self.metrics.append(found["metrics"])
         return last
 
@@ -1046,13 +1048,15 @@ def test_a_rank_is_lost(name: str, lost: int) -> None:
 class Counted(Noted):
     """Counts the samples of each epoch too."""
 
-    def begin(self, turns: Any) -> None:
-        self.turns = turns
-        self.counts: list[Any] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[SampleCounts] = []
 
-    def epoch_over(self, epoch: int, metrics: dict[str, float], *, last: bool) -> bool:
-        self.counts.append(self.turns.count())
-        return super().epoch_over(epoch, metrics, last=last)
+    def epoch_over(
+        self, epoch: int, found: Mapping[str, Any], counts: SampleCounts, seconds: float, *, last: bool
+    ) -> bool:
+        self.counts.append(counts)
+        return super().epoch_over(epoch, found, counts, seconds, last=last)
 
 
 IN_STEP = ["allreduce", "local-sgd", "post-local-sgd", "parameter-averaging", "slowmo", "diloco", "gossip"]
@@ -1075,7 +1079,7 @@ def test_each_strategy_trains_each_sample_once(strategy: str, call: int | None) 
     assert len(results) == (3 if call is None else 2)
     for weights, book in results:
         np.testing.assert_array_equal(weights, results[0][0])
-        assert [*map(astuple, book.counts)] == [(25, 25, 0, 0)] * 2
+        assert book.counts == [SampleCounts(25, 25)] * 2
         assert [its["loss"] for its in book.metrics] == [its["loss"] for its in results[0][1].metrics]
 
 

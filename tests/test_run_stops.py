@@ -248,16 +248,68 @@ def test_going_on_with_other_ranks(tmp_path: Path, before: int, after: int, stra
     assert [row.train_samples for row in run.folder.read().epochs] == [19, 19]
 
 
-def test_local_steps_that_are_stopped_in_a_round(tmp_path: Path) -> None:
-    """Where a run is stopped in a round of local steps it says so, and goes on from its last checkpoint: each
-    sample of the epoch is trained once."""
-    run = Sittings(tmp_path / "run", shuffled, strategy="local-sgd", sync_every=4)
-    with pytest.raises(Interrupted, match=r"stopped in epoch 1, where a run cannot go on .* go on with"):
+LOCAL = ("local-sgd", "diloco", "slowmo", "parameter-averaging", "post-local-sgd")
+
+
+@pytest.mark.parametrize(("strategy", "compress"), effort.rotating(LOCAL, ["none", "int8"]))
+def test_local_steps_that_are_stopped_in_a_round(tmp_path: Path, strategy: str, compress: str) -> None:
+    """Stopped in a round of local steps, of which each rank has made some number, and once more behind the
+    next turn, a loop goes on behind each rank's own turn, and ends with the bits, metrics and counts of one
+    that was not."""
+    options: dict[str, Any] = {"strategy": strategy, "compress": compress}
+    options |= {} if strategy == "parameter-averaging" else {"sync_every": 3}
+    whole = Sittings(tmp_path / "whole", shuffled, **options)
+    expected = whole.sit(2)
+    for at in range(1, 8) if effort.FULL else (2, 7):
+        parts = Sittings(tmp_path / f"parts-{at}", shuffled, **options)
+        found = parts.to_the_end(2, [(1, at), (1, 1)])
+        for rank in range(2):
+            np.testing.assert_array_equal(found[rank], expected[rank])
+        assert told(parts.folder.read()) == told(whole.folder.read())
+        assert parts.folder.read().samples == whole.folder.read().samples
+
+
+@pytest.mark.parametrize(
+    ("after", "strategy"), [(1, "single"), (2, "local-sgd"), (3, "local-sgd"), (2, "allreduce")]
+)
+def test_a_round_that_others_end(tmp_path: Path, after: int, strategy: str) -> None:
+    """What is left of a round of local steps, and of its epoch, is dealt to the ranks that are there: each
+    sample is trained once."""
+    run = Sittings(tmp_path / "run", with_data(29, 2), strategy="local-sgd", sync_every=4)
+    with pytest.raises(Interrupted, match=r"stopped in epoch 1; go on with"):
         run.sit(2, stop=(1, 2))
-    assert run.newest.inside is None
-    run.sit(2)
+    assert run.newest.inside is not None
+    run.sit(after, strategy=strategy, sync_every=4 if strategy == "local-sgd" else None)
     samples = run.folder.read().samples
-    assert (samples.expected, samples.trained, samples.duplicated, samples.lost) == (38, 38, 0, 0)
+    assert (samples.expected, samples.trained, samples.duplicated, samples.lost) == (29, 29, 0, 0)
+
+
+def test_a_loop_that_is_left_as_the_run_stops(tmp_path: Path) -> None:
+    """A run that is stopped where its loop is left by `break`, in a round of local steps, says that it cannot
+    go on there, and goes on from its last checkpoint to what it would have been."""
+
+    def leaves(run: Run, turn: Callable[[], None]) -> np.ndarray:
+        model = run.model(network())
+        run.keep(optimizer=(optimizer := torch.optim.SGD(model.parameters(), lr=0.05)))
+        loader = run.loader(DataLoader(dataset(19), batch_size=2))
+        for _ in run.epochs(2):
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.mse_loss(model(x), y).backward()
+                optimizer.step()
+                turn()
+                if run.turn == 1:
+                    break
+        return flat(model)
+
+    options: dict[str, Any] = {"strategy": "local-sgd", "sync_every": 4}
+    expected = Sittings(tmp_path / "whole", leaves, **options).sit(2)
+    run = Sittings(tmp_path / "run", leaves, **options)
+    with pytest.raises(Interrupted, match="behind a loop that was left"):
+        run.sit(2, stop=(1, 2))
+    found = run.sit(2)
+    for rank in range(2):
+        np.testing.assert_array_equal(found[rank], expected[rank])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -308,7 +360,9 @@ def with_data(samples: int, batch: int) -> Loop:
         loader = run.loader(DataLoader(dataset(samples), batch_size=batch))
         for _ in run.epochs(1):
             for x, y in loader:
+                optimizer.zero_grad()
                 F.mse_loss(model(x), y).backward()
+                optimizer.step()
                 turn()
         return flat(model)
 
@@ -357,7 +411,10 @@ def test_plans_as_arrays(batches: list[int] | None) -> None:
         if lost:
             sampler.redistribute(1, 1, [0, 2], [0, 0])
         plan = sampler.plan(1)
-        again = TurnPlan.of_arrays(plan.arrays(1, np.zeros(3, np.int64)), 1)
+        made = np.arange(2 if lost else 3)
+        again = TurnPlan.of_arrays(plan.arrays(0, made, made), 1)
+        assert again.rounds[0].made == tuple(made)
+        assert not any(any(its.made) for its in again.rounds[1:])
         assert again.batch_sizes == plan.batch_sizes
         assert (again.usual_batch, again.least, again.drawn) == (plan.usual_batch, plan.least, plan.drawn)
         np.testing.assert_array_equal(again.credited, plan.credited)

@@ -87,7 +87,7 @@ class Plan:
     rounds: list[Round]
     credited: Indices
 
-    def arrays(self, number: int, done: Indices) -> dict[str, Indices]:
+    def arrays(self, number: int, done: Indices, made: Indices) -> dict[str, Indices]:
         """All of it but the epoch, by name; of the round `number` ranks have `done` so many samples
         [ranks]."""
         sizes = np.array([[len(part) for part in its.parts] for its in self.rounds], np.int64)

@@ -17,11 +17,13 @@ from rankwise.data.sampler import Batch
 @dataclass(frozen=True)
 class TurnRound:
     """Turns between two synchronisations: `turns` [turns][ranks] are to be trained, `kept` [ranks] are in the
-    ranks' weights already, as they were trained, in `over` turns, before another rank was lost."""
+    ranks' weights already, as they were trained, in `over` turns, before another rank was lost. Where a run
+    goes on in it, so are the first turns of each rank, as many as it has `made` [ranks]."""
 
     kept: tuple[Indices, ...]
     turns: Sequence[tuple[Indices, ...]]
     over: int = 0
+    made: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -58,14 +60,17 @@ class TurnPlan:
     rounds: list[TurnRound]
     credited: Indices
 
-    def arrays(self, number: int, done: Indices) -> dict[str, Indices]:
-        """All of it but the epoch, by name, between two rounds, where no rank has `done` any of the next."""
+    def arrays(self, number: int, done: Indices, made: Indices) -> dict[str, Indices]:
+        """All of it but the epoch, by name; of the round `number` ranks have `made` so many turns [ranks]."""
+        of_rounds = np.zeros((len(self.rounds), len(self.batch_sizes)), np.int64)
+        of_rounds[number : number + 1] = made
         rows = [row for its in self.rounds for row in (its.kept, *its.turns)]
         return {
             "samples": join(part for row in rows for part in row),
             "sizes": np.array([[*map(len, row)] for row in rows], np.int64),
             "turns": np.array([len(its.turns) for its in self.rounds], np.int64),
             "over": np.array([its.over for its in self.rounds], np.int64),
+            "made": of_rounds,
             "credited": self.credited,
             "batch_sizes": np.array(self.batch_sizes, np.int64),
             "numbers": np.array([self.usual_batch, self.least, self.drawn], np.int64),
@@ -77,9 +82,10 @@ class TurnPlan:
         """The plan of an epoch that gave these arrays."""
         parts = iter(np.split(its["samples"], np.cumsum(its["sizes"].ravel())[:-1]))
         rows = iter([tuple(next(parts) for _ in sizes) for sizes in its["sizes"]])
+        counts = zip(its["turns"].tolist(), its["over"].tolist(), its["made"].tolist(), strict=True)
         rounds = [
-            TurnRound(next(rows), [next(rows) for _ in range(turns)], over)
-            for turns, over in zip(its["turns"].tolist(), its["over"].tolist(), strict=True)
+            TurnRound(next(rows), [next(rows) for _ in range(turns)], over, tuple(made))
+            for turns, over, made in counts
         ]
         usual_batch, least, drawn = its["numbers"].tolist()
         sizes, ends = tuple(its["batch_sizes"].tolist()), its.get("ends")
@@ -204,13 +210,20 @@ class TurnSampler:
             weights = its.sizes / sizes[number] if sizes[number] else np.full(self.workers, 1 / self.workers)
             before = over[number] + sum(map(len, its.kept))
             step += its.over
+            made = its.made[self._rank] if its.made else 0
             for turn, parts in enumerate(its.turns or [nothing]):
-                indices, size = parts[self._rank], sum(map(len, parts))
+                ends_round, size = turn >= len(its.turns) - 1, sum(map(len, parts))
                 step += 1
+                if turn < made:
+                    parts = nothing
+                    if not ends_round:
+                        before += size
+                        continue
+                indices = parts[self._rank]
                 yield Batch(
                     epoch=epoch,
                     indices=indices,
-                    ends_round=turn >= len(its.turns) - 1,
+                    ends_round=ends_round,
                     weights=weights,
                     share=len(indices) / max(sizes[number], 1),
                     position=epoch - 1 + (before + size / 2) / total,
@@ -267,8 +280,8 @@ class TurnSampler:
         self._go_on_as(before)
         plan = [its.only(before) for its in rounds[:number]]
         if number < len(rounds) and any(map(len, kept)):
-            plan.append(TurnRound(tuple(kept), self._turns(np.intersect1d(left, first)), steps))
-            left = np.setdiff1d(left, first)
+            begun, left = self._rest_of_round(np.intersect1d(left, first), left, tuple(kept), steps)
+            plan.append(begun)
         if self.is_planned(epoch):
             self._planned = (epoch, plan + self._cut(left, epoch))
             self._credited = (epoch, credited)
@@ -308,20 +321,26 @@ class TurnSampler:
         return alike
 
     def deal_rest(self, plan: TurnPlan, trained: Sequence[Indices], kept: Sequence[Indices]) -> int:
-        """Cut into turns anew what is left of an epoch that ranks of another number have begun by `plan`, and
-        of which they have `trained` [ranks], and `kept` none. Returns how many rounds are over, which is
-        one."""
+        """Cut into turns anew what is left of an epoch that ranks of another number have begun by `plan`, of
+        which they have `trained` [ranks], and have `kept` some of their round in their weights, which then
+        comes to its end first. Returns how many rounds are over, which is one."""
         all_ranks, done = range(len(plan.batch_sizes)), join(trained)
         parts = [join(its.part(rank) for rank in all_ranks) for its in plan.rounds]
-        turns = sum(
-            its.steps for its, part in zip(plan.rounds, parts, strict=True) if np.isin(part, done).all()
-        )
+        is_over = [bool(np.isin(part, done).all()) for part in parts]
+        turns = sum(its.steps for its, over in zip(plan.rounds, is_over, strict=True) if over)
         self._usual_batch, self._least = plan.usual_batch, plan.least
         self._drawn, self._ends = plan.drawn, plan.ends
         self._batch_sizes = self._sizes(plan.usual_batch)
         over = [trained[rank] if rank < len(trained) else NOTHING for rank in range(self._ranks)]
-        left = np.setdiff1d(join(parts), done)
-        self._planned = (plan.epoch, [TurnRound(tuple(over), (), turns), *self._cut(left, plan.epoch)])
+        kept = [kept[rank] if rank < len(kept) else NOTHING for rank in range(self._ranks)]
+        left = np.setdiff1d(join(parts), join([done, *kept]))
+        rounds = [TurnRound(tuple(over), (), turns)]
+        if any(map(len, kept)):
+            begun = is_over.index(False)
+            steps, first = plan.rounds[begun].steps, np.intersect1d(left, parts[begun])
+            rest, left = self._rest_of_round(first, left, tuple(kept), steps)
+            rounds.append(rest)
+        self._planned = (plan.epoch, [*rounds, *self._cut(left, plan.epoch)])
         self._credited = (plan.epoch, join([plan.credited, *trained[self._ranks :]]))
         return 1
 
@@ -371,6 +390,19 @@ class TurnSampler:
         turns = pairwise([*starts, units])
         cuts = (edges[start + np.cumsum([0, *self._deal(end - start)])] for start, end in turns)
         return tuple(tuple(samples[a:b] for a, b in pairwise(its)) for its in cuts)
+
+    def _rest_of_round(
+        self, first: Indices, left: Indices, kept: tuple[Indices, ...], steps: int
+    ) -> tuple[TurnRound, Indices]:
+        """A round of which ranks have `kept` some, with the samples `first` among those that are `left`, and
+        what comes behind it. It has as many more as no rank can be without, and all if they are too few for a
+        turn of their own."""
+        later, fewest = np.setdiff1d(left, first), self._fewest(self._least)
+        if len(first):
+            more = max(fewest - len(first), 0)
+            more = len(later) if len(later) - more < fewest else more
+            first, later = np.union1d(first, later[:more]), later[more:]
+        return TurnRound(kept, self._turns(first), steps), later
 
     def _edges(self, samples: Indices) -> Indices:
         """Where samples can be cut: between any two, or between two batches of the loader's own."""

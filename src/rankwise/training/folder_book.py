@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from rankwise.models.replica import Replica
 
 NO_PLACE = (
-    "where a run cannot go on (in a stream, or in a round of local steps), and which goes on from its last "
-    "checkpoint"
+    "where a run cannot go on (in a stream, among ranks that are rounds apart, or behind a loop that was "
+    "left), and which goes on from its last checkpoint"
 )
 
 

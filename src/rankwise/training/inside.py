@@ -60,12 +60,12 @@ class Inside:
         keeps = self.strategy.recovery.keeps_local_work
         kept, trained = join(work.under_way) if keeps else NOTHING, join(work.trained)
         done = len(kept) + work.ahead
-        counts = world.allgather(np.array([done, len(trained) + len(kept)]))
+        counts = world.allgather(np.array([done, len(trained) + len(kept), work.made if keeps else 0]))
         plan = self.sampler.plan(work.progress.epoch)
         arrays = {"kept": kept, "trained": trained, "rounds": np.array([*map(len, work.trained)], np.int64)}
         found = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if world.rank == 0:
-            of_plan = plan.arrays(work.progress.rounds, counts[:, 0])
+            of_plan = plan.arrays(work.progress.rounds, counts[:, 0], counts[:, 2])
             found |= {OF_PLAN + name: torch.from_numpy(array) for name, array in of_plan.items()}
         arrays, values = _of_state(work.state if keeps else replace(work.state, pending=0))
         found |= {OF_STATE + name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -76,7 +76,13 @@ class Inside:
         drawn, its = generators()
         found |= {OF_GENERATORS + name: tensor for name, tensor in drawn.items()}
         found |= {OF_LOOP + name: tensor for name, tensor in (arrays_of_loop or {}).items()}
-        notes = {"ahead": work.ahead, "state": values, "generators": its, "loop": dict(loop)}
+        notes = {
+            "ahead": work.ahead,
+            "made": work.made,
+            "state": values,
+            "generators": its,
+            "loop": dict(loop),
+        }
         of_all = {
             "ranks": world.size,
             "epoch": work.progress.epoch,
@@ -111,6 +117,7 @@ class Inside:
             lengths = mine.arrays["rounds"].tolist()
             trained = np.split(mine.arrays["trained"].numpy(), np.cumsum(lengths)[:-1]) if lengths else []
             kept, work.ahead = mine.arrays["kept"].numpy(), int(mine.notes["ahead"])
+            work.made = int(mine.notes.get("made", 0))
         else:
             trained, kept = self._deal_rest(checkpoint, plan, ranks, same=same)
             rounds = 1

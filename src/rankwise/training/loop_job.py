@@ -31,12 +31,13 @@ class LoopJob(Job):
         return self.turns.around.turns_over
 
     def take(self, elapsed_s: float) -> Taken | None:
-        place = self.turns.place
-        if place is None:
+        world = self.turns.world
+        if not all(world.allgather_object(self.turns.is_a_place)):  # one may have left its loop
             return None
+        place = self.turns.place
         notes = notes_of(place, {"elapsed": elapsed_s})
         inside = self.synchroniser.inside
-        taken, of_all = inside.take(self.how, notes, arrays_of(place, self.turns.world.rank))
+        taken, of_all = inside.take(self.how, notes, arrays_of(place, world.rank))
         before = sum(its.trained for its in place.counts.values())
         return taken, {**of_all, "trained": of_all["trained"] + before}
 

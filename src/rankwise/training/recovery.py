@@ -118,7 +118,7 @@ class RankRecovery(NoRankRecovery):
                 self._snapshots,
                 keeps_optimizer=spares > 0 and not strategy.shares_optimizer,
             )
-        self._at_start = (0, 0)  # batches and samples that were under way when the round began
+        self._at_start = (0, 0, 0)  # batches and samples under way when the round began, and batches made
         self._drops = 0
         self._fruitless = 0
         self._there: list[int] = []
@@ -189,7 +189,7 @@ class RankRecovery(NoRankRecovery):
         work = self._work
         with self._world.ledger.phase("recovery"):
             self._snapshots.begin_again()
-            batches, samples = self._at_start
+            batches, samples, work.made = self._at_start
             del work.under_way[batches:]
             dropped = {**work.state.measured, "dropped": work.state.measured.get("dropped", 0) + 1}
             state = replace(work.state, pending=samples, measured=dropped)
@@ -202,7 +202,8 @@ class RankRecovery(NoRankRecovery):
     def _begin_round(self, committed: Progress | None) -> None:
         """A round begins, after a commit at this progress, or again after a recovery."""
         self._committed_ns = self._world.ledger.clock()
-        self._at_start = len(self._work.under_way), self._work.state.pending
+        work = self._work
+        self._at_start = len(work.under_way), work.state.pending, work.made
         self._snapshots.round_begins(committed)
 
     def _regroup(self, *, fill: bool) -> bool:
@@ -258,6 +259,7 @@ class RankRecovery(NoRankRecovery):
         self._sampler.redistribute(
             work.progress.epoch, work.progress.rounds, before, done, ahead, left_out=work.left_out
         )
+        work.made = 0
         work.ahead += sum(map(len, work.trained[len(work.trained) - ahead[world.rank] :]))
 
     def _kept(self, standing: Standing | None) -> int:

@@ -185,6 +185,8 @@ class Run:
                     if turns.all_came():
                         break
                 is_last = self._close_epoch(turns, last=number == numbers[-1])
+            except Interrupted:  # which a loop that was left has heard of
+                raise self._book.interrupted() from None
             finally:
                 self._passes_made = self._passes_over = 0
                 turns.end_epoch()
@@ -256,7 +258,10 @@ class Run:
         number = number_of(value, "value")
         turns = self._turns
         if turns is not None and not turns.around.arrival.skips_mean(self._epoch, self._passes_made):
-            return turns.mean(lambda: self._mean(number, weight), otherwise=number)
+            try:
+                return turns.mean(lambda: self._mean(number, weight), otherwise=number)
+            except Interrupted:
+                raise self._book.interrupted() from None
         if turns is not None or self._book.join_state is not None:
             return number  # the others have taken it
         return self._mean(number, weight)

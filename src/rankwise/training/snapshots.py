@@ -31,7 +31,8 @@ class Work:
 
     `trained` holds the samples of each committed round, `under_way` those of the batches since; the rounds
     `left_out` were committed without any, as all loops had been left. `ahead` counts samples of committed
-    rounds that others have not come to: they belong to the round under way.
+    rounds that others have not come to: they belong to the round under way, of which `made` batches were made
+    since it was cut.
     """
 
     state: State
@@ -40,6 +41,7 @@ class Work:
     under_way: list[Indices] = field(default_factory=list)
     left_out: set[int] = field(default_factory=set)
     ahead: int = 0
+    made: int = 0
 
     def open_epoch(self, epoch: int) -> None:
         """An epoch begins, of which nothing is trained yet."""
@@ -53,7 +55,7 @@ class Work:
         self.progress = replace(self.progress, rounds=rounds + 1)
         self.trained[rounds:] = [np.concatenate([*self.trained[rounds:], *self.under_way])]
         self.under_way = []
-        self.ahead = 0
+        self.ahead = self.made = 0
 
     def go_back(self, state: State, progress: Progress) -> None:
         """The last commit is taken back: what it brought in is under way again."""

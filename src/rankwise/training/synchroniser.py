@@ -386,6 +386,7 @@ class Synchroniser:
         try:
             work.state = self._strategy.train(work.state, self.replica, batch, self.world)
             work.under_way.append(batch.indices)
+            work.made += batch.is_made
             loop.turn_over(batch)
             if batch.ends_round:
                 self._stop = self._commits.commit(batch, loop)

@@ -101,7 +101,7 @@ class Turns:
         self._draws: list[int] = []
         self._counts: dict[int, SampleCounts] = {}
         self._seed, self._spares = plan.seed, plan.spares
-        self._is_open = self._takes_own_data = False
+        self._is_open = self._is_left = self._takes_own_data = False
         self._progress = progress
         self._least = least
         self._sampler = StreamSampler(
@@ -327,28 +327,33 @@ class Turns:
         )
 
     @property
-    def place(self) -> Place | None:
-        """Where the loop is, behind a commit, for a run that goes on there; None where it could not: in a
-        stream, which is not read on from its middle, in a round of local steps, and where ranks are rounds
-        apart."""
-        work = self.synchroniser.inside.work
-        is_between = not (work.progress.closed or work.under_way or work.left_out)
-        if not (self._kind and is_between and self._strategy.recovery.synchronous):
-            return None
+    def is_a_place(self) -> bool:
+        """Whether a run could go on from here: not in a stream, which is not read on from its middle, behind
+        a loop that was left, where ranks are rounds apart, and where what is trained of a round is undone."""
+        work, recovery = self.synchroniser.inside.work, self._strategy.recovery
+        is_whole = not work.under_way or recovery.keeps_local_work
+        is_open = not (work.progress.closed or work.left_out)
+        return bool(self._kind and not self._is_left and is_open and is_whole and recovery.synchronous)
+
+    @property
+    def place(self) -> Place:
+        """Where the loop is, for a run that goes on there."""
         seconds = self.seconds + time.monotonic() - self._pass_began_s
         return replace(
             self.history,
             gradients=self.replica.gradients(),
-            sums=self.metrics.sums(self.around.turns_over + self._turns_committed),
+            sums=self.metrics.sums(self.around.turns_over + self._turns_of_pass),
             seconds=seconds,
             history=None,
         )
 
     @property
-    def _turns_committed(self) -> int:
-        """Of the pass under way."""
-        progress = self.synchroniser.progress
-        return sum(its.steps for its in self._sampler.rounds(progress.epoch)[: progress.rounds])
+    def _turns_of_pass(self) -> int:
+        """That are over on this rank, of the pass under way."""
+        work = self.synchroniser.inside.work
+        rounds, over = self._sampler.rounds(work.progress.epoch), work.progress.rounds
+        begun = rounds[over].over if over < len(rounds) else 0
+        return sum(its.steps for its in rounds[:over]) + begun + work.made
 
     def _gradients(self) -> list[Tensor | None]:
         """What is in `.grad` where all go on."""
@@ -374,7 +379,7 @@ class Turns:
         self.passes = progress.epoch - place.is_open
         self._passes_before = self.passes - place.passes_over
         self._counts, self._drawn = dict(place.counts), place.drawn
-        self._turns_before = place.turns + (self._turns_committed if place.is_open else 0)
+        self._turns_before = place.turns + (self._turns_of_pass if place.is_open else 0)
         self._ended_early = place.ended_early
         self._kind, self.seconds = place.kind, place.seconds
         self.around.come_in(place, draw_on)
@@ -436,6 +441,7 @@ class Turns:
         """The turns of a pass, of which the sampler knows."""
         self.passes += 1
         self._left_out = self.made = 0
+        self._is_left = False
         self._pass_began_s = time.monotonic()
         ledger, before = self.world.ledger, self.around.turns_over
         for batch in self.synchroniser.batches(self.passes):
@@ -470,6 +476,7 @@ class Turns:
     def _leave(self, batch: Batch) -> None:
         """The loop was left in a turn, which ends with it, unless an exception has left it."""
         frame, raises = left_by(sys._getframe(1).f_back)
+        self._is_left = True
         if self._loader is not None:
             self._loader.leave()
         if not raises:
