@@ -1048,8 +1048,8 @@ def test_a_rank_is_lost(name: str, lost: int) -> None:
 class Counted(Noted):
     """Counts the samples of each epoch too."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, join_state: JoinState | None = None) -> None:
+        super().__init__(join_state)
         self.counts: list[SampleCounts] = []
 
     def epoch_over(
