@@ -419,6 +419,7 @@ def test_restarts_come_to_an_end(command: Command, tmp_path: Path) -> None:
     assert command.rankwise("train", "--resume", "run").code == 0
 
 
+@only_in_full
 @pytest.mark.cold
 def test_under_a_given_mpiexec(command: Command, tmp_path: Path) -> None:
     """The user's own mpiexec --with-ft ulfm is enough for ranks to go on, and progress is still shown when

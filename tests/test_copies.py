@@ -59,7 +59,7 @@ def plan_of(config: Make, strategy: str, compress: str, **more: Any) -> RunPlan:
 
 
 @pytest.mark.parametrize(("strategy", "compress"), effort.daily(CASES, [CASES[1], CASES[7]]))
-@given(call=st.integers(18, 84))
+@given(call=st.integers(21, 87))  # training has begun
 @effort.examples(1, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_spare_goes_on_with_what_the_lost_rank_had(
     config: Make, train_in_threads: Train, strategy: str, compress: str, call: int

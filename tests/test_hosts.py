@@ -321,6 +321,7 @@ def test_three_hosts_lose_ranks(hosts: Hosts, tmp_path: Path) -> None:
     assert "no sign of life" in err
 
 
+@only_in_full
 @pytest.mark.mpi
 @pytest.mark.parametrize("hosts", [(None, None)], indirect=True, ids=["two"])
 def test_a_host_is_dropped(hosts: Hosts, tmp_path: Path) -> None:

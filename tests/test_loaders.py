@@ -628,6 +628,7 @@ def weights(path: Path) -> np.ndarray:
     return np.concatenate([its.flatten().numpy() for its in torch.load(path).values()])
 
 
+@effort.only_in_full
 @pytest.mark.mpi
 def test_steps_over_a_stream_go_on(command: Command, tmp_path: Path) -> None:
     """A run of so many steps an epoch over a stream, which workers read, shuffle and draw from as those of

@@ -17,7 +17,7 @@ from .matrix.styles import STYLES
 from .matrix.ways import WAYS
 
 CELLS = choose()
-DAILY = 30
+DAILY = 39
 """Cells of every day, together of each strategy and each loop one at least."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")

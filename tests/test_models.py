@@ -232,6 +232,7 @@ def test_optimisers_are_torchs(
     assert len(hooked) == 10
 
 
+@effort.only_in_full
 def test_a_step_loads_no_compiler() -> None:
     """What torch.compile needs, a third of a rank's start-up, is not loaded by what does not compile."""
     code = (

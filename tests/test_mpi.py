@@ -108,6 +108,7 @@ def test_mpi_and_threads_give_the_same(command: Command, tmp_path: Path, topolog
         assert all((one[name] == threads[name]).all() for name in one)
 
 
+@effort.only_in_full
 def test_resume_to_the_bit_under_mpi(command: Command, tmp_path: Path) -> None:
     """A run whose launcher was killed leaves no rank behind, and resumed ends with the bits of one that
     was not."""
@@ -393,7 +394,7 @@ def test_a_live_bar_on_a_terminal(command: Command, tmp_path: Path) -> None:
         assert word in screen.decode(errors="replace")
 
 
-@pytest.mark.parametrize("ranks", effort.daily(MPI_SIZES, [5]))
+@pytest.mark.parametrize("ranks", effort.daily(MPI_SIZES, [2]))
 def test_every_strategy_under_mpi(command: Command, ranks: int) -> None:
     """Each strategy with each compression that it takes does under MPI what it does on threads: all samples
     are committed, replicas agree, the ledger closes."""
@@ -415,6 +416,7 @@ def test_ddp_is_allreduce(command: Command, tmp_path: Path) -> None:
         assert (value - two[key]).abs().max() < 0.02, key
 
 
+@effort.only_in_full
 def test_the_example_of_an_own_strategy(command: Command, tmp_path: Path) -> None:
     """examples/majority_vote.py, a strategy in a user's own file, trains with the command that it names."""
     example = Path(__file__).parents[1] / "examples" / "majority_vote.py"

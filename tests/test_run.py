@@ -1053,10 +1053,10 @@ class Counted(Noted):
         self.counts: list[SampleCounts] = []
 
     def epoch_over(
-        self, epoch: int, found: Mapping[str, Any], counts: SampleCounts, seconds: float, *, last: bool
+        self, epoch: int, found: Mapping[str, Any], counts: SampleCounts, *args: Any, **more: Any
     ) -> bool:
         self.counts.append(counts)
-        return super().epoch_over(epoch, found, counts, seconds, last=last)
+        return super().epoch_over(epoch, found, counts, *args, **more)
 
 
 IN_STEP = ["allreduce", "local-sgd", "post-local-sgd", "parameter-averaging", "slowmo", "diloco", "gossip"]
@@ -1222,6 +1222,7 @@ def test_turns_deal_each_sample_once(
     assert all(samplers[rank].samples(1) == dealt for rank in left)
 
 
+@effort.only_in_full
 @pytest.mark.mpi
 def test_dropout_differs_by_rank_and_comes_again(command: Command, tmp_path: Path) -> None:
     """Masks of dropout differ by rank, and are the same in a second run with the same seed; so are the

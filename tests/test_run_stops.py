@@ -251,7 +251,7 @@ def test_going_on_with_other_ranks(tmp_path: Path, before: int, after: int, stra
 LOCAL = ("local-sgd", "diloco", "slowmo", "parameter-averaging", "post-local-sgd")
 
 
-@pytest.mark.parametrize(("strategy", "compress"), effort.rotating(LOCAL, ["none", "int8"]))
+@pytest.mark.parametrize(("strategy", "compress"), effort.rotating(LOCAL, ["none", "int8"], one_in=2))
 def test_local_steps_that_are_stopped_in_a_round(tmp_path: Path, strategy: str, compress: str) -> None:
     """Stopped in a round of local steps, of which each rank has made some number, and once more behind the
     next turn, a loop goes on behind each rank's own turn, and ends with the bits, metrics and counts of one

@@ -25,6 +25,7 @@ from rankwise.studies.study_progress import Pace, StudyProgress, in_words
 
 from . import records
 from .conftest import Command
+from .effort import only_in_full
 from .processes import wait_for
 from .test_cli import call, count_epochs
 
@@ -215,6 +216,7 @@ def test_from_the_command_to_the_page(
         assert (runs, "3") in {(row["runs"], row["processes"]) for row in rows}
 
 
+@only_in_full
 @pytest.mark.mpi
 @pytest.mark.timeout(700)
 def test_a_study_goes_on_after_an_interrupt(command: Command, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_a_rank_is_lost_and_no_sample(
         assert (row.died_at_s is not None) == (row.rank in {fault.rank for fault in record.faults})
 
 
+@effort.only_in_full
 @pytest.mark.parametrize(
     "strategy",
     effort.daily(["parameter-averaging", "allreduce", "local-sgd", "slowmo"], ["parameter-averaging"]),

@@ -54,8 +54,8 @@ def check(record: Record) -> None:
         assert sum(row.wait_on_ns.values()) == row.phases_ns["wait"]
 
 
-KINDS = ("parameter-averaging", "allreduce", "slowmo", "easgd", "gossip")
-"""One of each kind: weights, gradients, a momentum outside, a centre, neighbours."""
+KINDS = ("parameter-averaging", "easgd", "gossip")
+"""One of each kind: all meet, a centre, neighbours. Compressed gradients learn below."""
 
 
 @pytest.mark.parametrize("name", effort.daily(RECIPES, KINDS))

@@ -63,10 +63,18 @@ class Book:
         """An epoch begins, or goes on where the run was."""
 
     def epoch_over(
-        self, epoch: int, found: Mapping[str, Any], counts: SampleCounts, seconds: float, *, last: bool
+        self,
+        epoch: int,
+        found: Mapping[str, Any],
+        counts: SampleCounts,
+        seconds: float,
+        *,
+        last: bool,
+        evaluation_s: float | None = None,
     ) -> bool:
         """An epoch is over that was trained for so many seconds, of which this was found, by the names of the
-        record; all ranks together. Returns whether it is the last."""
+        record; all ranks together. Unless `evaluation_s` is given, the rest of the epoch was evaluation.
+        Returns whether it is the last."""
         return last
 
     def interrupted(self) -> Interrupted:

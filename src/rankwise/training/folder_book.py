@@ -167,11 +167,19 @@ class FolderBook(Book):
         self.progress.start(epoch)
 
     def epoch_over(
-        self, epoch: int, found: Mapping[str, Any], counts: SampleCounts, seconds: float, *, last: bool
+        self,
+        epoch: int,
+        found: Mapping[str, Any],
+        counts: SampleCounts,
+        seconds: float,
+        *,
+        last: bool,
+        evaluation_s: float | None = None,
     ) -> bool:
         assert self._job is not None
-        all_s = time.monotonic() - self._began_s
-        slowest = np.array([seconds, all_s - seconds])
+        if evaluation_s is None:
+            evaluation_s = time.monotonic() - self._began_s - seconds
+        slowest = np.array([seconds, evaluation_s])
         self._world.allreduce(slowest, op="max")
         row = Epoch(
             epoch=epoch,

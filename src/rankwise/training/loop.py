@@ -132,11 +132,12 @@ def whole_epoch(job: ImageJob, book: Book, epoch: int) -> bool:
     """Train an epoch, or what is left of it, evaluate the network, and write it down. Returns whether the run
     ends with it; if a rank is lost meanwhile, it is made again."""
     train_epoch(job, epoch)
+    began_s = time.monotonic()
     evaluation = evaluate(job, epoch) if is_evaluated(job.config, epoch) else None
-    found = summarise(job, epoch, evaluation)
-    return book.epoch_over(
-        epoch, found, job.count(epoch), job.under_way.seconds, last=epoch == job.config.epochs
-    )
+    evaluation_s = time.monotonic() - began_s
+    found, counts, seconds = summarise(job, epoch, evaluation), job.count(epoch), job.under_way.seconds
+    last = epoch == job.config.epochs
+    return book.epoch_over(epoch, found, counts, seconds, last=last, evaluation_s=evaluation_s)
 
 
 def train_epoch(job: ImageJob, epoch: int) -> None:
