@@ -203,8 +203,9 @@ def test_a_program_that_uses_mpi4py_names_regions(command: Command, tmp_path: Pa
     fast, slow = RunFolder(tmp_path / "run").read().ranks
     turn, work = ({tuple(row.path): row for row in rank.regions} for rank in (fast, slow))
     assert turn["turn",].phases_ns["wait"] == pytest.approx(fast.phases_ns["wait"])
-    assert turn["turn",].phases_ns["wait"] / 1e9 == pytest.approx(0.3, abs=0.1)
-    assert work["turn", "work"].phases_ns["compute"] / 1e9 == pytest.approx(0.3, abs=0.1)
+    # It sleeps for 0.3 s; how much longer either takes is for the machine to say.
+    assert 0.2 < turn["turn",].phases_ns["wait"] / 1e9 < 5
+    assert 0.29 < work["turn", "work"].phases_ns["compute"] / 1e9 < 5
     traced = command.rankwise("trace", "run", "--output", "trace.json")
     assert traced.code == 0, traced
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
