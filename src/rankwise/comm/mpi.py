@@ -22,6 +22,7 @@ from rankwise.ledger.phases import Ledger
 from rankwise.ledger.stalls import NO_STALLS
 from rankwise.ledger.waits import Times
 from rankwise.system import machine
+from rankwise.system.process_end import wait_until_read
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -254,6 +255,7 @@ class MpiTransport:
     def abort(self, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        wait_until_read(1, 2)  # mpiexec may throw away what it has not read when it hears of the end
         self._all.Abort(code)
         os._exit(code)  # MPICH's returns, and its mpiexec ends the others a moment later
 
