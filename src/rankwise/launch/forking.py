@@ -109,10 +109,9 @@ def possible(plan: RunPlan) -> bool:
 
 @contextlib.contextmanager
 def forks_of(plan: RunPlan) -> Iterator[Forking | None]:
-    """What makes the servers of a run's ranks, as long as it is entered; None where they come otherwise: a
-    program may have to do something before it imports torch."""
+    """What makes the servers of a run's ranks, as long as it is entered; None where they come otherwise."""
     hosts = plan.host_list
-    if not plan.fork or plan.program or plan.processes == 1 or not Path(stand_in.__file__).is_file():
+    if not possible(plan):
         yield None
         return
     here = not hosts or any(is_here(host.name) for host in hosts)
