@@ -179,6 +179,7 @@ def stand_by(link: socket.socket, process: int, said: bytes) -> NoReturn:
     """Pass signals on, and end as the rank ends, of which something may have been `said` already."""
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: pass_on(process, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     parent, above = os.getppid(), -1
     try:
         above = os.pidfd_open(parent)
@@ -246,6 +247,8 @@ def main() -> None:
         if binds_threads(os.environ):
             raise NoForkError("OpenMP is told to bind threads")
         link = reach(address(token, os.environb))
+        # What comes before it can be passed on waits until then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         process, _lives, said = ask(link, words)
         if "PMI_FD" in os.environ:  # or MPICH's mpiexec would see a death late
             os.close(int(os.environ["PMI_FD"]))
@@ -254,6 +257,7 @@ def main() -> None:
             why = getattr(error, "strerror", None) or str(error)
             told = f"rankwise: ranks import torch one by one, as none can be forked here: {why}\n"
             os.write(2, told.encode())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         os.execv(sys.executable, words)
     stand_by(link, process, said)
 
