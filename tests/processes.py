@@ -54,9 +54,18 @@ class Belongings:
         have in shared memory."""
 
     def environment(self, given: dict[str, str]) -> dict[str, str]:
-        """An environment, and in it the mark and the way to the hook."""
+        """An environment, and in it the mark, the way to the hook, and a place for the sessions of Open MPI.
+
+        Those of killed ones stay, and no mpiexec of another test that has the number of one may find it.
+        """
         path = os.pathsep.join([str(HOOK), *filter(None, [given.get("PYTHONPATH")])])
-        return given | {MARK: str(self.folder), "PYTHONPATH": path}
+        sessions = {f"PRTE_MCA_prte_{where}_tmpdir_base": str(self.sessions) for where in ("local", "remote")}
+        return given | sessions | {MARK: str(self.folder), "PYTHONPATH": path}
+
+    @property
+    def sessions(self) -> Path:
+        """Where Open MPI's folders are."""
+        return self.folder.with_suffix(".mpi")
 
     def processes(self) -> list[int]:
         """The live processes that have the mark, and forks of a warm Python, which cannot show it."""
@@ -90,12 +99,12 @@ class Belongings:
         return "\n\n".join([*told, *map(_describe, others)]) or "no process of the test is left"
 
     def files(self) -> dict[str, list[Path]]:
-        """What each job of Open MPI has in shared memory and in the temporary folder."""
+        """What each job of Open MPI has in shared memory, and its folder."""
         jobs = {stack.job for stack in self.stacks() if stack.job}
         return {
             job: [
                 *shared_memory_of(job),
-                *Path(tempfile.gettempdir()).glob(f"ompi.{launcher_of(job)}"),
+                *self.sessions.glob(f"ompi.{launcher_of(job)}"),
             ]
             for job in jobs
         }
@@ -116,11 +125,10 @@ class Belongings:
             if not (self.launcher_was_killed or any(path.is_dir() for path in paths)):
                 left += map(str, paths)
             for path in paths:
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
+                if not path.is_dir():
                     path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.sessions, self.folder):
+            shutil.rmtree(folder, ignore_errors=True)
         self.living.remove(self)
         return left
 

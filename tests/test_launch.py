@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from rankwise.comm.mpi_environment import Mpiexec, segment_mark
+from rankwise.comm.mpi_environment import Mpiexec, find_mpiexec, segment_mark
 from rankwise.errors import Interrupted, LaunchError, TrainingError
 from rankwise.launch import supervision
 from rankwise.launch.command_line import SURVIVING_BETWEEN_HOSTS, command_line
@@ -235,3 +236,23 @@ def test_what_killed_ranks_leave_in_shared_memory_is_removed(tmp_path: Path) -> 
     finally:
         kept.unlink(missing_ok=True)
         removed.unlink(missing_ok=True)
+
+
+def test_a_killed_mpiexec_of_the_same_number_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks start where an mpiexec of the same process number was killed and has left its session's folder,
+    without which Open MPI begins: each start has a place of its own, of which nothing is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("local", "remote"):
+        monkeypatch.delenv(f"PRTE_MCA_prte_{name}_tmpdir_base", raising=False)
+    left = f"{tmp_path}/ompi.$$"
+    stale = f"export TMPDIR={tmp_path}; mkdir {left}; touch {left}/pmix.$(hostname | cut -d. -f1).tool.$$"
+    printed: list[str] = []
+    # What a shell executes has its number.
+    started = start(
+        ["sh", "-c", f"{stale}; exec {find_mpiexec().path} -n 1 echo begun"],
+        lambda line: printed.append(line.text),
+    )
+    assert (supervise(started).code, printed) == (0, ["begun"])
+    assert not list((tmp_path / f"rankwise-{os.getuid()}").iterdir())

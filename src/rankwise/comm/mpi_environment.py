@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,6 +175,23 @@ def mpi_environment() -> dict[str, str]:
     # Nor shall it print thirty lines of addresses for each rank that crashes, which ranks say in one.
     environment.setdefault("OMPI_MCA_opal_signal", "")
     return environment
+
+
+_SESSIONS = ("PRTE_MCA_prte_local_tmpdir_base", "PRTE_MCA_prte_tmpdir_base")
+"""Where Open MPI's mpiexec makes the folder of its session on this host; it takes one of them only."""
+
+
+def own_session(environment: dict[str, str]) -> Path | None:
+    """A new folder for the session of one mpiexec, told to it in the `environment`; None if that names a
+    place already, or there is none.
+
+    Open MPI names the session's folder after mpiexec's process alone, and does not start where that of a
+    killed one with the same number is left, as it is in a container that is started again.
+    """
+    if any(name in environment for name in _SESSIONS) or (place := private_folder()) is None:
+        return None
+    environment[_SESSIONS[0]] = folder = tempfile.mkdtemp(prefix="mpiexec-", dir=place)
+    return Path(folder)
 
 
 def segment_mark(job: str) -> str:

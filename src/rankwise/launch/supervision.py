@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -14,10 +15,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from rankwise.comm.mpi_environment import clear_shared_memory, mpi_environment
+from rankwise.comm.mpi_environment import clear_shared_memory, mpi_environment, own_session
 from rankwise.errors import LaunchError
 from rankwise.launch.forking import ForkServer
 from rankwise.system import machine
@@ -52,17 +54,20 @@ class MpiexecResult:
 
 class Started:
     """An mpiexec that has been started, and what it shows and says; `asked_at` are the moments at which its
-    ranks were asked to stop, `server` that of which they are forks."""
+    ranks were asked to stop, `server` that of which they are forks, `session` the folder that it has to
+    itself."""
 
     def __init__(
         self,
         process: subprocess.Popen[bytes],
         readers: list[threading.Thread],
         server: ForkServer | None = None,
+        session: Path | None = None,
     ) -> None:
         self.process = process
         self.readers = readers
         self.server = server
+        self.session = session
         self.banners: list[str] = []
         self.asked_at: list[float] = []
 
@@ -98,6 +103,8 @@ class Started:
         server = None if self.server is None else self.server.release()
         _end_sessions([self.process.pid] if server is None else [self.process.pid, server])
         clear_shared_memory(self.process.pid)
+        if self.session is not None:
+            shutil.rmtree(self.session, ignore_errors=True)
         for reader in self.readers:
             reader.join()
         for stream in (self.process.stdout, self.process.stderr):
@@ -128,21 +135,25 @@ def start(
     command is the only rank itself, with `is_hydra` it is MPICH's or Intel MPI's mpiexec, told to put each
     line's rank in front of it. Ranks are forks of the `server`. Raises LaunchError.
     """
+    environment = mpi_environment()
+    session = None if is_rank else own_session(environment)
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=mpi_environment(),
+            env=environment,
             start_new_session=True,
             preexec_fn=partial(machine.die_with_parent, signal.SIGTERM),
         )
     except OSError as error:
+        if session is not None:
+            session.rmdir()
         raise LaunchError(f"cannot start {command[0]}: {error.strerror}") from None
     assert process.stdout is not None
     assert process.stderr is not None
-    started = Started(process, [], server)
+    started = Started(process, [], server, session)
     for stream in (process.stdout, process.stderr):
         words = (stream, stream is process.stderr, show, started.banners)
         which = {"is_rank": is_rank, "is_hydra": is_hydra}
