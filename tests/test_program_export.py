@@ -14,7 +14,7 @@ import pytest
 
 from rankwise.export.program_calls import ProgramCalls, program_calls
 from rankwise.ledger.call_log import CALL, Comm, Kind
-from rankwise.program.log import PUT, SIZE, CallLog
+from rankwise.program.log import PUT_ALL, SIZE, CallLog
 from rankwise.report.program_trace import read_calls
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.program_record import record_of_calls
@@ -90,7 +90,7 @@ def program(
             times["inside_ns"] = one.left_ns - one.entered_ns
             row |= {"kind": int(one.kind), "site": sites.get(one.name, -1), **times, **one.more}
             main = log.main
-            PUT(main.buffer, main.at, *(row[name] for name in NAMES))
+            PUT_ALL(main.buffer, main.at, *(row[name] for name in NAMES))
             main.at += SIZE
         log.say("end", ended_ns=ended_ns, exit_code=0, words="", cpu_s=1.0)
         log.close()

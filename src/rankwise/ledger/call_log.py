@@ -23,15 +23,20 @@ CALL = np.dtype(
     [
         (name, "i8")
         for name in (
-            *("kind", "site", "comm", "peer", "tag", "entered_ns", "left_ns", "inside_ns", "dumps_ns"),
-            *("loads_ns", "bytes", "source", "got_tag", "request", "polls"),
+            *("kind", "site", "comm", "entered_ns", "left_ns", "peer", "tag", "bytes", "source", "got_tag"),
+            *("inside_ns", "dumps_ns", "loads_ns", "request", "polls"),
         )
     ]
 )
 """`peer` is the other rank of a message, or the root; `source` the rank whose message came, and `got_tag` its
 tag; ranks count in the communicator, below 0 is nobody. `inside_ns` is the time in MPI: of polls one after
-the other, which share a row, without what was between them. `request` is the row that began what a part of a
-wait is the end of."""
+the other, which share a row, without what was between them; below 0, in a file, is all from entry to exit.
+What most calls have stands first, so that they need not write the rest. `request` is the row that began what
+a part of a wait is the end of."""
+
+
+UNKNOWN = dict.fromkeys(("comm", "peer", "tag", "source", "got_tag", "inside_ns", "request"), -1)
+"""What stands in a row until a call writes it; 0 in the other columns."""
 
 
 class Kind(IntEnum):
@@ -166,12 +171,15 @@ def _rows(path: Path) -> Rows:
     rows = np.frombuffer(content, CALL, len(content) // CALL.itemsize)
     rows, last = rows[1:], rows[:1]
     rows = rows[rows["entered_ns"] > 0]  # a copy, which may be written to
+    rows["inside_ns"] = np.where(
+        rows["inside_ns"] < 0, rows["left_ns"] - rows["entered_ns"], rows["inside_ns"]
+    )
     # What a rank was in when it was killed; rows refer to others by number, so it comes behind them.
     is_open = len(last) and last["entered_ns"][0] > rows["entered_ns"].max(initial=0)
     if not is_open:
         return rows
     last = last.copy()
-    last["kind"] = Kind.OPEN
+    last["kind"], last["inside_ns"] = Kind.OPEN, 0
     return np.concatenate([rows, last])
 
 

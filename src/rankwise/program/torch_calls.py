@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rankwise.ledger.call_log import Kind
-from rankwise.program.log import ENTERED_AT, PUT, SITE_AT, SIZE, ThreadLog
+from rankwise.program.log import ENTERED_AT, PUT_ALL, PUT_MESSAGE, SITE_AT, SIZE, ThreadLog
 from rankwise.program.places import OURS, Places
 from rankwise.program.wrappers import Method, Seen, frame_of, named, now, thread
 
@@ -246,24 +246,9 @@ class Row:
             at = log.grow()
             number = log.count
         log.at = at + SIZE
-        inside_ns, source = self._left_ns - self._entered_ns, more.get("source", -1)
-        times = self._entered_ns, self._left_ns, inside_ns, 0, 0
-        got = tag if source >= 0 else -1
-        PUT(
-            log.buffer,
-            at,
-            kind,
-            self._site,
-            comm,
-            peer,
-            tag,
-            *times,
-            more.get("bytes", 0),
-            source,
-            got,
-            -1,
-            0,
-        )
+        source = more.get("source", -1)
+        message = peer, tag, more.get("bytes", 0), source, tag if source >= 0 else -1
+        PUT_MESSAGE(log.buffer, at, kind, self._site, comm, self._entered_ns, self._left_ns, *message)
         log.busy = False
         return number
 
@@ -273,7 +258,7 @@ class Row:
         at = log.at if log.at < log.end else log.grow()
         log.at = at + SIZE
         left = self._left_ns
-        PUT(log.buffer, at, _PART, *(-1, -1, -1, -1), left, left, 0, 0, 0, 0, source, -1, begun, 0)
+        PUT_ALL(log.buffer, at, _PART, -1, -1, left, left, -1, -1, 0, source, -1, 0, 0, 0, begun, 0)
 
 
 def _place(members: list[int], rank: int | None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rankwise.ledger.call_log import Kind
 from rankwise.program.calls import parameters
-from rankwise.program.log import ENTERED_AT, PUT, SITE_AT, SIZE, Polls, ThreadLog
+from rankwise.program.log import ENTERED_AT, PUT, PUT_ALL, PUT_MESSAGE, SITE_AT, SIZE, Polls, ThreadLog
 from rankwise.program.places import OURS, Places
 from rankwise.program.wrappers import Method, Seen, bytes_of, frame_of, named, now, thread, with_status
 
@@ -89,11 +89,12 @@ def waiting_for_one(seen: Seen, method: Method, name: str) -> Method:
         left = now()
         at = log.at if log.at < log.end else log.grow()
         log.at = at + SIZE
-        pickling = log.dumps_ns, log.loads_ns, log.bytes
-        PUT(
-            *(log.buffer, at, kind, site, -1, -1, -1, entered, left, left - entered, *pickling, -1, -1, -1, 0)
-        )
-        log.dumps_ns = log.loads_ns = log.bytes = log.loaded = 0
+        if log.bytes:
+            message, pickling = (-1, -1, log.bytes, -1, -1), (log.dumps_ns, log.loads_ns)
+            PUT_ALL(log.buffer, at, kind, site, -1, entered, left, *message, -1, *pickling, -1, 0)
+            log.dumps_ns = log.loads_ns = log.bytes = log.loaded = 0
+        else:
+            PUT(log.buffer, at, kind, site, -1, entered, left)
         if begun >= 0:
             _part(log, begun, status, left)
         log.busy = False
@@ -183,8 +184,7 @@ def starting(seen: Seen, method: Method, name: str) -> Method:
                     kind is Kind.POST_RECEIVE and (source < 0 or tag < 0),
                 )
                 log.at = at + SIZE
-                times = entered, left, left - entered
-                PUT(log.buffer, at, kind, site, comm, peer, tag, *times, 0, 0, size, source, tag, -1, 0)
+                PUT_MESSAGE(log.buffer, at, kind, site, comm, entered, left, peer, tag, size, source, tag)
                 entered = left  # the first of several has it all
             log.polled = None
             log.busy = False
@@ -231,9 +231,9 @@ class Row:
             whole_ns = left - self._entered_ns
             slept_ns = whole_ns - (time.thread_time_ns() - before.cpu_ns)
             inside_ns += max(0, min(whole_ns - inside_ns, slept_ns))
-        PUT(
-            *(buffer, at, self._kind, *self._named, -1, -1, self._entered_ns, left, inside_ns),
-            *(log.dumps_ns, log.loads_ns, log.bytes, source, -1, -1, count if self._polls else 0),
+        PUT_ALL(
+            *(buffer, at, self._kind, *self._named, self._entered_ns, left, -1, -1, log.bytes, source, -1),
+            *(inside_ns, log.dumps_ns, log.loads_ns, -1, count if self._polls else 0),
         )
         log.dumps_ns = log.loads_ns = log.bytes = log.loaded = 0
         return left
@@ -243,7 +243,7 @@ def _part(log: ThreadLog, begun: int, status: Any, left: int) -> None:
     source, tag = (status.Get_source(), status.Get_tag()) if status is not None else (-1, -1)
     at = log.at if log.at < log.end else log.grow()
     log.at = at + SIZE
-    PUT(log.buffer, at, _PART, *(-1, -1, -1, -1), left, left, 0, 0, 0, 0, source, tag, begun, 0)
+    PUT_ALL(log.buffer, at, _PART, -1, -1, left, left, -1, -1, 0, source, tag, 0, 0, 0, begun, 0)
 
 
 def _with_statuses(

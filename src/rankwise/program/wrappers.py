@@ -12,7 +12,17 @@ from typing import Any
 from rankwise.ledger.call_log import Kind
 from rankwise.program.calls import MAKERS, parameters
 from rankwise.program.communicators import Communicators
-from rankwise.program.log import BEFORE, ENTERED_AT, PUT, SITE_AT, SIZE, CallLog, ThreadLog
+from rankwise.program.log import (
+    BEFORE,
+    ENTERED_AT,
+    PUT,
+    PUT_ALL,
+    PUT_MESSAGE,
+    SITE_AT,
+    SIZE,
+    CallLog,
+    ThreadLog,
+)
 from rankwise.program.places import OURS, Places
 from rankwise.program.requests import Requests
 
@@ -68,6 +78,7 @@ def logged(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
     source_at, status_at = source_at + 1, status_at + 1
     begun, comm_at = seen.open, int(names[:1] == ["comm"] and names_comm)  # of a class method of messages
     pickles = name[0].islower() or of_message
+    is_short = not (has_peer or has_tag or has_source or has_status or has_buffer or pickles or of_message)
     find, main, main_thread = Places(seen.log, seen.numbers, name).find, seen.log.main, seen.log.thread
     last: tuple[Any, int, int] = (None, 0, 0)  # where the call before came from
 
@@ -134,17 +145,24 @@ def logged(seen: Seen, method: Method, name: str, kind: Kind) -> Method:
         if at >= log.end:
             at = log.grow()
         log.at = at + SIZE
-        inside, where = left - entered, log.buffer
-        row = (number, site, comm, peer, tag, entered, left, inside, dumps_ns, loads_ns, size, source, got)
-        PUT(where, at, *row, -1, 0)
+        if is_short:
+            PUT(log.buffer, at, number, site, comm, entered, left)
+        elif dumps_ns or loads_ns:
+            message = peer, tag, size, source, got
+            PUT_ALL(
+                *(log.buffer, at, number, site, comm, entered, left, *message, -1, dumps_ns, loads_ns, -1, 0)
+            )
+        else:
+            PUT_MESSAGE(log.buffer, at, number, site, comm, entered, left, peer, tag, size, source, got)
         if posts:
             begun[result.handle] = at // SIZE + log.taken - BEFORE, receives_later and (source < 0 or tag < 0)
             if also_sends:
                 tag = args[sent_tag_at] if len(args) > sent_tag_at else kwargs.get("sendtag", 0)
                 at = log.at if log.at < log.end else log.grow()
                 log.at = at + SIZE
-                row = (int(Kind.POST_SEND), site, comm, peer, tag, left, left, 0, 0, 0, size, -1, -1)
-                PUT(log.buffer, at, *row, -1, 0)
+                PUT_MESSAGE(
+                    log.buffer, at, int(Kind.POST_SEND), site, comm, left, left, peer, tag, size, -1, -1
+                )
         elif makes:
             seen.requests.made(result)
         elif finds and source >= 0:
