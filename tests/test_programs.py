@@ -54,6 +54,8 @@ for epoch in run.epochs(4):
     for step, (images, labels) in enumerate(loader):
         if words.get("kill") == f"{run.world.number}:{epoch}:{step}":
             os.kill(os.getpid(), signal.SIGKILL)
+        if words.get("fail") == f"{run.rank}:{epoch}:{step}":
+            raise ValueError("a fault of the loop's own")
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
@@ -183,6 +185,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     again = command.rankwise("run", "--resume", str(folder))
     assert again.code == 0
     assert "is completed already" in again.err
+
+
+@pytest.mark.mpi
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("rank", effort.daily([0, 1], [1]))
+def test_whichever_rank_fails_says_why(command: Command, tmp_path: Path, program: str, rank: int) -> None:
+    """Where a user's own mpiexec has started the ranks, the record of a run that failed on any one of them
+    says why, though that one ends all of them."""
+    done = command.mpiexec(2, program, f"fail={rank}:1:2")
+    assert done.code != 0, done
+    (folder,) = tmp_path.glob("runs/*")
+    run = record(folder)
+    assert (run.outcome, run.message, len(run.epochs)) == ("failed", "a fault of the loop's own", 1), done
 
 
 @pytest.mark.ulfm

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -39,6 +40,9 @@ from rankwise.training.admission import NotNeeded
 from rankwise.training.agreement import require_same_options
 from rankwise.training.folder_book import FolderBook
 from rankwise.training.set_up import Say, stop_on_signal
+
+RANK_0_S = 5.0
+"""How long ranks that are to end leave it to rank 0 to end them all."""
 
 
 @dataclass
@@ -179,14 +183,16 @@ def _end_with_program(seat: Seat, opened: OpenFolder | None, display: Display) -
         nonlocal failed
         failed = True
         inside.close()
-        if seat.world.rank == 0 and opened is not None:
-            if isinstance(error, UsageError):
-                opened.discard()
-            else:
-                with contextlib.suppress(RankwiseError):
-                    stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-                    words = one_line(error) or kind.__name__
-                    seat.folder.close("interrupted" if stopped else "failed", words)
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        if opened is not None and isinstance(error, UsageError):
+            opened.discard()
+        elif opened is None and (stopped or isinstance(error, UsageError)):
+            # All ranks raise it, and rank 0 has to see to the folder before it ends them.
+            time.sleep(RANK_0_S)
+        else:
+            with contextlib.suppress(RankwiseError):
+                words = one_line(error) or kind.__name__
+                seat.folder.close("interrupted" if stopped else "failed", words)
         if seat.world.size == 1 and isinstance(error, RankwiseError):
             print(f"rankwise: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
