@@ -297,7 +297,8 @@ def test_known_delays_are_found(command: Command, tmp_path: Path, ranks: int, si
             expected_s = max(0, told[culprit]["came"][case] - told[rank]["seen"][case][0])
             sites = [site for site in run.call_sites if (site.rank, site.function) == (rank, case)]
             found_s = sum(site.wait_on_ns.get(str(culprit), 0) for site in sites) / 1e9
-            where = max(sites[0].late_at, key=lambda where: sites[0].late_at[where])
+            # A busy machine may bring a rank as late as the one that sleeps: then it has nobody to wait for.
+            where = max(sites[0].late_at, key=lambda where: sites[0].late_at[where], default="")
             if (
                 case == "pool"
             ):  # whose ranks first exchange much to set it up; the late one is in another thread
@@ -306,7 +307,7 @@ def test_known_delays_are_found(command: Command, tmp_path: Path, ranks: int, si
                 assert inside_s > expected_s / 2
                 continue
             assert found_s == pytest.approx(expected_s, rel=0.05, abs=TOLERANCE_S), (case, rank)
-            assert where.startswith(f"rank {culprit}: between")
+            assert where.startswith(f"rank {culprit}: between") or expected_s < TOLERANCE_S, (case, rank)
         waited_ns = [s.wait_ns for s in run.call_sites if (s.rank, s.function) == (culprit, case)]
         assert sum(waited_ns) / 1e9 < LATE_S / 2, case
     began, ended = told[0]["seen"]["pickled"]
