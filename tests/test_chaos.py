@@ -395,16 +395,25 @@ def test_a_run_is_started_again(command: Command, tmp_path: Path, kind: str) -> 
     assert done.err.count("starting again in") == 1
 
 
-def test_too_few_ranks_are_started_again(command: Command, tmp_path: Path) -> None:
-    """When fewer than --min-ranks are left they do not go on by themselves: all are started again."""
-    words = [*SMALL, "--ranks", "3", "--epochs", "2", "--min-ranks", "3"]
-    done = command.rankwise("train", *words, "--fault", "kill:rank=2,epoch=2,step=2", "--out", "run")
-    assert done.code == 0, done
-    run = RunFolder(tmp_path / "run").read()
-    assert run.outcome == "completed"
-    assert run.resumed_from_epoch in (0, 1)
-    assert [(fault.rank, fault.action) for fault in run.faults] == [(2, "restart")]
-    assert run.samples.trained == run.samples.expected == 2 * tiny.TRAIN
+def test_too_few_ranks_train_until_others_take_over(command: Command, tmp_path: Path) -> None:
+    """When fewer than --min-ranks are left they train until as many as before take over; where the run may
+    not be started again it fails, with the reason."""
+    words = [*SMALL, "--ranks", "3", "--min-ranks", "3", "--fault", "kill:rank=2,epoch=2,step=2"]
+    folder = RunFolder(tmp_path / "run")
+    run = command.start(command.python, "-m", "rankwise", "train", *words, "--epochs", "100000", "--out", "run")
+    wait_for(lambda: folder.record.exists() and folder.read().generation == 1)
+    run.send_signal(signal.SIGINT)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 130, told
+    record = folder.read()
+    assert [(fault.rank, fault.action) for fault in record.faults] == [(2, "continue")]
+    assert [row.died_at_s is None for row in record.ranks] == [True] * 3
+    assert record.samples.trained == record.samples.expected
+    assert (record.samples.lost, record.samples.duplicated) == (0, 0)
+    done = command.rankwise("train", *words, "--epochs", "100000", "--max-restarts", "0", "--out", "fails")
+    assert done.code == 1, done
+    assert done.told == ["rankwise: 2 ranks are left, fewer than the 3 of --min-ranks"]
+    assert RunFolder(tmp_path / "fails").read().outcome == "failed"
 
 
 def test_restarts_come_to_an_end(command: Command, tmp_path: Path) -> None:

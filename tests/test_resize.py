@@ -15,6 +15,7 @@ import pytest
 
 from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError
+from rankwise.launch.backoff import RestartBackoff
 from rankwise.launch.elastic import Elastic
 from rankwise.launch.generations import Generations
 from rankwise.launch.order import Order
@@ -150,6 +151,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.did: list[str] = []
+        self.asked_at: list[float] = []
         self.is_over = False
 
     def ask_to_stop(self) -> None:
@@ -158,17 +160,25 @@ class Ranks:
     def end(self) -> None:
         self.did.append("ended")
 
+    def kill(self) -> None:
+        self.did.append("killed")
+
 
 class Launcher:
-    """A launcher's part in a run of two ranks; `told` is what the user reads."""
+    """A launcher's part in a run of two ranks, by a clock of its own; `told` is what the user reads."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, **options: Any) -> None:
         self.folder = folder
         self.present, self.coming = Ranks(), Ranks()
         self.started: list[RunPlan] = []
         self.told: list[str] = []
-        plan = recorded_plan(folder.read().config)
-        self.generations = Generations(Order(TrainConfig()), plan, folder, self.start, self.told.append)
+        self.now_s = 0.0
+        plan = recorded_plan(folder.read().config).with_options(**options)
+        self.generations = Generations(
+            *(Order(TrainConfig()), plan, folder, self.start, self.told.append),
+            RestartBackoff(),
+            clock=lambda: self.now_s,
+        )
 
     def start(self, plan: RunPlan, mark: str) -> Any:
         self.started.append(plan)
@@ -301,10 +311,7 @@ def test_an_elastic_run_gets_back_what_it_lost(launcher: Launcher) -> None:
     late; with a hostfile the run has as many as it has room for, within the bounds, from then on."""
     folder, now_s = launcher.folder, 0.0
     config = TrainConfig(ranks=3, elastic="2:4")
-    record = folder.read()
-    rows = [record.ranks[0].model_copy(update={"rank": rank}) for rank in range(3)]
-    folder.write(record.model_copy(update={"ranks": rows}))
-    plan = recorded_plan(record.config).with_options(ranks=3, elastic="2:4")
+    plan = recorded_plan(folder.read().config).with_options(ranks=3, elastic="2:4")
     elastic = Elastic(Order(config), plan, folder, clock=lambda: now_s)
 
     def looks(at_s: float, *, failed: bool = False) -> dict[str, Any] | None:
@@ -312,9 +319,9 @@ def test_an_elastic_run_gets_back_what_it_lost(launcher: Launcher) -> None:
         now_s = at_s
         return elastic.change(plan, failed=failed)
 
+    folder.tell_ranks(3)
     assert looks(5.0) is None  # nobody is missing
-    rows[1] = rows[1].model_copy(update={"died_at_s": 1.0})
-    folder.write(record.model_copy(update={"ranks": rows}))
+    folder.tell_ranks(2)
     assert looks(9.9) is None
     assert looks(10.0) == {"ranks": 3}
     assert looks(15.0, failed=True) == {"ranks": 3}
@@ -335,6 +342,63 @@ def test_an_elastic_run_gets_back_what_it_lost(launcher: Launcher) -> None:
         assert looks(now_s + 5) == change
     hostfile.write_text("a slots=x\n")  # being written just now
     assert looks(now_s + 5) is None
+
+
+def test_too_few_ranks_train_on_until_others_take_over(launcher: Launcher) -> None:
+    """Where fewer are left than --min-ranks as many as before get ready, which counts as a restart, and is
+    tried again later if nothing comes of it; a run that may not be started again ends, with the reason."""
+    folder = launcher.folder
+    resize.tell(folder.resize, "done")
+    launcher = Launcher(folder, ranks=3, min_ranks=2, max_restarts=2)
+
+    def looks(at_s: float) -> resize.Resize:
+        launcher.now_s = at_s
+        return launcher.look()
+
+    for there in (None, 3, 2):
+        if there:
+            folder.tell_ranks(there)
+        assert looks(0).state == "done"
+    folder.tell_ranks(1)
+    assert (looks(10).state, looks(10.9).state) == ("done", "done")
+    assert launcher.told == [
+        "1 rank is left, fewer than the 2 of --min-ranks: 3 get ready while they train (1 of 2 restarts)"
+    ]
+    asked = looks(11)
+    assert (asked.state, asked.given) == ("asked", {"ranks": 3, "spares": 0})
+    assert looks(11).state == "starting"
+    launcher.coming.is_over = True
+    assert looks(12).state == "failed"
+    assert (looks(20).state, looks(21.9).state) == ("failed", "failed")  # two seconds, as no epoch ended
+    assert looks(22).state == "asked"
+    launcher.coming = Ranks()
+    assert looks(22).state == "starting"
+    resize.tell(folder.resize, "ready")
+    assert looks(23).state == "handing over"
+    assert launcher.generations.take_over(ENDED) is not None
+    assert folder.read_ranks() is None
+    resize.tell(folder.resize, "done")
+    assert looks(30).state == "done"
+    assert launcher.present.did == ["asked to stop"]
+    launcher = Launcher(folder, ranks=3, min_ranks=2, max_restarts=0)
+    folder.tell_ranks(1)
+    looks(40)
+    assert (launcher.present.did, launcher.started) == (["killed"], [])
+    failure = folder.read_failure()
+    assert failure is not None
+    assert failure["message"] == "1 rank is left, fewer than the 2 of --min-ranks"
+    assert failure["may_restart"]
+
+
+def test_a_run_that_is_stopped_gets_no_other_ranks(launcher: Launcher) -> None:
+    """Ranks that are asked to stop, and leave one by one, are not too few."""
+    resize.tell(launcher.folder.resize, "done")
+    launcher.folder.tell_ranks(1)
+    launcher.present.asked_at.append(1.0)
+    other = Launcher(launcher.folder, min_ranks=2)
+    other.present.asked_at.append(0.0)
+    assert other.look().state == "done"
+    assert other.told == []
 
 
 @pytest.mark.parametrize("text", ["2", "4:2", "0:3", "1:3", "a:b", "2:3:4", "5:8"])

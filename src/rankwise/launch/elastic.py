@@ -45,8 +45,10 @@ class Elastic:
         least, most = self._range
         room = sum(host.slots for host in hosts) - plan.spares if self._hostfile else plan.ranks
         wanted = min(max(room, least), most)
-        live = sum(row.died_at_s is None and row.role != "spare" for row in record.ranks)
-        if record.outcome != "running" or (wanted == live and hosts == plan.host_list) or room < least:
+        there = self._folder.read_ranks()
+        if record.outcome != "running" or there is None or room < least:
+            return None
+        if wanted == there and hosts == plan.host_list:
             return None
         change: dict[str, Any] = {"ranks": wanted}
         return change | {"hosts": ",".join(map(str, hosts))} if hosts else change

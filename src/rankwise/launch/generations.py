@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rankwise.config import TrainConfig
-from rankwise.errors import ConfigError, RankwiseError, UsageError, one_line
+from rankwise.errors import ConfigError, RankLost, RankwiseError, UsageError, one_line
 from rankwise.launch import preflight
+from rankwise.launch.backoff import RestartBackoff
 from rankwise.launch.elastic import Elastic
+from rankwise.launch.failures import write_failure
 from rankwise.launch.hosts import check
 from rankwise.launch.order import Order, resumed
 from rankwise.launch.plan_file import write_plan
@@ -44,13 +48,23 @@ class Generation:
 
 class Generations:
     """The launcher's part in changes of a run's ranks. Entered as long as the run goes on: what waits when it
-    ends is ended too."""
+    ends is ended too. `restarts` are the run's, one of which is saved by ranks that take over."""
 
     def __init__(
-        self, order: Order, plan: RunPlan, folder: RunFolder, start_ranks: StartRanks, say: Say
+        self,
+        order: Order,
+        plan: RunPlan,
+        folder: RunFolder,
+        start_ranks: StartRanks,
+        say: Say,
+        restarts: RestartBackoff,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._order = order
-        self._plan = plan
+        self._plan = self._present = plan
+        self._restarts = restarts
+        self._clock = clock
+        self._refill_at_s: float | None = None
         self._elastic = Elastic(order, plan, folder)
         self._folder = folder
         self._start_ranks = start_ranks
@@ -72,7 +86,7 @@ class Generations:
             return
         if asked is None or asked.is_over:
             failed = asked is not None and asked.state != "done"
-            if change := self._elastic.change(self._plan, failed=failed):
+            if change := self._refill(present) or self._elastic.change(self._plan, failed=failed):
                 with contextlib.suppress(UsageError):  # somebody else has just asked, or the disk is full
                     ask(self._folder.resize, change)
             return
@@ -98,10 +112,41 @@ class Generations:
             return None
         self._next, self._hands_over = None, False
         self._order, self._plan = coming.order, coming.plan
+        self._present, self._refill_at_s = coming.plan, None
         os.replace(self._folder.next_plan, self._folder.plan)
         self._folder.forget_failures()
         self._folder.begin(mark=coming.mark)
         return coming
+
+    def restarted(self, plan: RunPlan) -> None:
+        """All ranks are started again, as this plan says."""
+        self._present, self._refill_at_s = plan, None
+
+    def _refill(self, present: Started) -> dict[str, Any] | None:
+        """The change that brings back the ranks of a run of which fewer are left than ``--min-ranks``; None
+        if enough are there, or it is not time yet. Ends the present ranks if the run may not be started
+        again."""
+        plan, there = self._present, self._folder.read_ranks()
+        if there is None or there >= plan.min_ranks or present.asked_at:
+            return None
+        if self._refill_at_s is None:
+            left = "1 rank is" if there == 1 else f"{there} ranks are"
+            few = f"{left} left, fewer than the {plan.min_ranks} of --min-ranks"
+            if self._restarts.count == plan.max_restarts:
+                error = RankLost(few)
+                write_failure(self._folder, -1, error, error)
+                present.kill()
+                return None
+            self._refill_at_s = self._clock() + self._restarts.after(len(self._folder.read_metrics()))
+            self._say(
+                f"{few}: {plan.ranks} get ready while they train "
+                f"({self._restarts.count} of {plan.max_restarts} restarts)"
+            )
+        if self._clock() < self._refill_at_s:
+            return None
+        self._refill_at_s = None
+        change: dict[str, Any] = {"ranks": plan.ranks, "spares": plan.spares}
+        return change | {"hosts": plan.hosts} if plan.hosts else change
 
     def abandon(self, why: str) -> None:
         """Nothing comes of a change that is under way."""

@@ -12,6 +12,7 @@ from typing import Literal
 from rankwise.comm.mpi_environment import find_mpiexec
 from rankwise.errors import Interrupted, LaunchError, RankwiseError, TrainingError, UsageError
 from rankwise.launch import stand_in
+from rankwise.launch.backoff import RestartBackoff
 from rankwise.launch.command_line import command_line
 from rankwise.launch.forking import Forking, rank_command
 from rankwise.launch.generations import Generations
@@ -29,28 +30,6 @@ from rankwise.runs.record import Record
 from rankwise.survival import causes
 from rankwise.survival.fault_injection import OF_HOSTS, Mark
 
-FIRST_PAUSE_S = 1.0
-"""How long to wait before a restart."""
-
-LONGEST_PAUSE_S = 60.0
-
-
-class RestartBackoff:
-    """Before each restart: twice as long as before the last one, up to a limit, unless an epoch came to its
-    end since. What fails at once may need time; what trained on for a while does not."""
-
-    def __init__(self) -> None:
-        self._epochs = -1
-        self._pause_s = 0.0
-
-    def after(self, epochs: int) -> float:
-        """Seconds to wait when this many epochs are over."""
-        again = epochs <= self._epochs
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if again else FIRST_PAUSE_S
-        self._epochs = epochs
-        return self._pause_s
-
-
 def run_by_mpiexec(
     order: Order, prepared: PreparedRun, folder: RunFolder, forks: Forking | None = None
 ) -> Record | None:
@@ -65,7 +44,6 @@ def run_by_mpiexec(
     names = check(plan.host_list, folder.path)
     live = order.console.is_terminal
     pauses = RestartBackoff()
-    restarts = 0
     if plan.program and not folder.record.exists():
         begin_calls(folder, plan.recorded())
     with order.display(folder, prepared.epochs, prepared.samples_per_epoch, live=live) as display:
@@ -78,7 +56,7 @@ def run_by_mpiexec(
         def start_ranks(plan: RunPlan, *mark: str) -> Started:
             return _start(plan, folder, show, mark, forks)
 
-        with Generations(order, plan, folder, start_ranks, display.say) as generations:
+        with Generations(order, plan, folder, start_ranks, display.say, pauses) as generations:
             ranks = start_ranks(plan)
             while True:
                 before = _content(folder)
@@ -91,15 +69,15 @@ def run_by_mpiexec(
                 try:
                     return _judge(ending, folder, plan.processes, before)
                 except RestartableError as error:
-                    over = plan.on_failure == "stop" or restarts == plan.max_restarts
+                    over = plan.on_failure == "stop" or pauses.count == plan.max_restarts
                     if over or not folder.record.exists():
                         raise
                     generations.abandon("ranks were lost meanwhile, and the run was started again")
-                    restarts += 1
                     plan = _without_lost_hosts(plan, order, folder, ending, names, display.say)
+                    generations.restarted(plan)
                     pause_s = pauses.after(len(folder.read().epochs))
                     display.say(
-                        f"{error}; starting again in {pause_s:g} s ({restarts} of {plan.max_restarts})"
+                        f"{error}; starting again in {pause_s:g} s ({pauses.count} of {plan.max_restarts})"
                     )
                     time.sleep(pause_s)
                     folder.forget_failures()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rankwise.comm import World, solo_world
@@ -103,7 +104,8 @@ def train_as_launched(folder: RunFolder, mark: str = "") -> Record:
             raise
     with ending_all_ranks(world, folder, lambda told: None):
         _require_size(world, plan)
-        record = _train(plan, world, folder, lambda line: print(line, file=sys.stderr, flush=True))
+        say = partial(print, file=sys.stderr, flush=True)
+        record = _train(plan, world, folder, say, is_refilled=True)
     world.close()
     return record
 
@@ -200,7 +202,9 @@ def _train_as_understudy(order: Order, plan: RunPlan, world: World, folder: RunF
         return _train(plan, world, folder, say)
 
 
-def _train(plan: RunPlan, world: World, folder: RunFolder, say: Say) -> Record:
+def _train(
+    plan: RunPlan, world: World, folder: RunFolder, say: Say, *, is_refilled: bool = False
+) -> Record:
     """From the newest checkpoint, if a run has left a record in the folder."""
     start = None
     folder.take_part()
@@ -209,7 +213,7 @@ def _train(plan: RunPlan, world: World, folder: RunFolder, say: Say) -> Record:
             tell = say if world.rank == 0 else _silent
             start = checkpoint.newest(folder.checkpoints, on_damage=tell)
             tell(f"going on {start.where(plan.epochs)}")
-        return run(plan, world, folder, say=say, start=start)
+        return run(plan, world, folder, say=say, start=start, is_refilled=is_refilled)
 
 
 def crashes_written_down(world: World, folder: RunFolder) -> contextlib.AbstractContextManager[None]:

@@ -49,6 +49,7 @@ class RunFolder:
         self.faults = path / "faults"
         self.last_words = path / "last-words"
         self.beats = path / ".beats"
+        self._ranks_there = path / ".ranks-there"
         self._crashes = path / ".crashes"
         self._start = path / ".start"
         self.claimed = path / ".claim"
@@ -116,6 +117,22 @@ class RunFolder:
         for path in (self.last_words, self._crashes):
             shutil.rmtree(path, ignore_errors=True)
 
+    def tell_ranks(self, ranks: int) -> None:
+        """So many train now. If that cannot be written, the launcher does not know."""
+        with suppress(StorageError):
+            write_atomically(self._ranks_there, str(ranks).encode())
+
+    def read_ranks(self) -> int | None:
+        """How many train, as told last; None before any do."""
+        try:
+            return int(self._ranks_there.read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def forget_ranks(self) -> None:
+        """None train any more."""
+        self._ranks_there.unlink(missing_ok=True)
+
     def forget_resize(self) -> None:
         """Nothing comes any more of a change of ranks that a start before was at."""
         for path in (self.resize, self.next_plan):
@@ -126,6 +143,7 @@ class RunFolder:
         earlier start, wherever they are, may not write any more, and what they were at is over. Ranks that
         wait for the start of the name `mark` begin now."""
         self.beats.unlink(missing_ok=True)
+        self._ranks_there.unlink(missing_ok=True)
         write_atomically(self._start, f"{mark or os.urandom(8).hex()} {launched_at}".encode())
 
     def has_begun(self, mark: str) -> bool:
@@ -176,7 +194,7 @@ class RunFolder:
         """No run came about in a folder that was there before: take away what a start has put there."""
         files = (
             *(self.plan, self.failure, self.beats, self.progress, self.rank_0, self._start, self.claimed),
-            *(self.next_plan, self.resize),
+            *(self.next_plan, self.resize, self._ranks_there),
         )
         for path in files:
             path.unlink(missing_ok=True)

@@ -102,9 +102,10 @@ def build(
     faults: NoFaults | None = None,
     observer: Observer | None = None,
     join_state: JoinState | None = None,
+    is_refilled: bool = False,
 ) -> Synchroniser:
     """The synchroniser of a plan, over the samples `pool`, whose classes are `labels`. A rank that takes the
-    place of a lost one begins from its `join_state`."""
+    place of a lost one begins from its `join_state`. With fewer ranks left than the plan wants the run ends, unless it `is_refilled` then."""
     return Synchroniser(
         replica,
         plan.entry.build(plan),
@@ -112,7 +113,7 @@ def build(
         world,
         rate_factor=schedule.scheduler(plan),
         survives=plan.on_failure == "continue" and world.size > 1,
-        min_ranks=plan.min_ranks,
+        min_ranks=1 if is_refilled else plan.min_ranks,
         spares=plan.spares,
         keeps_copies=plan.keep_copies,
         faults=faults,

@@ -42,17 +42,24 @@ _SEEDING = threading.Lock()
 
 
 def run(
-    plan: RunPlan, world: World, folder: RunFolder, *, say: Say, start: Checkpoint | None = None
+    plan: RunPlan,
+    world: World,
+    folder: RunFolder,
+    *,
+    say: Say,
+    start: Checkpoint | None = None,
+    is_refilled: bool = False,
 ) -> Record:
     """Train as `plan` says, as one rank of `world`; all ranks call it together, with the same plan.
 
-    With `start` the run goes on after that checkpoint. `say` gets remarks for the user, on rank 0
+    With `start` the run goes on after that checkpoint. Where it `is_refilled`, the launcher has others take
+    over if too few ranks are left, which train on until then. `say` gets remarks for the user, on rank 0
     only. Returns the final record. Raises UsageError before training; after it began Interrupted, on
     all ranks at once and with the record written, or the error of the rank on which it happened.
     """
     book = FolderBook(plan, world, folder, say=say, start=start)
     try:
-        return _run(plan, world, folder, book, say=say, begins=start is None)
+        return _run(plan, world, folder, book, say=say, begins=start is None, is_refilled=is_refilled)
     finally:
         book.close()
 
@@ -69,7 +76,14 @@ def get_ready(plan: RunPlan) -> None:
 
 
 def _run(
-    plan: RunPlan, world: World, folder: RunFolder, book: FolderBook, *, say: Say, begins: bool
+    plan: RunPlan,
+    world: World,
+    folder: RunFolder,
+    book: FolderBook,
+    *,
+    say: Say,
+    begins: bool,
+    is_refilled: bool,
 ) -> Record:
     world.ledger.enter("data")
     dataset = data.prepare_of(plan, _announcer(say))
@@ -100,7 +114,7 @@ def _run(
         book.come_in(plan, Seen.of(dataset))
     except NotNeeded:
         return folder.read()
-    job = _make_job(plan, dataset, chosen, replica, world, book)
+    job = _make_job(plan, dataset, chosen, replica, world, book, is_refilled=is_refilled)
     book.begin(job)
     train(job, book)
     return book.complete()
@@ -161,6 +175,8 @@ def _make_job(
     replica: Replica,
     world: World,
     book: Book,
+    *,
+    is_refilled: bool,
 ) -> ImageJob:
     synchroniser = build(
         plan,
@@ -171,6 +187,7 @@ def _make_job(
         faults=book.faults(replica),
         observer=book.observer,
         join_state=book.join_state,
+        is_refilled=is_refilled,
     )
     if replica.needs_pairs and book.join_state is None and synchroniser.sampler.least_batch(1) == 1:
         balanced = plan.balance != "none" and 1 in plan.batch_sizes

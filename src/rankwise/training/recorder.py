@@ -92,6 +92,7 @@ class Recorder:
         self._tracker: Tracker = NoTracker()
         if world.rank == 0:
             folder.keep_metrics(history.epochs)
+            folder.tell_ranks(world.size)
             self._open_tracker()
 
     def settle(self, config: RunPlan) -> None:
@@ -137,8 +138,10 @@ class Recorder:
             f"lost {lost} in epoch {progress.epoch}: {self._world.size} go on{in_place}, "
             f"after {1e3 * event.seconds:.0f} ms"
         )
-        if self._world.rank == 0 and isinstance(self._tracker, NoTracker):
-            self._open_tracker()
+        if self._world.rank == 0:
+            self._folder.tell_ranks(self._world.size)
+            if isinstance(self._tracker, NoTracker):
+                self._open_tracker()
 
     def committed(self, seconds: float) -> None:
         """A round is committed again."""
@@ -271,6 +274,7 @@ class Recorder:
             if outcome != "running":
                 self._folder.progress.unlink(missing_ok=True)
                 self._folder.beats.unlink(missing_ok=True)
+                self._folder.forget_ranks()
                 self._tracker.finish(record)
         return record
 
