@@ -400,7 +400,8 @@ def test_too_few_ranks_train_until_others_take_over(command: Command, tmp_path: 
     not be started again it fails, with the reason."""
     words = [*SMALL, "--ranks", "3", "--min-ranks", "3", "--fault", "kill:rank=2,epoch=2,step=2"]
     folder = RunFolder(tmp_path / "run")
-    run = command.start(command.python, "-m", "rankwise", "train", *words, "--epochs", "100000", "--out", "run")
+    words += ["--epochs", "100000"]
+    run = command.start(command.python, "-m", "rankwise", "train", *words, "--out", "run")
     wait_for(lambda: folder.record.exists() and folder.read().generation == 1)
     run.send_signal(signal.SIGINT)
     _, told = run.communicate(timeout=60)
@@ -410,7 +411,7 @@ def test_too_few_ranks_train_until_others_take_over(command: Command, tmp_path: 
     assert [row.died_at_s is None for row in record.ranks] == [True] * 3
     assert record.samples.trained == record.samples.expected
     assert (record.samples.lost, record.samples.duplicated) == (0, 0)
-    done = command.rankwise("train", *words, "--epochs", "100000", "--max-restarts", "0", "--out", "fails")
+    done = command.rankwise("train", *words, "--max-restarts", "0", "--out", "fails")
     assert done.code == 1, done
     assert done.told == ["rankwise: 2 ranks are left, fewer than the 3 of --min-ranks"]
     assert RunFolder(tmp_path / "fails").read().outcome == "failed"

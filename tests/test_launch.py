@@ -16,8 +16,8 @@ import pytest
 from rankwise.comm.mpi_environment import Mpiexec, find_mpiexec, segment_mark
 from rankwise.errors import Interrupted, LaunchError, TrainingError
 from rankwise.launch import supervision
-from rankwise.launch.command_line import SURVIVING_BETWEEN_HOSTS, command_line
 from rankwise.launch.backoff import RestartBackoff
+from rankwise.launch.command_line import SURVIVING_BETWEEN_HOSTS, command_line
 from rankwise.launch.mpiexec import RestartableError, _judge
 from rankwise.launch.supervision import Line, MpiexecResult, start, supervise
 from rankwise.runs.folder import RunFolder

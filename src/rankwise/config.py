@@ -376,7 +376,7 @@ class TrainConfig(CheckedOptions):
         1,
         ge=1,
         description="The least ranks to go on with; with fewer others get ready, while they train, and take "
-        "over. Where nobody can start others the run ends."
+        "over. Where nobody can start others the run ends.",
     )
     max_restarts: int = Field(
         3, ge=0, description="How often a run is started again from its newest checkpoint."

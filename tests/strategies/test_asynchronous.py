@@ -7,15 +7,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rankwise import synchronise
 from rankwise.comm import World, run_in_threads
+from rankwise.comm.threads import Killed
+from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted
-from rankwise.strategies.asynchronous import EASGD, Downpour
+from rankwise.models.replica import Replica
+from rankwise.plan import resolve
+from rankwise.strategies import entry_of
+from rankwise.strategies.asynchronous import EASGD, Asynchronous, CentreState, Downpour
+from rankwise.training.admission import stand_by
+from rankwise.training.build import make_sampler
+from rankwise.training.synchroniser import Synchroniser
 
 from .. import effort
 from ..matrix.cells import Cell, run
-from .loops import BATCH, SAMPLES, gradients, make, train_all
+from .loops import BATCH, SAMPLES, gradients, make, train_all, weights_of
 
 
 @pytest.mark.parametrize(("strategy", "loop"), effort.rotating(["easgd", "downpour"], ["plain", "ragged"]))
@@ -32,11 +43,13 @@ def test_rules_are_the_papers() -> None:
     easgd, before = EASGD(elasticity=0.8), centre.copy()
     reply = easgd.serve(centre, easgd.message(x, fetched), workers=4)
     assert np.allclose(centre, before + 0.2 * (x - before), atol=1e-6)
-    assert np.allclose(easgd.take(x, reply), x - 0.2 * (x - before), atol=1e-6)
+    mine, known = easgd.take(x, reply, workers=4)
+    assert np.allclose(mine, x - 0.2 * (x - before), atol=1e-6)
+    assert np.array_equal(known, centre)  # to the bit
     downpour, before = Downpour(), centre.copy()
     reply = downpour.serve(centre, downpour.message(x, fetched), workers=4)
     assert np.allclose(centre, before + x - fetched, atol=1e-6)
-    assert np.array_equal(downpour.take(x, reply), centre)
+    assert all(np.array_equal(its, centre) for its in downpour.take(x, reply, workers=4))
 
 
 @pytest.mark.parametrize(
@@ -81,3 +94,99 @@ def test_one_rank_that_stops_stops_all(stopper: int) -> None:
         raise AssertionError("went on")
 
     assert run_in_threads(3, program) == [3, 3, 3]
+
+
+def survives_its_master(
+    world: World, strategy: str, spares: int, step: Any
+) -> tuple[np.ndarray, list[Any]] | None:
+    """Two epochs whose batches `step` gives gradients; returns the weights, and how often each sample was
+    trained in each epoch, or None for a spare that was not needed."""
+    ranks = world.size - spares
+    world.set_aside(ranks)
+    joins = stand_by(world) if world.rank < 0 else None
+    if world.rank < 0 and joins is None:
+        return None
+    config = resolve(TrainConfig(ranks=ranks, batch_size=BATCH, epochs=2, strategy=strategy, sync_every=2))
+    model, _ = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    its = Synchroniser(
+        Replica(model, optimizer),
+        entry_of(strategy).build(config),
+        make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), world.rank),
+        world,
+        survives=True,
+        spares=spares,
+        join_state=joins,
+    )
+    counts = []
+    for epoch in range(joins.progress.epoch if joins else 1, 3):
+
+        def train(epoch: int = epoch) -> Any:
+            for batch in its.batches(epoch):
+                step(its.model, optimizer, batch.indices)
+                its.step()
+            trained = np.bincount(its.trained(), minlength=SAMPLES)
+            world.allreduce(trained)
+            return trained
+
+        counts.append(its.retry_until_all(train))
+    return weights_of(its.model), counts
+
+
+def constant(model: Any, optimizer: Any, indices: np.ndarray) -> None:
+    """Gradients that no weight changes: one for each sample."""
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float(len(indices)))
+
+
+@given(call=st.integers(8, 90), spares=st.integers(0, 1))
+@effort.examples(6, 100)
+def test_what_workers_brought_is_not_lost_with_the_master(call: int, spares: int) -> None:
+    """Whenever Downpour's master is killed, its centre holds the steps of all samples in the end, those that
+    workers had brought before as well. Each worker may have brought one exchange twice."""
+    start = weights_of(make()[0])
+    results = run_in_threads(
+        3 + spares, lambda world: survives_its_master(world, "downpour", spares, constant), kill_at={0: call}
+    )
+    left = [its for its in results if its is not Killed and its is not None]
+    assert all((its == 1).all() for _, counts in left for its in counts)
+    moved = start - left[0][0]
+    least, exchange = 0.01 * 2 * SAMPLES, 0.01 * 2 * BATCH
+    assert (moved > least - 0.005).all()
+    assert (moved < least + 2 * exchange + 0.005).all()
+
+
+@given(call=st.integers(8, 90))
+@effort.examples(6, 100)
+def test_the_next_master_begins_with_the_newest_centre(call: int) -> None:
+    """Whenever EASGD's master is killed, the one in its place begins with the bits of a centre that it held,
+    none older than any that a worker had been given."""
+    held: list[np.ndarray] = []
+    taken: list[tuple[int, np.ndarray]] = []
+    real, follow = EASGD.serve, Asynchronous.follow_rank_0
+
+    def serve(self: EASGD, centre: np.ndarray, message: np.ndarray, workers: int) -> np.ndarray:
+        reply = real(self, centre, message, workers)
+        if not taken:
+            held.append(centre.copy())
+        return reply
+
+    def note(
+        self: Asynchronous, state: CentreState, replica: Any, world: World, newest: int, copy: Any
+    ) -> CentreState:
+        if copy is not None:
+            taken.append((newest, copy.copy()))
+        return follow(self, state, replica, world, newest, copy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EASGD, "serve", serve)
+        patch.setattr(Asynchronous, "follow_rank_0", note)
+        results = run_in_threads(
+            3, lambda world: survives_its_master(world, "easgd", 0, gradients), kill_at={0: call}
+        )
+    assert taken or results[0] is not Killed
+    for newest, centre in taken[:1]:
+        assert len(held) - 2 <= newest <= len(held)
+        expected = held[newest - 1] if newest else weights_of(make()[0])
+        np.testing.assert_array_equal(centre, expected)

@@ -30,6 +30,7 @@ from rankwise.runs.record import Record
 from rankwise.survival import causes
 from rankwise.survival.fault_injection import OF_HOSTS, Mark
 
+
 def run_by_mpiexec(
     order: Order, prepared: PreparedRun, folder: RunFolder, forks: Forking | None = None
 ) -> Record | None:

@@ -202,9 +202,7 @@ def _train_as_understudy(order: Order, plan: RunPlan, world: World, folder: RunF
         return _train(plan, world, folder, say)
 
 
-def _train(
-    plan: RunPlan, world: World, folder: RunFolder, say: Say, *, is_refilled: bool = False
-) -> Record:
+def _train(plan: RunPlan, world: World, folder: RunFolder, say: Say, *, is_refilled: bool = False) -> Record:
     """From the newest checkpoint, if a run has left a record in the folder."""
     start = None
     folder.take_part()

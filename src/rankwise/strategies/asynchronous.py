@@ -82,12 +82,26 @@ class _Desk:
         return _Desk(left, seen, waiting, changes)
 
 
+FLAG, COUNT = 1, 2
+"""Numbers behind the weights of a message: whether to stop, and in an answer how often the centre changed."""
+
+COUNTED = 1 << 20
+"""That count is sent as two numbers below this one, which floats of 32 bits hold exactly."""
+
+
 @dataclass(frozen=True)
 class CentreState(State):
     """`fetched` are a worker's weights after its last exchange, and `stopped` whether that was its last in
-    this run; `desk` is what the master knows of its workers, None until the epoch's first exchange."""
+    this run; `desk` is what the master knows of its workers, None until the epoch's first exchange.
+
+    `centre` is what the master held after this worker's last exchange, which was change number `changes` of
+    it; 0 before the first one. Of a rank that `serves`, as the master, the centre is in its replica.
+    """
 
     fetched: Flat = field(default_factory=lambda: np.empty(0))
+    centre: Flat = field(default_factory=lambda: np.empty(0), metadata=OF_SITTING)
+    changes: int = field(default=0, metadata=OF_SITTING)
+    serves: bool = field(default=False, metadata=OF_SITTING)
     stopped: bool = field(default=False, metadata=OF_SITTING)
     desk: _Desk | None = field(default=None, metadata=OF_SITTING)
 
@@ -101,8 +115,9 @@ class Asynchronous(Strategy[CentreState]):
     worker may be ahead of the slowest (stale synchronous: Ho et al. 2013); staleness is then at most
     2 (workers - 1) (max_staleness + 1). What is evaluated and saved is the centre.
 
-    When a worker is lost, each other may exchange once more what the centre has already. When the master is
-    lost, so is what others brought to the centre since the worker that takes its place fetched it last.
+    When a rank is lost, each other may exchange once more what the centre has already. Each worker knows the
+    centre as of its own last exchange, so that nothing of it is lost with the master: the worker that takes
+    its place gets the newest one that is known, and brings in what it has trained since its last exchange.
     """
 
     topologies: ClassVar = ("master",)
@@ -120,17 +135,19 @@ class Asynchronous(Strategy[CentreState]):
         """Change the centre, in place, by a message; returns the reply."""
 
     @abstractmethod
-    def take(self, mine: Flat, reply: Flat) -> Flat:
-        """What the worker goes on with."""
+    def take(self, mine: Flat, reply: Flat, workers: int) -> tuple[Flat, Flat]:
+        """What the worker goes on with, and the centre after this exchange, to the bit."""
 
     def init(self, replica: Replica, world: World) -> CentreState:
         return CentreState()
 
     def open_epoch(self, state: CentreState, replica: Replica, world: World) -> CentreState:
-        if world.rank and "weights" in state.memory and is_as_left(replica):
-            replica.unpack(state.memory["weights"])
         if world.rank == 0:
-            return replace(state, desk=None)
+            return replace(state, desk=None, serves=True)
+        if not state.changes:  # here all replicas are what the master's is
+            state = replace(state, centre=replica.pack().copy())
+        if "weights" in state.memory and is_as_left(replica):
+            replica.unpack(state.memory["weights"])
         return replace(state, fetched=replica.pack().copy())
 
     def prepare(
@@ -138,8 +155,8 @@ class Asynchronous(Strategy[CentreState]):
     ) -> tuple[CentreState, Flat]:
         """The state after the exchange, and this rank's new weights."""
         with world.ledger.phase("pack"):
-            flat = replica.pack(tail=1)
-            flat[-1] = world.asked_to_stop
+            flat = replica.pack(tail=FLAG + COUNT)
+            flat[-FLAG - COUNT :] = world.asked_to_stop, 0, 0
         if batch.weights[world.rank]:
             require_finite(flat)
         if world.rank == 0:
@@ -148,6 +165,25 @@ class Asynchronous(Strategy[CentreState]):
 
     def recover(self, state: CentreState, replica: Replica, world: World) -> CentreState:
         return replace(state, desk=None)
+
+    def copy_of_rank_0(self, state: CentreState) -> tuple[int, Flat] | None:
+        return None if state.serves or not state.centre.size else (state.changes, state.centre)
+
+    def follow_rank_0(
+        self, state: CentreState, replica: Replica, world: World, newest: int, copy: Flat | None
+    ) -> CentreState:
+        if world.rank:
+            return state
+        # What the master has counted in the exchange that failed is gone, but workers may know it.
+        state = replace(state, changes=max(state.changes, newest) + 1)
+        if copy is None:
+            return state
+        centre = copy.copy()
+        if state.pending:
+            mine = replica.pack()
+            self.serve(centre, self.message(mine, state.fetched), max(1, world.size - 1))
+        replica.unpack(centre)
+        return replace(state, serves=True)
 
     def close_epoch(
         self, state: CentreState, replica: Replica, weights: NDArray[np.float64], world: World
@@ -171,18 +207,19 @@ class Asynchronous(Strategy[CentreState]):
 
     def _call(self, state: CentreState, flat: Flat, world: World) -> tuple[CentreState, Flat]:
         """A worker's exchange. There are no more once the master knows that a rank is to stop."""
-        mine = flat[:-1].copy()
+        weights, tail = np.split(flat, [-FLAG - COUNT])
+        mine = weights.copy()
         if state.stopped:
             return state, mine
         with world.ledger.phase("pack"):
-            flat[:-1] = self.message(mine, state.fetched)
+            weights[:] = self.message(mine, state.fetched)
         world.send(flat, 0)
         world.receive(flat, 0)
-        stopped = bool(flat[-1])
+        stopped, changes = bool(tail[0]), int(tail[1]) * COUNTED + int(tail[2])
         world.stopping = world.asked_to_stop or stopped
         with world.ledger.phase("pack"):  # of the last one too, as the centre holds it
-            mine = self.take(mine, flat[:-1]).copy()
-        return replace(state, fetched=mine, stopped=stopped), mine
+            mine, centre = self.take(mine, weights.copy(), world.size - 1)
+        return replace(state, fetched=mine, centre=centre, changes=changes, stopped=stopped), mine
 
     def _serve(
         self, state: CentreState, flat: Flat, replica: Replica, batch: Batch, world: World
@@ -191,19 +228,21 @@ class Asynchronous(Strategy[CentreState]):
         are left."""
         workers = world.size - 1
         desk = state.desk or _Desk.of_epoch(batch.rounds_left + 1, world.size)
-        centre, message = flat[:-1].copy(), np.empty_like(flat)
+        centre, message = flat[: -FLAG - COUNT].copy(), np.empty_like(flat)
         try:
             while desk.rounds_left.sum() > workers * batch.rounds_left:
                 # If one of them has ended, the epoch has no end: others are then held back at the desk.
                 source = world.receive(message, owing=desk.owing)
-                world.stopping = world.asked_to_stop or bool(message[-1])
+                world.stopping = world.asked_to_stop or bool(message[-FLAG - COUNT])
                 desk = desk.received(source, message.copy())
                 while due := desk.next(None if world.asked_to_stop else self.max_staleness):
                     source, content = due
                     with world.ledger.phase("optimizer"):
-                        answer = np.append(self.serve(centre, content[:-1], workers), content[-1:])
-                        answer[-1] = world.asked_to_stop
+                        answer = content.copy()
+                        answer[: -FLAG - COUNT] = self.serve(centre, content[: -FLAG - COUNT], workers)
                         state = _measured(state, desk.staleness(source))
+                        state = replace(state, changes=state.changes + 1)
+                        answer[-FLAG - COUNT :] = world.asked_to_stop, *divmod(state.changes, COUNTED)
                         desk = desk.answered(source, is_last=world.asked_to_stop)
                     world.send(answer, source)
         except RankLost:
@@ -236,12 +275,17 @@ class EASGD(Asynchronous):
         return mine
 
     def serve(self, centre: Flat, message: Flat, workers: int) -> Flat:
-        pull = centre.dtype.type(self.elasticity / workers) * (message - centre)
-        centre += pull
-        return pull
+        before = centre.copy()
+        centre += self._pull(message, before, workers)
+        return before
 
-    def take(self, mine: Flat, reply: Flat) -> Flat:
-        return mine - reply
+    def take(self, mine: Flat, reply: Flat, workers: int) -> tuple[Flat, Flat]:
+        pull = self._pull(mine, reply, workers)
+        return mine - pull, reply + pull
+
+    def _pull(self, mine: Flat, centre: Flat, workers: int) -> Flat:
+        pull: Flat = centre.dtype.type(self.elasticity / workers) * (mine - centre)
+        return pull
 
 
 @dataclass(frozen=True)
@@ -255,5 +299,5 @@ class Downpour(Asynchronous):
         centre += message
         return centre.copy()
 
-    def take(self, mine: Flat, reply: Flat) -> Flat:
-        return reply
+    def take(self, mine: Flat, reply: Flat, workers: int) -> tuple[Flat, Flat]:
+        return reply, reply

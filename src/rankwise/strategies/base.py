@@ -160,6 +160,16 @@ class Strategy(ABC, Generic[S]):
         """The state after ranks were lost, before the round goes on; without an exchange."""
         return state
 
+    def copy_of_rank_0(self, state: S) -> tuple[int, Flat] | None:
+        """What rank 0 alone has, as this rank knows it, and a number that is higher the newer it is. None on
+        rank 0 itself, and where it has nothing that others have not."""
+        return None
+
+    def follow_rank_0(self, state: S, replica: Replica, world: World, newest: int, copy: Flat | None) -> S:
+        """The state after `recover`, where ranks have copies of what rank 0 alone has, of which the `newest`
+        has this number: `copy`, on a rank 0 that takes the place of a lost one. Without an exchange."""
+        return state
+
     def open_epoch(self, state: S, replica: Replica, world: World) -> S:
         """Before an epoch's first batch, also after a resume; all ranks together."""
         return state

@@ -12,8 +12,8 @@ from rankwise.data.sampler import Plan
 from rankwise.errors import RankLost
 from rankwise.ledger.ideal_time import IdealTime
 from rankwise.strategies.base import Strategy
-from rankwise.strategies.compression import Memory
-from rankwise.training.copies import NoCopies, Own, Standing, meeting_point, takers
+from rankwise.strategies.compression import Flat, Memory
+from rankwise.training.copies import NoCopies, Own, Standing, meeting_point, newest_of_rank_0, takers
 from rankwise.training.snapshots import Progress
 
 if TYPE_CHECKING:
@@ -58,21 +58,33 @@ def admit(
     standings: Sequence[Standing | None],
     make: Callable[[], JoinState] | None = None,
     copies: NoCopies | None = None,
-) -> JoinState:
-    """Give newcomers, whose standing is None, what they need; all ranks together.
+    of_rank_0: Flat | None = None,
+) -> tuple[JoinState | None, Flat | None]:
+    """Give newcomers, whose standing is None, what they need, and a rank 0 in the place of a lost one what
+    that one had alone; all ranks together. Returns both, None where there are no newcomers, or rank 0 needs
+    nothing.
 
     The last of the others makes it, since that one is a worker if any of them is. What a lost rank had of its
-    own one of them has in its `copies`. Raises RankLost on all ranks if one of them was lost.
+    own one of them has in its `copies`, and what rank 0 had as its copy `of_rank_0`. Raises RankLost on all
+    ranks if one of them was lost.
     """
+    newest = newest_of_rank_0(standings)
+    if all(standings) and newest is None:
+        return None, None
     progress = meeting_point(standings, world.members)
     donor = max(rank for rank, standing in enumerate(standings) if standing)
     # Before the others wait for it, as it may fail: what users keep may be of any kind.
-    mine = pickle.dumps(make()) if make and world.rank == donor else b""
-    sent: bytes | None = None
+    mine = pickle.dumps(make()) if make and world.rank == donor and not all(standings) else b""
+    sent = b""
+    copy: Flat | None = None
     own: Own | None = None
     done = False
     try:
-        sent = world.broadcast_object(mine, donor)
+        if newest is not None:
+            its = of_rank_0 if world.rank == newest.holder else None
+            copy = world.broadcast_object(its, newest.holder)
+        if not all(standings):
+            sent = world.broadcast_object(mine, donor)
         for member, holder, newcomer in takers(standings, world.members, progress):
             if newcomer is not None:
                 its = copies.own_of(member, progress) if copies and world.rank == holder else None
@@ -81,9 +93,10 @@ def admit(
         done = True
     finally:
         world.confirm(done)
-    assert sent is not None
-    join_state: JoinState = pickle.loads(sent)
-    return join_state if own is None else join_state.owning(own)
+    join_state: JoinState | None = pickle.loads(sent) if sent else None
+    if join_state is not None and own is not None:
+        join_state = join_state.owning(own)
+    return join_state, copy
 
 
 def stand_by(world: World) -> JoinState | None:
@@ -96,7 +109,8 @@ def stand_by(world: World) -> JoinState | None:
         if not any(standings):
             raise RankLost("all ranks were lost that knew how far the run was")
         try:
-            join_state = admit(world, standings)
+            join_state, _ = admit(world, standings)
+            assert join_state is not None  # there is a newcomer: this rank
             world.arrive(join_state.ideal_time)
             return join_state
         except RankLost:

@@ -105,7 +105,8 @@ def build(
     is_refilled: bool = False,
 ) -> Synchroniser:
     """The synchroniser of a plan, over the samples `pool`, whose classes are `labels`. A rank that takes the
-    place of a lost one begins from its `join_state`. With fewer ranks left than the plan wants the run ends, unless it `is_refilled` then."""
+    place of a lost one begins from its `join_state`. With fewer ranks left than the plan wants the run ends,
+    unless it `is_refilled`."""
     return Synchroniser(
         replica,
         plan.entry.build(plan),

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 class Standing:
     """Where a rank can go back to, and at the end where it was when another was lost; each with the samples
     that the rank had trained there since the last commit. It was one of these `members`, and keeps copies of
-    those in `held`, each as of these commits; None where none are kept."""
+    those in `held`, each as of these commits; None where none are kept. What it knows of rank 0's is the
+    copy of the number `of_rank_0`; None where rank 0 has nothing alone, and of rank 0 itself."""
 
     points: list[tuple[Progress, int]]
     members: Sequence[int] = ()
     held: Mapping[int, Sequence[Progress]] | None = None
+    of_rank_0: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,21 @@ def meeting_point(standings: Sequence[Standing | None], members: Sequence[int]) 
         if goes_back and _holder(standings, member, last) is None:
             return before
     return last
+
+
+class Newest(NamedTuple):
+    """The newest copy of what rank 0 alone has: its number, and the first rank that holds it."""
+
+    number: int
+    holder: int
+
+
+def newest_of_rank_0(standings: Sequence[Standing | None]) -> Newest | None:
+    """Of a rank 0 that was lost; None where rank 0 is the one before, or it has nothing alone."""
+    if standings[0] is None or standings[0].of_rank_0 is None:
+        return None
+    numbers = [-1 if its is None or its.of_rank_0 is None else its.of_rank_0 for its in standings]
+    return Newest(max(numbers), numbers.index(max(numbers)))
 
 
 def takers(standings: Sequence[Standing | None], members: Sequence[int], progress: Progress) -> list[Taker]:

@@ -210,7 +210,8 @@ class RankRecovery(NoRankRecovery):
         """Meet the ranks that are left; returns whether those that came in have all that they need."""
         world, work = self._world, self._work
         now = work.progress, work.state.pending + work.ahead
-        mine = Standing([*self._snapshots.reached(), now], self._members, self._copies.held)
+        number, copy = self._strategy.copy_of_rank_0(work.state) or (None, None)
+        mine = Standing([*self._snapshots.reached(), now], self._members, self._copies.held, number)
         with self._faults.during("recovery"):
             standings: list[Standing | None] = world.repair(mine, fill=fill)
         if world.size < self._min_ranks:
@@ -222,11 +223,13 @@ class RankRecovery(NoRankRecovery):
                 work.under_way.clear()
             if self._strategy.recovery.syncs_every_step:
                 self._snapshots.commit_at(work.progress).restore()
-            if not all(standings):
-                try:
-                    admit(world, standings, self._join_state, self._copies)
-                except RankLost:
-                    return False
+            try:
+                _, copy = admit(world, standings, self._join_state, self._copies, copy)
+            except RankLost:
+                return False
+            numbers = [its.of_rank_0 for its in standings if its and its.of_rank_0 is not None]
+            newest = max(numbers, default=0)
+            work.state = self._strategy.follow_rank_0(work.state, self._replica, world, newest, copy)
             found = takers(standings, world.members, work.progress)
             work.state = self._copies.settle(found, work.progress, work.state)
             return True
