@@ -17,12 +17,13 @@ from rankwise.config import TrainConfig
 from rankwise.errors import ConfigError, UsageError
 from rankwise.launch.backoff import RestartBackoff
 from rankwise.launch.elastic import Elastic
-from rankwise.launch.generations import Generations
+from rankwise.launch.generations import Generations, resized
 from rankwise.launch.order import Order
-from rankwise.launch.plan_file import read_asked, read_plan
+from rankwise.launch.plan_file import read_asked, read_plan, write_plan
 from rankwise.launch.running import resize as resize_run
 from rankwise.launch.supervision import MpiexecResult
 from rankwise.plan import RunPlan, recorded_plan, resolve
+from rankwise.program_plan import program_plan
 from rankwise.runs import resize
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record
@@ -41,10 +42,10 @@ class Running:
     def __init__(self, command: Command, tmp_path: Path, *words: str) -> None:
         self.command = command
         self.folder = RunFolder(tmp_path / "run")
-        words = words or ("--resume", "run")
-        if words[0] != "--resume":
-            words = (*SMALL, "--epochs", "100000", "--out", "run", *words)
-        self.process = command.start(command.python, "-m", "rankwise", "train", *words)
+        words = words or ("train", "--resume", "run")
+        if words[0].startswith("-"):
+            words = ("train", *SMALL, "--epochs", "100000", "--out", "run", *words)
+        self.process = command.start(command.python, "-m", "rankwise", *words)
         epochs = len(self.folder.read_metrics())
         wait_for(lambda: len(self.folder.read_metrics()) > epochs)
 
@@ -91,6 +92,56 @@ def test_a_run_goes_on_with_more_and_with_fewer_ranks(command: Command, tmp_path
         assert pause_s is not None
         assert 0 < pause_s < 30
         assert all(row.phases_ns["startup"] == 0 < row.phases_ns["recovery"] for row in ranks)
+
+
+LOOP = """
+import torch, torch.nn.functional as F, rankwise
+from torch.utils.data import DataLoader, TensorDataset
+run = rankwise.Run()
+x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+model = run.model(torch.nn.Linear(4, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+loader = run.loader(DataLoader(TensorDataset(x), batch_size=4, shuffle=True))
+run.keep(optimizer=optimizer)
+for epoch in run.epochs(100000):
+    for (batch,) in loader:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_program_that_fails_while_it_waits_harms_no_run(command: Command, tmp_path: Path) -> None:
+    """Ranks that were to take over, and do not come to a `Run`, leave nothing in the folder of the run that
+    goes on."""
+    for script, code in (("x = 1", 2), ("raise ValueError", 1)):
+        (tmp_path / "loop.py").write_text(script)
+        folder = RunFolder(tmp_path / "run")
+        folder.path.mkdir(exist_ok=True)
+        config = TrainConfig(ranks=1)
+        write_plan(folder, config, program_plan(config, ("loop.py",)), is_next=True)
+        done = command(command.python, "-P", "-m", "rankwise.launch.program_rank", "run", "mark")
+        assert done.code == code, done
+        assert {path.name for path in folder.path.iterdir()} == {".next-plan.json", ".rank-0"}
+
+
+@pytest.mark.mpi
+@pytest.mark.full
+@pytest.mark.timeout(200)
+def test_a_loop_of_ones_own_goes_on_with_other_ranks(command: Command, tmp_path: Path) -> None:
+    """A program whose `Run` trains is taken over in an epoch too, by ranks that wait where they make theirs:
+    each sample counts once, in one record."""
+    (tmp_path / "loop.py").write_text(LOOP)
+    run = Running(command, tmp_path, "run", "--ranks", "1", "--out", "run", "loop.py")
+    for ranks in (3, 1, 2):
+        done = run.resize("--ranks", str(ranks))
+        assert done.code == 0, done
+        assert run.folder.read().config["ranks"] == ranks
+    record = run.stop()
+    assert len(record.ranks) == 2
+    assert {row.train_samples for row in record.epochs} == {500}
+    assert all(row.phases_ns["startup"] == 0 < row.phases_ns["recovery"] for row in record.ranks)
 
 
 def ranks_of(folder: RunFolder, mark: str) -> dict[int, int]:
@@ -275,6 +326,14 @@ def test_what_cannot_be_is_refused_and_the_run_goes_on(
     assert told in change.message
     assert launcher.started == launcher.present.did == []
     assert launcher.told[-1] == f"the run was not resized: {change.message}"
+
+
+def test_a_program_of_one_rank_may_grow(launcher: Launcher) -> None:
+    """A program's single rank takes no strategy; several are in step by `allreduce` again."""
+    record = launcher.folder.read()
+    launcher.folder.write(record.model_copy(update={"config": {**record.config, "ranks": 1}}))
+    _, plan = resized(Order(TrainConfig()), launcher.folder, {"ranks": 2}, ("loop.py",))
+    assert (plan.ranks, plan.strategy, plan.program) == (2, "allreduce", ("loop.py",))
 
 
 def test_one_change_at_a_time(tmp_path: Path) -> None:

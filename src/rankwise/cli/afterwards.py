@@ -145,7 +145,7 @@ def stop(
 
 @app.command
 def resize(
-    run: Annotated[Path, Parameter(help="Run folder of a run that goes on, started by rankwise train.")],
+    run: Annotated[Path, Parameter(help="Run folder of a run that goes on, of rankwise train or rankwise run.")],
     /,
     *,
     ranks: Annotated[

@@ -25,6 +25,7 @@ from rankwise.launch.order import Order, resumed
 from rankwise.launch.plan_file import write_plan
 from rankwise.launch.supervision import MpiexecResult, Started
 from rankwise.plan import RunPlan, make_plan
+from rankwise.program_plan import program_plan
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.resize import ask, read_resize, tell
 
@@ -159,7 +160,7 @@ class Generations:
 
     def _begin(self, given: dict[str, object]) -> None:
         try:
-            order, plan = resized(self._order, self._folder, given)
+            order, plan = resized(self._order, self._folder, given, self._plan.program)
             names = check(plan.host_list, self._folder.path)
             mark = os.urandom(8).hex()
             write_plan(self._folder, order.config, plan.with_options(out=self._folder.path), is_next=True)
@@ -201,16 +202,19 @@ def no_room_for_a_checkpoint(folder: RunFolder) -> str:
     return ""
 
 
-def resized(order: Order, folder: RunFolder, given: dict[str, object]) -> tuple[Order, RunPlan]:
-    """What a run is asked for with other ranks or hosts, and its plan. Raises UsageError, one line, for what
-    it cannot go on with."""
+def resized(
+    order: Order, folder: RunFolder, given: dict[str, object], program: tuple[str, ...] = ()
+) -> tuple[Order, RunPlan]:
+    """What a run, of a `program` if there is one, is asked for with other ranks or hosts, and its plan.
+    Raises UsageError, one line, for what it cannot go on with."""
     new = resumed(replace(order, config=TrainConfig(**given), resume=folder.path), folder, folder.read())
-    plan = make_plan(new.config, resumes=True)
+    plan = program_plan(new.config, program) if program else make_plan(new.config, resumes=True)
     room = sum(host.slots for host in plan.host_list)
     if plan.hosts and plan.processes > room:
         raise ConfigError(
             f"--hosts {plan.hosts} have room for {room} ranks, but {plan.processes} were asked for: give "
             "them more slots, or ask for fewer ranks"
         )
-    preflight.prepare(plan)
+    if not program:
+        preflight.prepare(plan)
     return new, plan

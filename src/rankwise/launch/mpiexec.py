@@ -48,13 +48,13 @@ def run_by_mpiexec(
     if plan.program and not folder.record.exists():
         begin_calls(folder, plan.recorded())
     with order.display(folder, prepared.epochs, prepared.samples_per_epoch, live=live) as display:
-        show = (
-            Output(folder, display.say, plan.processes, keeps_stdout=order.keeps_stdout)
-            if plan.program
-            else plain(display.say)
-        )
 
         def start_ranks(plan: RunPlan, *mark: str) -> Started:
+            show = (
+                Output(folder, display.say, plan.processes, keeps_stdout=order.keeps_stdout)
+                if plan.program
+                else plain(display.say)
+            )
             return _start(plan, folder, show, mark, forks)
 
         with Generations(order, plan, folder, start_ranks, display.say, pauses) as generations:

@@ -193,7 +193,8 @@ def resumed(order: Order, folder: RunFolder, stored: Record) -> Order:
             )
             if 1 in (value, in_force["ranks"]):
                 # How several ranks keep in step says nothing of one, nor the other way round.
-                options |= dict.fromkeys(("strategy", "topology", "sync_every", "local_after"))
+                of_several = ("strategy", "topology", "sync_every", "local_after")
+                options = {its: options[its] for its in options if its not in of_several}
     known = {name: value for name, value in options.items() if name in TrainConfig.model_fields}
     try:
         config = given.over(known).model_copy(update={"out": folder.path})

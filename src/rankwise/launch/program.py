@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from rankwise.comm import World, join, solo_world
-from rankwise.comm.mpi import mpi_world
+from rankwise.comm.mpi import mpi_transport, mpi_world
 from rankwise.comm.mpi_environment import started_as_rank
 from rankwise.config import LOOP_OPTIONS, TrainConfig
 from rankwise.errors import (
@@ -30,7 +32,7 @@ from rankwise.errors import (
 from rankwise.launch import program_process
 from rankwise.launch.order import OpenFolder, Order, open_folder
 from rankwise.launch.plan_file import read_asked, read_plan
-from rankwise.launch.rank import ending_all_ranks, new_ledger
+from rankwise.launch.rank import ending_all_ranks, late_ledger, new_ledger, wait_for_start
 from rankwise.plan import RunPlan
 from rankwise.program_plan import DEFAULT_STRATEGY, of_world, program_plan
 from rankwise.report.live import Display
@@ -146,10 +148,34 @@ def _seat_in(started: program_process.ProgramRank) -> Seat:
 
     folder = started.folder
     started.take_over(finish, fail)
-    world = mpi_world(new_ledger()) if started_as_rank() else solo_world(new_ledger())
+    if started.mark:
+        world = _taking_over(folder, started.mark)
+        inside.enter_context(started.crashes_written_down())
+    else:
+        world = mpi_world(new_ledger()) if started_as_rank() else solo_world(new_ledger())
     seat = Seat(world, folder, lambda line: print(line, file=sys.stderr, flush=True))
     inside.enter_context(stop_on_signal(world))
     return seat
+
+
+def _taking_over(folder: RunFolder, mark: str) -> World:
+    """The world of ranks that have waited here until the start `mark` began. Their time begins then: until
+    then it was others' run."""
+    transport = mpi_transport() if started_as_rank() else None
+    world = World(transport) if transport else solo_world()
+    with ending_all_ranks(world, None, lambda told: print(f"rankwise: {told}", file=sys.stderr, flush=True)):
+        _make_a_step()
+        wait_for_start(world, folder, mark)
+    folder.take_part()
+    return World(transport, late_ledger()) if transport else solo_world(late_ledger())
+
+
+def _make_a_step() -> None:
+    """Of nothing: much of torch is imported by the first one, for which the run is not to wait."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight])
+    weight.sum().backward()
+    optimizer.step()
 
 
 def _own_seat(options: Mapping[str, Any]) -> Seat:

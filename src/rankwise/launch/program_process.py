@@ -42,16 +42,20 @@ PLACE_S = 60.0
 class ProgramRank:
     """This process as a rank of a program, of which `folder` is the run. `at_end` is called when all is over.
 
-    A `Run` that the program makes takes `take_over`, with what is to end it: well, or by an error.
+    A `Run` that the program makes takes `take_over`, with what is to end it: well, or by an error. A rank
+    that waits for the start `mark` until then has no part in the run: whatever goes wrong ends these ranks
+    alone.
     """
 
-    def __init__(self, folder: RunFolder, me: Placement, at_end: Callable[[], None]) -> None:
+    def __init__(self, folder: RunFolder, me: Placement, at_end: Callable[[], None], mark: str = "") -> None:
         self.folder = folder
+        self.mark = mark
         self._me = me
         self._at_end = at_end
-        self._session: Session | None = Session(
-            folder.calls, me.rank, me.size, several_hosts=me.local_size != me.size
-        )
+        self._session: Session | None = None
+        if not mark:
+            several = me.local_size != me.size
+            self._session = Session(folder.calls, me.rank, me.size, several_hosts=several)
         self._finish: Callable[[], None] | None = None
         self._fail: Callable[[BaseException], None] | None = None
 
@@ -67,16 +71,19 @@ class ProgramRank:
     def run(self, program: Sequence[str], spares: int) -> None:
         """Run the script to its end, on ranks of which the last are `spares`. Raises what it raises, after
         having left word and ended all ranks, and ConfigError if spares wait nowhere."""
-        tell_as_torchrun(self._me, self.folder, ranks=self._me.size - spares)
+        start = self.mark or self.folder.start
+        tell_as_torchrun(self._me, self.folder, ranks=self._me.size - spares, start=start)
         code = 0
         atexit.register(lambda: self._over(code))  # before any of the program's own, so behind them
         try:
-            with _interrupted_by_sigusr1(), self._crashes_written_down():
+            with _interrupted_by_sigusr1(), self.crashes_written_down(begins=not self.mark):
                 if self._session is not None:
                     self._session.begin()
                 run_script(program)
                 if self._finish is not None:
                     self._finish()
+                elif self.mark:
+                    raise ConfigError("the program made no rankwise.Run, in which its ranks could take over")
                 elif spares:
                     raise ConfigError(
                         f"--spares {spares} was given, but the program made no rankwise.Run, in which they "
@@ -96,7 +103,10 @@ class ProgramRank:
         """Of a program without a `Run`: the first reason counts, and all ranks end with it."""
         told = translated(error, self._me.rank, self._me.size)
         code = Interrupted.exit_code if _is_stop(error) else told.exit_code
-        write_failure(self.folder, self._me.rank, told, error)
+        if not self.mark:
+            write_failure(self.folder, self._me.rank, told, error)
+        elif isinstance(error, RankwiseError):
+            print(f"rankwise: {told}", file=sys.stderr)
         if self._session is not None:
             self._session.end(code, str(told))
             self._session.close()
@@ -110,8 +120,9 @@ class ProgramRank:
             self._session.close()
             self._at_end()
 
-    def _crashes_written_down(self) -> contextlib.AbstractContextManager[None]:
-        if self._me.size == 1:
+    def crashes_written_down(self, *, begins: bool = True) -> contextlib.AbstractContextManager[None]:
+        """While inside, if this rank `begins` to have part in the run and there are others."""
+        if self._me.size == 1 or not begins:
             return contextlib.nullcontext()
         return crashes.written_down(self.folder.crash_of(self._me.rank))
 
@@ -127,14 +138,15 @@ def _without_input() -> None:
     os.close(nothing)
 
 
-def run_as_launched(folder: RunFolder) -> None:
-    """Be one rank of the program whose plan is in `folder`; ends with the exit code of its error, which
-    stands in the folder and is the launcher's to tell."""
+def run_as_launched(folder: RunFolder, mark: str = "") -> None:
+    """Be one rank of the program whose plan is in `folder`; with a `mark` one of those that take over when
+    the start of this name begins. Ends with the exit code of its error, which stands in the folder and is the
+    launcher's to tell."""
     machine.die_with_parent(signal.SIGKILL)
     _without_input()
     try:
         try:
-            plan = read_plan(folder)
+            plan = read_plan(folder, is_next=bool(mark))
             me = placement()
             if me.size != plan.processes:
                 raise LaunchError(
@@ -142,9 +154,10 @@ def run_as_launched(folder: RunFolder) -> None:
                     "mpiexec does not do as it was asked; rankwise doctor shows which it is"
                 )
         except UsageError as error:
-            write_failure(folder, 0, error, error)
+            if not mark:
+                write_failure(folder, 0, error, error)
             raise
-        be_rank(folder, me, plan)
+        be_rank(folder, me, plan, mark=mark)
     except KeyboardInterrupt:
         sys.exit(Interrupted.exit_code)
     except RankwiseError as error:
@@ -154,12 +167,19 @@ def run_as_launched(folder: RunFolder) -> None:
 
 
 def be_rank(
-    folder: RunFolder, me: Placement, plan: RunPlan, at_end: Callable[[], None] = lambda: None
+    folder: RunFolder,
+    me: Placement,
+    plan: RunPlan,
+    at_end: Callable[[], None] = lambda: None,
+    *,
+    mark: str = "",
 ) -> None:
-    """Run the program of a plan as a rank of the run in `folder`. Raises what it raises."""
+    """Run the program of a plan as a rank of the run in `folder`; with a `mark` as one that has part in it
+    when the start of this name begins. Raises what it raises."""
     global current
-    folder.take_part()
-    current = ProgramRank(folder, me, at_end)
+    if not mark:
+        folder.take_part()
+    current = ProgramRank(folder, me, at_end, mark)
     current.run(plan.program, plan.spares)
 
 
@@ -199,20 +219,20 @@ def _run_as_main(script: str) -> None:
     exec(compile(Path(script).read_bytes(), path, "exec", dont_inherit=True), main.__dict__)
 
 
-def tell_as_torchrun(me: Placement, folder: RunFolder, *, ranks: int) -> None:
+def tell_as_torchrun(me: Placement, folder: RunFolder, *, ranks: int, start: str) -> None:
     """Set what programs of torch.distributed look for: RANK, WORLD_SIZE (`ranks`, without those that stand
-    by), LOCAL_RANK, LOCAL_WORLD_SIZE, and where rank 0 is to be found, which it writes into the folder.
-    Raises LaunchError if it does not."""
+    by), LOCAL_RANK, LOCAL_WORLD_SIZE, and where rank 0 of this `start` is to be found, which it writes into
+    the folder. Raises LaunchError if it does not."""
     if me.rank == 0:
         with socket.socket() as free:
             free.bind(("", 0))
             name = "127.0.0.1" if me.local_size == me.size else socket.gethostname()
-            write_atomically(folder.rank_0, f"{name} {free.getsockname()[1]} {folder.start}".encode())
+            write_atomically(folder.rank_0, f"{name} {free.getsockname()[1]} {start}".encode())
     give_up = time.monotonic() + PLACE_S
     while True:
         with contextlib.suppress(OSError, ValueError):
-            address, port, start = folder.rank_0.read_text().split(" ", 2)
-            if start == folder.start:
+            address, port, its = folder.rank_0.read_text().split(" ", 2)
+            if its == start:
                 break
         if time.monotonic() > give_up:
             raise LaunchError(f"rank 0 did not come within {PLACE_S:.0f} s, or {folder.path} is not shared")

@@ -1,4 +1,5 @@
-"""``python -P -m rankwise.launch.program_rank FOLDER``: one rank of a program that our launcher started."""
+"""``python -P -m rankwise.launch.program_rank FOLDER [START]``: one rank of a program that our launcher
+started; with the name of a START one that takes over in its `Run`, once that is the run's."""
 
 from __future__ import annotations
 
@@ -9,4 +10,4 @@ from rankwise.launch.program_process import run_as_launched
 from rankwise.runs.folder import RunFolder
 
 if __name__ == "__main__":
-    run_as_launched(RunFolder(Path(sys.argv[1])))
+    run_as_launched(RunFolder(Path(sys.argv[1])), *sys.argv[2:])

@@ -122,13 +122,18 @@ def take_over(folder: RunFolder, mark: str) -> tuple[RunPlan, World]:
         plan = read_plan(folder, is_next=True)
         _require_size(world, plan)
         get_ready(plan)
-        world.barrier()
-        if world.rank == 0:
-            resize.tell(folder.resize, "ready")
-        while not folder.has_begun(mark):
-            time.sleep(LOOK_S)
+        wait_for_start(world, folder, mark)
     with ending_all_ranks(world, folder, lambda told: None):
-        return plan, World(transport, Ledger(cost_ns=measure_cost(), cpu_s_before=machine.cpu_seconds()))
+        return plan, World(transport, late_ledger())
+
+
+def wait_for_start(world: World, folder: RunFolder, mark: str) -> None:
+    """Say that these ranks are ready, and wait until the start of this name begins; all ranks together."""
+    world.barrier()
+    if world.rank == 0:
+        resize.tell(folder.resize, "ready")
+    while not folder.has_begun(mark):
+        time.sleep(LOOK_S)
 
 
 def _require_size(world: World, plan: RunPlan) -> None:
@@ -227,6 +232,11 @@ def _silent(_: str) -> None:
 
 def new_ledger() -> Ledger:
     return Ledger(start_ns=machine.process_start_ns(), cost_ns=measure_cost())
+
+
+def late_ledger() -> Ledger:
+    """Of a rank whose time begins now, and not when its process began."""
+    return Ledger(cost_ns=measure_cost(), cpu_s_before=machine.cpu_seconds())
 
 
 @contextlib.contextmanager

@@ -211,26 +211,23 @@ def stop(path: Path, say: Callable[[str], None], *, patience_s: float = PATIENCE
 
 
 def resize(path: Path, given: dict[str, Any], say: Callable[[str], None]) -> Record:
-    """Let a run of `rankwise train` go on with other ranks or hosts, and wait until they have committed what
+    """Let a run go on with other ranks or hosts, and wait until they have committed what
     they trained first. Returns its record then. Raises UsageError for what cannot be resized, or to that, and
     TrainingError if nothing came of it, while the run goes on as it was."""
     line = _running(path, "resize")
     folder = RunFolder(path)
     plan = read_plan(folder)
-    if plan.program:
-        raise UsageError(
-            f"{path} holds a program whose own loop trains, which cannot be resized while it runs: stop it "
-            f"with rankwise stop {path}, and go on with rankwise run --resume {path} --ranks N"
-        )
+    command = "run" if plan.program else "train"
     if line.record is None:
-        raise UsageError(f"{path} has not begun to train yet: ask again in a moment")
+        where = ", which a program does in a rankwise.Run" if plan.program else ""
+        raise UsageError(f"{path} has not begun to train yet{where}: ask again in a moment")
     if line.holder is None or not line.holder.alive or line.holder.pid in live_processes(folder.beats):
         raise UsageError(
-            f"{path} was not started by rankwise train --ranks N, which alone can start other ranks: stop "
-            f"it, and go on with rankwise train --resume {path} --ranks N"
+            f"{path} was not started by rankwise {command} --ranks N, which alone can start other ranks: "
+            f"stop it, and go on with rankwise {command} --resume {path} --ranks N"
         )
     order = Order(TrainConfig())
-    _, wanted = resized(order, folder, given)
+    _, wanted = resized(order, folder, given, plan.program)
     if (wanted.ranks, wanted.spares, wanted.hosts) == (plan.ranks, plan.spares, plan.hosts):
         raise UsageError(f"{path} runs on {plan.ranks} ranks already: nothing to resize")
     change.ask(folder.resize, given)
