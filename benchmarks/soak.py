@@ -3,8 +3,8 @@
     python benchmarks/soak.py [--minutes 20] [--every 20] [--seed 0] [--data-dir DIR] [--out DIR]
 
 Ranks are killed, crash, hang, sleep, become slow, or compute what is not a number, in a random phase. As many
-of these are deadly as spares and --min-ranks allow, and then one more, after which all are started again; and
-so on to the end. The same seed gives the same faults. Exit code 1 if a sample is lost or trained twice, a
+of these are deadly as spares and --min-ranks allow, and then one more, after which as many as at first take
+over; and so on to the end. The same seed gives the same faults. Exit code 1 if a sample is lost or trained twice, a
 ledger does not close, or accuracy is a point below that of the run without faults.
 
 Throughput is told twice: of the epochs that no fault struck, by their median; and in all, by the time from
@@ -72,7 +72,7 @@ def draw(arguments: argparse.Namespace, epochs: int, every: int) -> Any:
             live.remove(rank)
             if waiting:
                 live.append(waiting.pop(0))
-            if len(live) < arguments.min_ranks:  # all are started again
+            if len(live) < arguments.min_ranks:  # others take over
                 live = list(range(arguments.ranks))
                 waiting = list(range(arguments.ranks, arguments.ranks + arguments.spares))
 
@@ -107,8 +107,12 @@ def tell(whole: dict[str, Any], struck: dict[str, Any], arguments: argparse.Name
     ]
     kinds = [fault["kind"] for fault in struck["faults"]]
     starts = sum(fault["action"] == "restart" for fault in struck["faults"])
+    # Until a hang is found its timeout passes, whatever else is done.
+    hang_s = sum(its["detected_after_s"] or 0 for its in struck["faults"] if its["kind"] == "hang")
+    lost = ", ".join(f"{cause} {share:.2%}" for cause, share in struck["efficiency"]["goodput_lost"].items())
     met = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
-    print(f"faults met: {met}; {starts} starts anew")
+    print(f"faults met: {met}; {starts} starts anew; {struck['generation']} generations after the first one")
+    print(f"goodput {struck['efficiency']['goodput']:.2%}; lost to {lost}")
     print(
         f"samples: {samples['trained']:,} of {samples['expected']:,}, {samples['lost']} lost, "
         f"{samples['duplicated']} trained twice; ledgers {'close' if closes else 'do NOT close'}"
@@ -116,6 +120,8 @@ def tell(whole: dict[str, Any], struck: dict[str, Any], arguments: argparse.Name
     print(f"accuracy: {accuracy[1]:.2%}, without faults {accuracy[0]:.2%}")
     print(f"throughput of epochs that no fault struck: {rates[1] / rates[0]:.1%} of that without faults")
     print(f"throughput in all, from launch to end: {in_all[1] / in_all[0]:.1%}")
+    without = in_all[1] * struck["launched_s"] / (struck["launched_s"] - hang_s)
+    print(f"the same without the {hang_s:.1f} s in which hangs were found: {without / in_all[0]:.1%}")
     return 0 if exact and closes and accuracy[1] > accuracy[0] - 0.01 else 1
 
 

@@ -145,7 +145,9 @@ def stop(
 
 @app.command
 def resize(
-    run: Annotated[Path, Parameter(help="Run folder of a run that goes on, of rankwise train or rankwise run.")],
+    run: Annotated[
+        Path, Parameter(help="Run folder of a run that goes on, of rankwise train or rankwise run.")
+    ],
     /,
     *,
     ranks: Annotated[

@@ -34,6 +34,8 @@ StartRanks = Callable[[RunPlan, str], Started]
 
 Say = Callable[[str], None]
 
+NO_ROOM_TO_TELL = "how far that is cannot be written into the run folder: is the disk full?"
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -100,8 +102,10 @@ class Generations:
             if trouble := no_room_for_a_checkpoint(self._folder):
                 self._give_up(trouble)
                 return
+            if not tell(self._folder.resize, "handing over"):
+                self._give_up(NO_ROOM_TO_TELL)
+                return
             self._hands_over = True
-            tell(self._folder.resize, "handing over")
             present.ask_to_stop()
 
     def take_over(self, ending: MpiexecResult) -> Generation | None:
@@ -164,9 +168,11 @@ class Generations:
             names = check(plan.host_list, self._folder.path)
             mark = os.urandom(8).hex()
             write_plan(self._folder, order.config, plan.with_options(out=self._folder.path), is_next=True)
-            tell(self._folder.resize, "starting", mark=mark)
+            if not tell(self._folder.resize, "starting", mark=mark):
+                raise UsageError(NO_ROOM_TO_TELL)
             started = self._start_ranks(plan, mark)
         except RankwiseError as error:
+            self._forget_next_plan()
             tell(self._folder.resize, "refused", message=one_line(error))
             self._say(f"the run was not resized: {one_line(error)}")
             return
@@ -179,10 +185,13 @@ class Generations:
         assert self._next is not None
         self._next.started.end()
         self._next, self._hands_over = None, False
-        with contextlib.suppress(OSError):
-            self._folder.next_plan.unlink(missing_ok=True)
+        self._forget_next_plan()
         tell(self._folder.resize, "failed", message=why)
         self._say(f"the run was not resized: {why}")
+
+    def _forget_next_plan(self) -> None:
+        with contextlib.suppress(OSError):
+            self._folder.next_plan.unlink(missing_ok=True)
 
 
 def no_room_for_a_checkpoint(folder: RunFolder) -> str:

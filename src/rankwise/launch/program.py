@@ -174,7 +174,7 @@ def _make_a_step() -> None:
     """Of nothing: much of torch is imported by the first one, for which the run is not to wait."""
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight])
-    weight.sum().backward()
+    weight.sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 

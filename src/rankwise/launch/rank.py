@@ -130,9 +130,9 @@ def take_over(folder: RunFolder, mark: str) -> tuple[RunPlan, World]:
 def wait_for_start(world: World, folder: RunFolder, mark: str) -> None:
     """Say that these ranks are ready, and wait until the start of this name begins; all ranks together."""
     world.barrier()
-    if world.rank == 0:
-        resize.tell(folder.resize, "ready")
+    told = world.rank != 0
     while not folder.has_begun(mark):
+        told = told or resize.tell(folder.resize, "ready")  # again, if the disk is full just now
         time.sleep(LOOK_S)
 
 

@@ -238,6 +238,8 @@ def resize(path: Path, given: dict[str, Any], say: Callable[[str], None]) -> Rec
 def _resized(folder: RunFolder, launcher: Holder) -> Record:
     while True:
         now = change.read_resize(folder.resize)
+        if now is None and not folder.resize.exists():
+            raise TrainingError(f"{folder.path} was not resized: what its launcher says tells why")
         if now is not None and now.state == "refused":
             raise UsageError(now.message)
         if now is not None and now.state == "failed":

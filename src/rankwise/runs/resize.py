@@ -62,9 +62,17 @@ def ask(path: Path, given: dict[str, Any]) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
-def tell(path: Path, state: State, **more: Any) -> None:
-    """Say how far the change is. If that cannot be written, it is not known to whoever asked."""
+def tell(path: Path, state: State, **more: Any) -> bool:
+    """Say how far the change is; returns whether it could be written, if anybody has asked. A change of which
+    nobody can be told that it is over is taken away, so that nobody waits for it."""
     now = read_resize(path)
-    if now is not None:
-        with suppress(StorageError):
-            write_atomically(path, json.dumps(asdict(replace(now, state=state, **more))).encode())
+    if now is None:
+        return True
+    try:
+        write_atomically(path, json.dumps(asdict(replace(now, state=state, **more))).encode())
+    except StorageError:
+        if state in OVER:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        return False
+    return True

@@ -81,8 +81,7 @@ def admit(
     done = False
     try:
         if newest is not None:
-            its = of_rank_0 if world.rank == newest.holder else None
-            copy = world.broadcast_object(its, newest.holder)
+            copy = world.broadcast_object(of_rank_0 if world.rank == newest.holder else None, newest.holder)
         if not all(standings):
             sent = world.broadcast_object(mine, donor)
         for member, holder, newcomer in takers(standings, world.members, progress):

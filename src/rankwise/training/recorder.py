@@ -176,9 +176,8 @@ class Recorder:
     def _tell_of_commit(self) -> None:
         """What ranks that took over trained first is committed: who asked for them waits for that."""
         if self._takes_over:
-            self._takes_over = False
-            if self._world.rank == 0:
-                resize.tell(self._folder.resize, "done")
+            told = self._world.rank != 0 or resize.tell(self._folder.resize, "done")
+            self._takes_over = not told  # again, if the disk is full just now
 
     def _is_best(self, number: int) -> bool:
         """Whether no epoch before was as good."""
