@@ -4,8 +4,8 @@
 
 Ranks are killed, crash, hang, sleep, become slow, or compute what is not a number, in a random phase. As many
 of these are deadly as spares and --min-ranks allow, and then one more, after which as many as at first take
-over; and so on to the end. The same seed gives the same faults. Exit code 1 if a sample is lost or trained twice, a
-ledger does not close, or accuracy is a point below that of the run without faults.
+over; and so on to the end. The same seed gives the same faults. Exit code 1 if a sample is lost or trained
+twice, a ledger does not close, or accuracy is a point below that of the run without faults.
 
 Throughput is told twice: of the epochs that no fault struck, by their median; and in all, by the time from
 launch to end. With --out the runs stay there.
