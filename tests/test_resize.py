@@ -32,7 +32,6 @@ from .conftest import Command
 from .processes import wait_for
 from .test_mpi import closes
 from .test_running import running
-from .test_tutorials import small_disk
 
 SMALL = ("--dataset", "digits", "--model", "mlp", "--lr", "0.01", "--strategy", "allreduce")
 
@@ -530,37 +529,3 @@ def test_a_disk_on_which_nothing_can_be_told(
     assert launcher.coming.did == ["ended"] * (state == "ready")
     assert not folder.resize.exists()
     assert not folder.next_plan.exists()
-
-
-@pytest.mark.mpi
-@pytest.mark.full
-@pytest.mark.timeout(300)
-def test_a_disk_that_fills_up_meanwhile(command: Command, tmp_path: Path) -> None:
-    """On a real disk that is filled while the next ranks get ready, so that a checkpoint has no room, the
-    present ones train on, whoever asked is told why, and when there is room the run is resized."""
-    (tmp_path / "wide.py").write_text(
-        "from torch import nn\n"
-        "def net(shape, classes):\n"
-        "    hidden = nn.Linear(64, 5000)\n"
-        "    return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(5000, classes))\n"
-    )
-    with small_disk(tmp_path / "small"):
-        words = ["train", *SMALL, "--ranks", "2", "--epochs", "100000", "--checkpoint-every", "100000"]
-        words[words.index("mlp")] = "wide:net"
-        run = Running(command, tmp_path, *words, "--out", "small/run", out="small/run")
-        asks = command.start(*(command.python, "-m", "rankwise", "resize", "small/run", "--ranks", "3"))
-        wait_for(lambda: (its := resize.read_resize(run.folder.resize)) is not None and its.state != "asked")
-        filler = tmp_path / "small" / "filler"
-        with filler.open("wb") as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(1 << 16))
-                file.flush()
-        os.truncate(filler, filler.stat().st_size - (1 << 20))  # of which a record needs some
-        out, err = asks.communicate(timeout=120)
-        assert asks.returncode == 1, (out, err)
-        assert "there is no room for the checkpoint that hands the run over: No space left" in err
-        filler.unlink()
-        assert run.process.poll() is None
-        assert command.rankwise("resize", "small/run", "--ranks", "3").code == 0
-        record = run.stop()
-        assert (record.generation, len(record.ranks)) == (1, 3)

@@ -17,6 +17,7 @@ from rankwise.strategies.base import OF_SITTING, State, Strategy, is_as_left, le
 from rankwise.strategies.compression import Flat
 from rankwise.strategies.recovery import Recovery
 from rankwise.strategies.traffic import (
+    ITEM_BYTES,
     Collective,
     Exchange,
     Messages,
@@ -196,7 +197,7 @@ class Asynchronous(Strategy[CentreState]):
     def traffic(self, model: ModelSize, hosts: Sequence[int]) -> Traffic:
         size = flat_bytes(model.parameters)
         return Traffic(
-            each_round=(Messages("server", size, count=2),),
+            each_round=(Messages("server", size + COUNT * ITEM_BYTES, count=2),),
             meeting=Server(self.max_staleness),
             payload_bytes=size,
             served=1,
