@@ -74,8 +74,8 @@ def _disk_in_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(autouse=True, scope="session")
 def _memory_measured_once() -> Iterator[None]:
-    """The kernel looks at each page of this process to tell how much of it is its own, which is more than what
-    a small run has beside, and each rank in a thread would ask anew after each epoch."""
+    """The kernel looks at each page of this process to tell how much of it is its own: a tenth of what a
+    small run costs, if each rank in a thread asks anew after each epoch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "pss_bytes", functools.cache(limits.pss_bytes))
         yield
