@@ -7,6 +7,7 @@ and more examples of each property, and runs what computes once more as processo
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,24 +17,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from .groups import PLACE
+
 SIDE_BY_SIDE = ("--dist", "loadgroup", "--numprocesses")
 COMPUTES = "not mpi and not alone and not full and not browser"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tests that one pytest runs. `instructions` are those that libraries may use of a processor's."""
+    """Tests that one pytest runs. `all_have` is a mark that all of them have. `instructions` are those that
+    libraries may use of a processor's."""
 
     name: str
     marked: str
     options: tuple[str, ...] = ()
+    all_have: str | None = None
     instructions: dict[str, str] = field(default_factory=dict)
 
 
 DAILY = (
     Group("threads", "not mpi and not alone", (*SIDE_BY_SIDE, "auto", "--maxprocesses", "4")),
-    Group("mpi", "mpi and not alone", (*SIDE_BY_SIDE, "3")),
-    Group("alone", "alone"),
+    Group("mpi", "mpi and not alone", (*SIDE_BY_SIDE, "3"), "mpi"),
+    Group("alone", "alone", (), "alone"),
 )
 
 
@@ -43,7 +48,7 @@ def instructions(mkl: str, aten: str, onednn: str) -> dict[str, str]:
 
 
 OTHER_MAKES = tuple(
-    Group(f"as with {name}", COMPUTES, DAILY[0].options, variables)
+    Group(f"as with {name}", COMPUTES, DAILY[0].options, None, variables)
     for name, variables in (
         ("SSE4", instructions("SSE4_2", "default", "SSE41")),
         ("AVX2", instructions("AVX2", "avx2", "AVX2")),
@@ -59,16 +64,24 @@ def main(*words: str) -> int:
         print(f"python -m tests takes 'full' or nothing, not {' '.join(words)}", file=sys.stderr)
         return 2
     rows, code = [], 0
-    for group in (*DAILY, *OTHER_MAKES) if full else DAILY:
-        marked = group.marked if full else f"{group.marked} and not full"
-        print(f"\n== {group.name}", flush=True)
-        started_s = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            results = Path(folder, "results.xml")
+    with tempfile.TemporaryDirectory() as folder:
+        results, by_mark = Path(folder, "results.xml"), Path(folder, "by-mark.json")
+        # Python may be told to keep no bytecode; here each rank and each group would compile the same again.
+        common = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        common[PLACE] = str(by_mark)
+        for group in (*DAILY, *OTHER_MAKES) if full else DAILY:
+            marked = group.marked if full else f"{group.marked} and not full"
+            print(f"\n== {group.name}", flush=True)
+            started_s = time.monotonic()
+            results.unlink(missing_ok=True)
             command = [sys.executable, "-m", "pytest", "-m", marked, *group.options, f"--junitxml={results}"]
+            if group.all_have and by_mark.exists():
+                command += json.loads(by_mark.read_text()).get(group.all_have, [])
+            else:
+                command += ["-p", "tests.groups"]
             # Other makes are a matter of each example, not of how many there are.
             extent = {"RANKWISE_TESTS": "full"} if full and not group.instructions else {}
-            done = subprocess.run(command, env={**os.environ, **group.instructions, **extent}, check=False)
+            done = subprocess.run(command, env={**common, **group.instructions, **extent}, check=False)
             code = code or done.returncode
             rows.append((group.name, time.monotonic() - started_s, *counts(results)))
     print()

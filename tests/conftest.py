@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from rankwise.launch import forking
 from rankwise.plan import RunPlan, resolve
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record, Samples
+from rankwise.system import limits
 
 from . import effort, tiny, warm
 from .processes import Belongings, Process, where_all_stand
@@ -68,6 +70,15 @@ def _disk_in_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """Nobody waits for the disk, but tests that are about it."""
     if not request.node.get_closest_marker("disk"):
         monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _memory_measured_once() -> Iterator[None]:
+    """The kernel looks at each page of this process to tell how much of it is its own: a tenth of what a
+    small run costs, if each rank in a thread asks anew after each epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "pss_bytes", functools.cache(limits.pss_bytes))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -256,11 +256,11 @@ def test_only_one_is_left(command: Command, tmp_path: Path, strategy: str) -> No
     survives(RunFolder(tmp_path / "run").read(), {0, 1, 2})
 
 
-@pytest.mark.cold
 def test_a_kill_that_nobody_asked_for(command: Command, tmp_path: Path) -> None:
     """kill -9 from outside is survived as one on demand is; rank 0 is another one then, and Ctrl-C still
     stops the run, which goes on later with all its ranks."""
     words = [*SMALL, "--epochs", "2000", "--ranks", "3", "--out", "run"]
+    # What is killed is a Python of its own; what goes on later need not be.
     process = command.start(sys.executable, "-m", "rankwise", "train", *words)
     folder = tmp_path / "run"
     wait_for(lambda: (folder / "metrics.jsonl").exists() and count_epochs(folder) >= 2)

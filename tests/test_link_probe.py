@@ -91,7 +91,7 @@ def test_a_doctor_for_hosts_that_cannot_be_reached(command: Command, tmp_path: P
     agent = tmp_path / "agent"
     agent.write_text("#!/bin/sh\necho no route >&2\nexit 255\n")
     agent.chmod(0o755)
-    words = [sys.executable, "-m", "rankwise", "doctor", "--hosts"]
+    words = [command.python, "-m", "rankwise", "doctor", "--hosts"]
     process = command.start(*words, "localhost,x.invalid,y.invalid:2", PRTE_MCA_plm_ssh_agent=str(agent))
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2

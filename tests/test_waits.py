@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -21,6 +21,7 @@ from rankwise.ledger.phases import PHASES, Ledger
 from rankwise.ledger.timeline import Timeline
 from rankwise.ledger.waits import ENTRY, Pattern, split, violations
 
+from .effort import examples
 from .lockstep import together
 from .simulation import Clock, Program, simulate, token
 
@@ -531,7 +532,7 @@ def programs(draw: st.DrawFn) -> tuple[int, Program]:
     return size, program
 
 
-@settings(max_examples=60)
+@examples(30, 100)
 @given(programs(), st.integers(1, 10**5))
 def test_the_ideal_time_is_that_of_a_network_without_cost(
     made: tuple[int, Program], transfer_ns: int
@@ -545,7 +546,7 @@ def test_the_ideal_time_is_that_of_a_network_without_cost(
         assert slow.exchange_log.ideal_ns() <= slow.ledger.close().wall_ns
 
 
-@settings(max_examples=60)
+@examples(30, 100)
 @given(
     programs(),
     st.integers(1, 10**5),
@@ -635,7 +636,7 @@ def test_what_accounting_exchanges_is_counted_apart() -> None:
         assert one.overhead.bytes_sent > other.overhead.bytes_sent > 0
 
 
-@settings(max_examples=30)
+@examples(20, 100)
 @given(programs())
 def test_what_is_sent_is_received(made: tuple[int, Program]) -> None:
     """Over all ranks as many bytes and messages are received as were sent."""

@@ -19,6 +19,7 @@ from rankwise.comm import World, run_in_threads
 from rankwise.errors import Interrupted
 from rankwise.strategies.buckets import Buckets, cut
 
+from .. import effort
 from .loops import (
     BATCH,
     FEATURES,
@@ -35,8 +36,7 @@ from .loops import (
 TEAMS = [("allreduce", n) for n in (1, 2, 3, 5)] + [("gradient-server", n) for n in (2, 3, 5)]
 
 
-@pytest.mark.parametrize("sync_every", [1, 3])
-@pytest.mark.parametrize(("strategy", "ranks"), TEAMS)
+@pytest.mark.parametrize(("strategy", "ranks", "sync_every"), effort.rotating(TEAMS, [1, 3]))
 def test_ranks_are_one_process_with_the_large_batch(strategy: str, ranks: int, sync_every: int) -> None:
     """N ranks with batch b hold, after more than 50 steps, the weights of one process with the samples of all
     of them in one batch: momentum, ragged last batches and accumulated gradients included."""

@@ -168,6 +168,7 @@ def warm_up() -> None:
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     import sklearn.datasets  # noqa: F401
+    import torch._dynamo  # two seconds more, which the first step of each user's own optimizer takes
     import torch.distributed
     import torch.optim  # noqa: F401
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]  # scipy.stats takes a second to import
 
 from rankwise.prediction.network import Cluster, Network
 from rankwise.prediction.source import Compute, Source
@@ -126,12 +126,12 @@ def _repeats(asked: Asked) -> Doubt:
     epochs = np.log(asked.compute.epochs_s)
     freedom = EPOCHS_COUNT + len(epochs) - 1
     variance = (EPOCHS_COUNT * EPOCHS**2 + float(((epochs - epochs.mean()) ** 2).sum())) / freedom
-    quantile = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
+    quantile = float(special.stdtrit(freedom, (1 + LEVEL) / 2))
     return _by_factor("repeats", quantile * math.sqrt(variance * (1 + 1 / len(epochs))), asked.total_s)
 
 
 def _drift(asked: Asked) -> Doubt:
-    quantile = float(stats.norm.ppf((1 + LEVEL) / 2))
+    quantile = float(special.ndtri((1 + LEVEL) / 2))
     return _by_factor("drift", quantile * DRIFT / math.sqrt(asked.compute.runs), asked.total_s)
 
 
