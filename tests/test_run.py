@@ -136,13 +136,28 @@ def only_without_sync(run: Any, loss: Any, model: nn.Module, optimizer: Any) -> 
     optimizer.step()
 
 
+def with_the_last_not_synced(run: Any, loss: Any, model: nn.Module, optimizer: Any) -> None:
+    (0.25 * loss).backward(retain_graph=True)
+    with run.no_sync():
+        (0.75 * loss).backward()
+    optimizer.step()
+
+
 def with_other_gradients(run: Any, loss: Any, model: nn.Module, optimizer: Any) -> None:
     (penalty,) = torch.autograd.grad(loss, model[0].weight, create_graph=True)
     (loss + penalty.square().sum() * 0).backward()
     optimizer.step()
 
 
-STEPS = [clipped, scaled, in_two_passes, without_sync, only_without_sync, with_other_gradients]
+STEPS = [
+    clipped,
+    scaled,
+    in_two_passes,
+    without_sync,
+    only_without_sync,
+    with_the_last_not_synced,
+    with_other_gradients,
+]
 
 
 def loop_with(
