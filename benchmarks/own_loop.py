@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 import rankwise
 from rankwise import data
 from rankwise.comm import solo_world
+from rankwise.data.feed import as_input
 from rankwise.ledger.phases import Ledger
 from rankwise.models.paper_cnn import PaperCNN
 from rankwise.program_plan import of_world, program_plan
@@ -44,14 +45,14 @@ class Images(Dataset):
 
     def __init__(self, samples: int) -> None:
         split = data.prepare(f"synthetic:{samples}").train
-        self._images = torch.from_numpy(np.array(split.images))
-        self._labels = torch.from_numpy(np.array(split.labels)).long()
+        self._images, self._labels = np.array(split.images), np.array(split.labels, np.int64)
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self._images[indices].permute(0, 3, 1, 2).float().div_(255), self._labels[indices]
+        images, labels = (np.take(its, indices, axis=0) for its in (self._images, self._labels))
+        return as_input(images), torch.from_numpy(labels)
 
 
 class Windows(Dataset):

@@ -136,13 +136,28 @@ def only_without_sync(run: Any, loss: Any, model: nn.Module, optimizer: Any) -> 
     optimizer.step()
 
 
+def with_the_last_not_synced(run: Any, loss: Any, model: nn.Module, optimizer: Any) -> None:
+    (0.25 * loss).backward(retain_graph=True)
+    with run.no_sync():
+        (0.75 * loss).backward()
+    optimizer.step()
+
+
 def with_other_gradients(run: Any, loss: Any, model: nn.Module, optimizer: Any) -> None:
     (penalty,) = torch.autograd.grad(loss, model[0].weight, create_graph=True)
     (loss + penalty.square().sum() * 0).backward()
     optimizer.step()
 
 
-STEPS = [clipped, scaled, in_two_passes, without_sync, only_without_sync, with_other_gradients]
+STEPS = [
+    clipped,
+    scaled,
+    in_two_passes,
+    without_sync,
+    only_without_sync,
+    with_the_last_not_synced,
+    with_other_gradients,
+]
 
 
 def loop_with(
@@ -1184,11 +1199,12 @@ def test_turns_deal_each_sample_once(
 ) -> None:
     """All ranks have equally many turns, which hold the samples in order, each once, but for those that
     `drop_last` drops; when ranks are lost after some rounds, the others get what is left, and nothing
-    twice."""
+    twice. Where a model cannot train on one sample, no rank gets a single one that another can take."""
+    least = data.draw(st.sampled_from([1, min(2, batch)]))
 
     def sampler(rank: int) -> TurnSampler:
         made = TurnSampler(rank=rank, ranks=ranks, sync_every=lambda _: every, keeps_global_batch=keeps)
-        made.begin(1, samples, batch_size=batch, drops_last=drops)
+        made.begin(1, samples, batch_size=batch, drops_last=drops, least=least)
         return made
 
     samplers = [sampler(rank) for rank in range(ranks)]
@@ -1197,10 +1213,13 @@ def test_turns_deal_each_sample_once(
     turns = [np.concatenate([its.indices for its in turn]) for turn in zip(*batches, strict=True)]
     dealt = samples - samples % (ranks * batch) * drops
     assert np.concatenate([[], *turns]).tolist() == [*range(dealt)]
-    assert len(turns) == samplers[0].turns(samples, batch_size=batch, drops_last=drops)
+    assert len(turns) == samplers[0].turns(samples, batch_size=batch, drops_last=drops, least=least)
     for turn in zip(*batches, strict=True):
         sizes = [len(its) for its in turn]
-        assert max(sizes) - min(sizes) <= 1
+        some = sizes[: len(np.flatnonzero(sizes))]
+        assert max(some) - min(some) <= 1
+        assert len(some) == ranks or sum(sizes) < least * ranks
+        assert min(some) >= min(least, sum(sizes))
         assert all(its.is_made for its in turn)
     rounds = samplers[0].rounds(1)
     if ranks == 1 or not rounds:
@@ -1216,6 +1235,8 @@ def test_turns_deal_each_sample_once(
         samplers[rank].redistribute(1, over, left, done)
     again = [list(samplers[rank].batches(1, over)) for rank in left]
     assert len({len(its) for its in again}) == 1
+    if not any(map(len, kept)):
+        assert all(len(its) == 0 or len(its) >= min(least, dealt) for mine in again for its in mine)
     new = [its.indices for mine in again for its in mine]
     everything = np.concatenate([*trained, *kept, *new])
     assert sorted(everything.tolist()) == [*range(dealt)]

@@ -61,4 +61,5 @@ for epoch in run.epochs(args.epochs):
         run.log(loss=loss)
     scheduler.step()
     val_accuracy = run.mean(accuracy(run.shard(test_loader)))
+    run.log(val_accuracy=val_accuracy)
     run.print(f"epoch {epoch + 1}: accuracy {val_accuracy:.1%}")

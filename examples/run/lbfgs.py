@@ -55,4 +55,5 @@ for epoch in run.epochs(args.epochs):
 
         loss = optimizer.step(closure)
     val_accuracy = run.mean(accuracy(run.shard(test_loader)))
+    run.log(val_accuracy=val_accuracy)
     run.print(f"epoch {epoch + 1}: loss {loss:.6f}, accuracy {val_accuracy:.1%}")

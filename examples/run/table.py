@@ -59,6 +59,7 @@ for epoch in run.epochs(args.epochs):
         loss.backward()
         optimizer.step()
     val_loss = run.mean(loss_on(run.shard(test_loader)))
+    run.log(val_loss=val_loss)
     scheduler.step(val_loss)
     run.print(f"epoch {epoch + 1}: loss {val_loss:.4f}")
     best, rested = (val_loss, 0) if val_loss < best else (best, rested + 1)

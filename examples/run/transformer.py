@@ -95,5 +95,5 @@ for epoch in run.epochs(args.epochs):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    val_loss = run.mean(held_out_loss(run.shard(test_loader)))
+    run.log(val_loss=(val_loss := run.mean(held_out_loss(run.shard(test_loader)))))
     run.print(f"epoch {epoch + 1}: perplexity {math.exp(val_loss):.2f}")

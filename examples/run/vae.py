@@ -66,4 +66,5 @@ for epoch in run.epochs(args.epochs):
         run.backward(loss, reduction="sum")
         optimizer.step()
     val_loss = run.mean(loss_per_image(run.shard(test_loader)))
+    run.log(val_loss=val_loss)
     run.print(f"epoch {epoch + 1}: loss {val_loss:.2f}")

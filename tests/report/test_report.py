@@ -13,7 +13,7 @@ from rankwise.cli import main
 from rankwise.report.page import Block, Chart, Notice, Page, Row, Table
 from rankwise.report.run_page import run_page
 from rankwise.report.runs import read_runs
-from rankwise.runs.record import Efficiency, Epoch
+from rankwise.runs.record import Efficiency, Epoch, Evaluated
 from tests.records import epochs, rank, record, run_folder
 
 
@@ -154,9 +154,28 @@ def test_a_failed_run() -> None:
     assert any("Seconds of each rank" in caption for caption in charts(page))
 
 
+def test_what_a_loop_has_logged_is_shown() -> None:
+    """A run with a loss in training or in evaluation and no accuracy, or an accuracy alone, shows what it
+    has."""
+    row = dict(epochs(1)[0])
+    for name, left_out in {"loss": ["val_accuracy"], "accuracy": ["val_loss", "train_loss"]}.items():
+        kind = Epoch if name == "loss" else Evaluated
+        run_folder(Path(name), record(1, epochs=[kind(**row | dict.fromkeys(left_out))]))
+        assert "No epoch was evaluated" not in notices(page_of(name))
+    shown = {
+        name: [its.alt for its in blocks(page_of(name)) if isinstance(its, Chart)]
+        for name in ("loss", "accuracy")
+    }
+    assert "Loss over epochs." in shown["loss"]
+    assert "Loss over epochs." not in shown["accuracy"]
+    assert any(alt.startswith("Accuracy over epochs") for alt in shown["accuracy"])
+    assert call("loss", "accuracy") == 0
+
+
 def test_epochs_that_were_not_evaluated() -> None:
-    """Curves and comparison leave out epochs that were not evaluated; a run without others says so."""
-    first = Epoch(**{**dict(epochs(1)[0]), "val_loss": None, "val_accuracy": None})
+    """Curves and comparison leave out epochs that were not evaluated; a run without accuracy or loss says
+    so."""
+    first = Epoch(**{**dict(epochs(1)[0]), "train_loss": None, "val_loss": None, "val_accuracy": None})
     run_folder(Path("some"), record(1, epochs=[first, *epochs(2)[1:]]))
     run_folder(Path("none"), record(1, epochs=[first], outcome="interrupted"))
     texts = [block.alt for block in blocks(page_of("some")) if isinstance(block, Chart)]

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from rankwise.data.partition import NOTHING, Indices, apportion, join
+from rankwise.data.partition import NOTHING, Indices, join
 from rankwise.data.sampler import Batch
-from rankwise.data.turns import TurnRound, TurnSampler
+from rankwise.data.turns import TurnRound, TurnSampler, shares
 
 WHOLE_STREAM = (
     "run.loader deals its samples, so give all ranks the whole of it in the same order: no split by rank, "
@@ -36,11 +36,7 @@ class Dealing:
 
     def parts(self, samples: int) -> list[slice]:
         """Where the part of each rank stands in a turn of this length."""
-        sizes = [*self.sizes]
-        if samples != self.turn:
-            some = min(max(samples // self.least, 1), len(sizes))
-            shares = apportion(samples, sizes[:some], least=min(self.least, samples))
-            sizes[:] = [*shares.tolist(), *[0] * (len(sizes) - some)]
+        sizes = shares(samples, self.sizes, self.least)
         return [slice(start, stop) for start, stop in pairwise([0, *np.cumsum(sizes).tolist()])]
 
     def mine(self, samples: int) -> slice:

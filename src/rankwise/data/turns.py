@@ -414,9 +414,7 @@ class TurnSampler:
 
     def _deal(self, units: int) -> Sequence[int] | Indices:
         """How many samples, or batches, of a turn each rank gets."""
-        if units == sum(self._batch_sizes):
-            return self._batch_sizes
-        return apportion(units, self._batch_sizes, least=int(units >= self.workers))
+        return shares(units, self._batch_sizes, max(self._least, 1))
 
     def _cut(self, samples: Indices, epoch: int) -> list[TurnRound]:
         turns = self._turns(samples)
@@ -427,6 +425,17 @@ class TurnSampler:
     def _totals(self, epoch: int) -> NDArray[np.float64]:
         rounds = self.rounds(epoch)
         return np.asarray(np.sum([its.sizes for its in rounds], axis=0)) if rounds else np.zeros(self.workers)
+
+
+def shares(units: int, sizes: Sequence[int], least: int) -> Sequence[int] | Indices:
+    """How many samples, or batches, of a turn each rank gets, whose usual batches have `sizes` [ranks]. In a
+    shorter turn no rank gets fewer than `least`, as long as there are as many: the last ones get none."""
+    if units == sum(sizes):
+        return sizes
+    some = min(max(units // least, 1), len(sizes))
+    found = np.zeros(len(sizes), np.int64)
+    found[:some] = apportion(units, sizes[:some], least=min(least, units))
+    return found
 
 
 def count_turns(samples: int, turn: int, *, fewest: int, drops_last: bool) -> int:

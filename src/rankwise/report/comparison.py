@@ -174,6 +174,10 @@ def _evaluated(value: Callable[[Record], Value]) -> Callable[[Record], Value]:
     return lambda record: value(record) if record.evaluated else None
 
 
+def _last_val_loss(record: Record) -> Value:
+    return next((row.val_loss for row in reversed(record.epochs) if row.val_loss is not None), None)
+
+
 _one_decimal: Callable[[float], str] = "{:.1%}".format
 _seconds: Callable[[float], str] = "{:.1f}".format
 
@@ -192,9 +196,7 @@ SETTINGS = (
 RESULTS = (
     Column("best_accuracy", "best accuracy", _evaluated(lambda r: r.best.val_accuracy), "{:.2%}".format),
     Column("best_epoch", "in epoch", _evaluated(lambda r: r.best.epoch)),
-    Column(
-        "final_val_loss", "last val loss", _evaluated(lambda r: r.evaluated[-1].val_loss), "{:.4f}".format
-    ),
+    Column("final_val_loss", "last val loss", _last_val_loss, "{:.4f}".format),
     Column("wall_s", "time (s)", lambda r: r.wall_s, _seconds),
     Column("time_to_target_s", "to target (s)", _time_to_target_s, _seconds),
     Column("epoch_s", "an epoch (s)", _of_epochs(lambda r: r.median_epoch_s), "{:.2f}".format),

@@ -128,11 +128,14 @@ def _diagnosis(record: Record) -> Iterable[Block]:
 
 def _learning(runs: Sequence[Run]) -> Iterable[Block]:
     evaluated = [run for run in runs if run.record.evaluated]
-    if not evaluated:
-        yield Notice("No epoch was evaluated, so there are no learning curves.")
+    with_loss = [run for run in runs if learning.has(run, "train_loss", "val_loss")]
+    if not (evaluated or with_loss):
+        yield Notice("No epoch was evaluated, and no loss logged, so there are no learning curves.")
         return
-    yield Row((learning.accuracy(evaluated), learning.loss(evaluated)))
-    if len(runs) > 1:
+    charts = [learning.accuracy(evaluated)] if evaluated else []  # a loop of a user's own logs what it likes
+    charts += [learning.loss(with_loss)] if with_loss else []
+    yield Row(tuple(charts))
+    if len(runs) > 1 and evaluated:
         yield learning.accuracy_over_time(evaluated)
 
 

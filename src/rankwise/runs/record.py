@@ -78,9 +78,8 @@ class Epoch(_Row):
 
 
 class Evaluated(Epoch):
-    """One after which the network was evaluated."""
+    """One whose accuracy is known."""
 
-    val_loss: float
     val_accuracy: float = Field(ge=0, le=1)
 
 

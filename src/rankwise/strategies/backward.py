@@ -121,6 +121,7 @@ class Passes:
         self._counts = self._flat[layout.size : -4]
         self._tail = self._flat[-4:]
         self._behind = self._flat[layout.size :]
+        self._gradients = self._tensor[: layout.size]
         self._views = layout.views(self._tensor)
         self._state = State()
         self._share, self._turn, self._pass, self._content = 0.0, 0, 0, 0
@@ -171,7 +172,8 @@ class Passes:
         """What passes have left here for a later one leaves now, before it is used."""
         if self._is_held:
             self._set_aside()
-            self._exchange()
+            self._exchange([None] * len(self._parameters))
+            self._add_back()
 
     def meet(self, where: str) -> bool:
         """All ranks have come to the same of PLACES; returns whether the turn goes on as it should. Raises
@@ -247,17 +249,19 @@ class Passes:
             if self._holds:
                 self._forget_gradients()
             else:
-                self._exchange()
+                self._exchange(found)
         self._add_back()
         self._world.ledger.enter("other")
 
     def _set_aside(self) -> None:
         """What a pass adds stands alone."""
-        self._before = [parameter.grad for parameter in self._parameters]
+        before = [parameter.grad for parameter in self._parameters]
         if self._at not in self._grown and self._world.size > 1:
             # A turn that is made again adds to what earlier ones have left, as gradients are accumulated.
-            self._grown[self._at] = [None if its is None else its.clone() for its in self._before]
-        self._forget_gradients()
+            self._grown[self._at] = [None if its is None else its.clone() for its in before]
+        if any(its is not None for its in before):  # most loops have just set all to None
+            self._before = before
+            self._forget_gradients()
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:
@@ -288,8 +292,8 @@ class Passes:
             ]
             if not self._is_held:
                 torch._foreach_copy_(views, gradients)
-                self._tensor[: self._size].mul_(scale)
-                self._counts[:] = self._tail[WEIGHT] = 0
+                self._gradients.mul_(scale)
+                self._behind[:] = 0
             else:
                 torch._foreach_add_(views, [its.to(self._tensor.dtype) for its in gradients], alpha=scale)
         self._counts += [its is not None for its in found]
@@ -297,8 +301,8 @@ class Passes:
         self._weighted = self._weight is not None
         self._is_held = True
 
-    def _exchange(self) -> None:
-        """Average what is held over all ranks, into the gradients of this pass."""
+    def _exchange(self, found: Sequence[Tensor | None]) -> None:
+        """Average what is held over all ranks, into the gradients of this pass, which are `found` now."""
         self._is_held = False
         mark = 13 * self._turn + 2 * self._pass + self._weighted + self._content
         mark %= MARKS - len(PLACES)
@@ -312,14 +316,13 @@ class Passes:
                     raise OutOfStepError(
                         "backward passes were given the weight 0 on all ranks, expected more"
                     )
-                self._tensor[: self._size].div_(float(self._tail[WEIGHT]))
-            self._give()
+                self._gradients.div_(float(self._tail[WEIGHT]))
+            self._give(found)
 
-    def _give(self) -> None:
+    def _give(self, found: Sequence[Tensor | None]) -> None:
         """Make what is in the flat array the gradients; of parameters that have none on any rank nothing."""
         import torch
 
-        found = [parameter.grad for parameter in self._parameters]
         dense = [its for its in found if its is not None and not its.is_sparse]
         if self._counts.all() and len(dense) == len(found):
             with torch.no_grad():

@@ -191,7 +191,7 @@ def figure_1(results: Results) -> Grid:
             (
                 epochs[0].epoch,
                 _rounded(accuracy),
-                _rounded(sum(row.val_loss for row in epochs) / n),
+                _rounded(sum(row.val_loss or 0.0 for row in epochs) / n),
                 _rounded(sum(train_loss(row) for row in epochs) / n),
             )
         )

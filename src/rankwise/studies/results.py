@@ -25,12 +25,16 @@ def last_accuracy(record: Record) -> float:
 
 def lowest_loss(record: Record) -> float:
     """The lowest validation loss of all epochs."""
-    return min(row.val_loss for row in record.evaluated)
+    return min(_losses(record))
 
 
 def last_loss(record: Record) -> float:
     """The validation loss after the last epoch."""
-    return record.evaluated[-1].val_loss
+    return _losses(record)[-1]
+
+
+def _losses(record: Record) -> list[float]:
+    return [row.val_loss for row in record.epochs if row.val_loss is not None]
 
 
 def train_loss(row: Epoch) -> float:

@@ -189,7 +189,7 @@ class FolderBook(Book):
             evaluation_s=float(slowest[1]),
             **found,
         )
-        if row.val_loss is not None and row.val_accuracy is not None:
+        if row.val_accuracy is not None:
             row = Evaluated(**dict(row))
         target = self._plan.target_accuracy
         last = last or (target is not None and row.val_accuracy is not None and row.val_accuracy >= target)

@@ -242,7 +242,8 @@ class Run:
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Inside, backward passes wait for the next one outside, to leave with it; at the latest they leave
-        in front of an optimiser's step, or when the turn ends."""
+        in front of an optimiser's step, or when the turn ends. Until then their gradients are not in `.grad`:
+        clip behind a pass outside."""
         passes = self._turns.backward if self._turns else None
         return passes.held() if passes else nullcontext()
 

@@ -13,6 +13,11 @@ HEIGHT = 240
 """Pixels of a chart whose height says nothing."""
 
 
+def has(run: Run, *keys: str) -> bool:
+    """Whether an epoch of a run has a number under one of these keys."""
+    return any(getattr(row, key) is not None for row in run.record.epochs for key in keys)
+
+
 def accuracy(runs: Sequence[Run]) -> Chart:
     """Validation accuracy over epochs, one line per run."""
     values: list[dict[str, Any]] = [
@@ -46,9 +51,11 @@ def accuracy_over_time(runs: Sequence[Run]) -> Chart:
 
 
 def loss(runs: Sequence[Run]) -> Chart:
-    """Training and validation loss of one run over epochs; of several runs the validation loss."""
+    """Training and validation loss of one run over epochs; of several runs the validation loss, or that in
+    training if none has another."""
     alone = len(runs) == 1
-    lines = {"training": "train_loss", "validation": "val_loss"} if alone else {"": "val_loss"}
+    key = "val_loss" if any(has(run, "val_loss") for run in runs) else "train_loss"
+    lines = {"training": "train_loss", "validation": "val_loss"} if alone else {"": key}
     values = [
         {"line": line or run.name, "epoch": row.epoch, "loss": getattr(row, key)}
         for run in runs
@@ -56,7 +63,7 @@ def loss(runs: Sequence[Run]) -> Chart:
         for row in run.record.epochs
         if getattr(row, key) is not None
     ]
-    caption = "Loss on the validation samples."
+    caption = "Loss on the validation samples." if key == "val_loss" else "Loss in training."
     if alone:
         caption = "Loss in training, the mean over an epoch, and on the validation samples after it."
     return Chart(line_chart(values, "epoch", "loss", "line"), caption, "Loss over epochs.")
