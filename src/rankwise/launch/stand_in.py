@@ -86,6 +86,14 @@ def require_own(link: socket.socket) -> None:
         raise NoForkError("another user listens where its server should")
 
 
+def require_handles() -> None:
+    """Raises NoForkError, or OSError, where processes have no handles: they came with Linux 5.3, and a Python
+    that was built on an older one does not know them."""
+    if not (hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")):
+        raise NoForkError("this Python was built for a Linux without pidfd_open")
+    os.close(os.pidfd_open(os.getpid()))
+
+
 def reach(place: str) -> socket.socket:
     """A connection to the server of this host, which is started if there is none."""
     link = socket.socket(socket.AF_UNIX)
@@ -246,6 +254,7 @@ def main() -> None:
     try:
         if binds_threads(os.environ):
             raise NoForkError("OpenMP is told to bind threads")
+        require_handles()
         link = reach(address(token, os.environb))
         # What comes before it can be passed on waits until then.
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
