@@ -42,15 +42,15 @@ class Starter:
         text = Path(stand_in.__file__).read_text().replace(stand_in.RANK, "tests.forked_rank")
         self._stand_in = folder / "stand_in.py"
         self._stand_in.write_text(text.replace(stand_in.SERVER, "tests.light_fork_server"))
-        self._mark = f"{folder.name}-{os.getpid()}"
+        self.mark = f"{folder.name}-{os.getpid()}"
         self._begun: list[subprocess.Popen[str]] = []
 
     def __call__(
         self, code: str, *, plainly: bool = False, by: Sequence[str] = (), **options: Any
     ) -> subprocess.Popen[str]:
         """Start a stand-in for a rank that runs a piece of code; `plainly` the rank itself."""
-        words = ["-P", "-m", "tests.forked_rank"] if plainly else ["-IS", str(self._stand_in), self._mark]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "MARK": self._mark}
+        words = ["-P", "-m", "tests.forked_rank"] if plainly else ["-IS", str(self._stand_in), self.mark]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "MARK": self.mark}
         environment |= options.pop("env", {})
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
         process = subprocess.Popen([*by, sys.executable, *words, code], env=environment, **options)
@@ -63,8 +63,8 @@ class Starter:
             with process:
                 process.kill()
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: not marked(self._mark), 20)
-        left = marked(self._mark)
+            wait_for(lambda: not marked(self.mark), 20)
+        left = marked(self.mark)
         for one in left:
             one.kill()
         assert not left
@@ -271,6 +271,27 @@ def test_signals_are_passed_on(start: Starter) -> None:
         assert process.stdout.readline() == f"{int(number)}\n"
     process.send_signal(signal.SIGUSR2)
     assert process.wait(20) == 5
+
+
+def test_a_stand_in_that_waits_for_its_server_ends_by_a_signal(start_apart: Starter) -> None:
+    """At once, as a rank that imports torch does, and nobody holds its output then: who stops a run as it
+    begins is not kept waiting."""
+    try:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            process = start_apart(WAITS, env={"SERVER_TAKES_S": "600"})
+            wait_for(lambda: sockets(process.pid), 20)  # noqa: B023
+            process.send_signal(number)
+            assert process.communicate(timeout=20) == ("", "")
+            assert process.returncode == -number
+    finally:
+        for server in marked(start_apart.mark):
+            server.kill()
+
+
+def sockets(pid: int) -> list[str]:
+    """Those that a process has open."""
+    handles = os.listdir(f"/proc/{pid}/fd")
+    return [handle for handle in handles if os.readlink(f"/proc/{pid}/fd/{handle}").startswith("socket:")]
 
 
 def test_ranks_of_a_host_have_one_server(start_apart: Starter) -> None:

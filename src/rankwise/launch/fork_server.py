@@ -122,6 +122,8 @@ class Server:
         if int.from_bytes(peer[4:8], sys.byteorder) != os.getuid():
             link.close()
             return
+        with contextlib.suppress(OSError):  # it has gone, of which we hear in a moment
+            link.sendall(b".")
         caller = Caller(link)
         self._callers.add(caller)
         self._selector.register(link, selectors.EVENT_READ, caller)

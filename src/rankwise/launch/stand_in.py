@@ -49,6 +49,9 @@ SAME = ("Uid", "Gid", "Groups", "CapEff", "NoNewPrivs", "Seccomp", "Mems_allowed
 """Lines of /proc/self/status that a fork has from the server, and no rank may have otherwise."""
 
 
+GONE = "the process from which they were to come has ended"
+
+
 class NoForkError(Exception):
     """Why this rank cannot come by fork."""
 
@@ -95,7 +98,8 @@ def require_handles() -> None:
 
 
 def reach(place: str) -> socket.socket:
-    """A connection to the server of this host, which is started if there is none."""
+    """A connection to the server of this host, which is started if there is none, once it has all that ranks
+    need. Raises NoForkError, or OSError."""
     link = socket.socket(socket.AF_UNIX)
     give_up = time.monotonic() + PATIENCE_S
     while time.monotonic() < give_up:
@@ -115,6 +119,10 @@ def reach(place: str) -> socket.socket:
             start_server(listener)
             break
     require_own(link)
+    # Until it is there a signal ends this process at once, and nothing of it lies in wait for the server.
+    link.settimeout(PATIENCE_S)
+    if not link.recv(1):
+        raise NoForkError(GONE)
     return link
 
 
@@ -167,13 +175,12 @@ def ask(link: socket.socket, words: list[str]) -> tuple[int, int, bytes]:
     os.close(content)
     os.close(ends)
     process = -1
-    link.settimeout(PATIENCE_S)
     answers = b""
     while not (b"forked\n" in answers and b"ready\n" in answers):
         part, given, _, _ = socket.recv_fds(link, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         process = given[0] if given else process
         if not part:
-            raise NoForkError("the process from which they were to come has ended")
+            raise NoForkError(GONE)
         answers += part
         if refused := re.search(rb"^no (.*)\n", answers, re.MULTILINE):
             raise NoForkError(refused[1].decode(errors="replace"))
@@ -251,6 +258,8 @@ def is_first() -> bool:
 def main() -> None:
     token, *rest = sys.argv[1:]
     words = [sys.executable, "-P", "-m", RANK, *rest]
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which says nothing
     try:
         if binds_threads(os.environ):
             raise NoForkError("OpenMP is told to bind threads")
