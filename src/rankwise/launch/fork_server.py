@@ -58,6 +58,7 @@ def main() -> None:
         Server(handle, None).serve()
     else:
         fork_servers(handle)
+    os._exit(0)  # at once, without tearing down what was imported
 
 
 def fork_servers(launcher: socket.socket) -> None:
