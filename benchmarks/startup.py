@@ -41,15 +41,12 @@ def words(ranks: int, epochs: int, out: Path) -> list[str]:
 
 
 def begin(tree: Path, ranks: int, epochs: int, out: Path) -> subprocess.Popen[bytes]:
-    """Start a run, by fork in this tree."""
+    """Start a run."""
     # The network and its images are this tree's for both.
     path = os.pathsep.join([str(tree / "src"), str(HERE)])
     environment = os.environ | {"PYTHONPATH": path}
     quiet = subprocess.DEVNULL
-    by_fork = ["--fork"] if tree == HERE else []
-    return subprocess.Popen(
-        [*words(ranks, epochs, out), *by_fork], env=environment, stdout=quiet, stderr=quiet
-    )
+    return subprocess.Popen(words(ranks, epochs, out), env=environment, stdout=quiet, stderr=quiet)
 
 
 def start_and_end_s(tree: Path, ranks: int, scratch: Path) -> tuple[float, float]:

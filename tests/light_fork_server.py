@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from rankwise.launch import fork_server, stand_in
 
@@ -12,4 +13,5 @@ fork_server.IMPORTS = (stand_in.RANK, "numpy.random")
 if __name__ == "__main__":
     if os.environ.get("SERVER_FAILS"):
         raise SystemExit("as it was asked to")
+    time.sleep(float(os.environ.get("SERVER_TAKES_S", "0")))
     fork_server.main()

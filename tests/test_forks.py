@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from rankwise.launch import stand_in
+from rankwise.comm.mpi_environment import find_mpiexec
+from rankwise.launch import forking, stand_in
 from rankwise.runs.folder import RunFolder
+from rankwise.system import head_start
 
 from . import effort, tiny
 from .processes import wait_for
@@ -38,15 +42,15 @@ class Starter:
         text = Path(stand_in.__file__).read_text().replace(stand_in.RANK, "tests.forked_rank")
         self._stand_in = folder / "stand_in.py"
         self._stand_in.write_text(text.replace(stand_in.SERVER, "tests.light_fork_server"))
-        self._mark = f"{folder.name}-{os.getpid()}"
+        self.mark = f"{folder.name}-{os.getpid()}"
         self._begun: list[subprocess.Popen[str]] = []
 
     def __call__(
         self, code: str, *, plainly: bool = False, by: Sequence[str] = (), **options: Any
     ) -> subprocess.Popen[str]:
         """Start a stand-in for a rank that runs a piece of code; `plainly` the rank itself."""
-        words = ["-P", "-m", "tests.forked_rank"] if plainly else ["-IS", str(self._stand_in), self._mark]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "MARK": self._mark}
+        words = ["-P", "-m", "tests.forked_rank"] if plainly else ["-IS", str(self._stand_in), self.mark]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "MARK": self.mark}
         environment |= options.pop("env", {})
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
         process = subprocess.Popen([*by, sys.executable, *words, code], env=environment, **options)
@@ -59,8 +63,8 @@ class Starter:
             with process:
                 process.kill()
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: not marked(self._mark), 20)
-        left = marked(self._mark)
+            wait_for(lambda: not marked(self.mark), 20)
+        left = marked(self.mark)
         for one in left:
             one.kill()
         assert not left
@@ -119,7 +123,7 @@ def begun(process: subprocess.Popen[str]) -> tuple[int, int]:
 
 
 TELLS = """
-import json, os, signal, sys
+import json, os, resource, signal, sys
 import __main__
 os.write(1, b"")
 told = {
@@ -130,6 +134,9 @@ told = {
     "mask": os.umask(0), "niceness": os.nice(0), "input": sys.stdin.read(),
     "handlers": {str(n): str(signal.getsignal(n)) for n in signal.valid_signals()},
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+    "limits": sorted(
+        (name, resource.getrlimit(getattr(resource, name))) for name in dir(resource) if name[:7] == "RLIMIT_"
+    ),
     "leads its group": os.getpgid(0) == os.getpid(),
     "line by line": sys.stdout.line_buffering, "encoding": sys.stdout.encoding,
     "pipe": os.fstat(int(os.environ["PMI_FD"])).st_ino,
@@ -141,8 +148,8 @@ print("to stderr", file=sys.stderr)
 
 
 def test_a_fork_has_what_a_process_has_that_is_started(start: Starter, tmp_path: Path) -> None:
-    """Command line and environment, also as the system shows them, folder, cores, mask, niceness, signals
-    that are ignored, input, output, and MPICH's handle: all is as in a Python that mpiexec starts."""
+    """Command line and environment, also as the system shows them, folder, cores, mask, niceness, limits,
+    signals that are ignored, input, output, and MPICH's handle: all is as in a Python that mpiexec starts."""
     (tmp_path / "input").write_text("some input")
     (tmp_path / "folder").mkdir()
     ours, theirs = os.pipe()
@@ -153,6 +160,8 @@ def test_a_fork_has_what_a_process_has_that_is_started(start: Starter, tmp_path:
         os.umask(0o027)
         os.nice(3)
         os.sched_setaffinity(0, [core])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (700, 800))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 4096))
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     told = []
@@ -264,6 +273,27 @@ def test_signals_are_passed_on(start: Starter) -> None:
     assert process.wait(20) == 5
 
 
+def test_a_stand_in_that_waits_for_its_server_ends_by_a_signal(start_apart: Starter) -> None:
+    """At once, as a rank that imports torch does, and nobody holds its output then: who stops a run as it
+    begins is not kept waiting."""
+    try:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            process = start_apart(WAITS, env={"SERVER_TAKES_S": "600"})
+            wait_for(lambda: sockets(process.pid), 20)  # noqa: B023
+            process.send_signal(number)
+            assert process.communicate(timeout=20) == ("", "")
+            assert process.returncode == -number
+    finally:
+        for server in marked(start_apart.mark):
+            server.kill()
+
+
+def sockets(pid: int) -> list[str]:
+    """Those that a process has open."""
+    handles = os.listdir(f"/proc/{pid}/fd")
+    return [handle for handle in handles if os.readlink(f"/proc/{pid}/fd/{handle}").startswith("socket:")]
+
+
 def test_ranks_of_a_host_have_one_server(start_apart: Starter) -> None:
     """Ranks that are started at once, as mpiexec does, are forks of one process, which has gone when the last
     of them has. It holds nobody's output, and its forks draw other numbers than each other."""
@@ -294,6 +324,85 @@ def test_without_a_server_a_rank_starts_by_itself(start: Starter, variable: str)
     assert re.fullmatch(r"rankwise: ranks import torch one by one, as none can be forked here: .+\n", err)
     other = start("pass", env={variable: "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"})
     assert said_by(other) == ""
+
+
+def test_a_rank_starts_by_itself_where_processes_have_no_handles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Python that was built for an older Linux, and on an older Linux, before anything is asked for."""
+    stand_in.require_handles()
+
+    def refuse(pid: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with pytest.raises(OSError, match="not implemented"):
+        stand_in.require_handles()
+    monkeypatch.delattr(os, "pidfd_open")
+    with pytest.raises(stand_in.NoForkError, match="without pidfd_open"):
+        stand_in.require_handles()
+
+
+@pytest.mark.parametrize(
+    ("words", "begins"),
+    [
+        ("train --ranks 3", True),
+        ("train --lr 0.1 --ranks=2 --spares 1", True),
+        ("train --ranks 1", False),
+        ("train --ranks three", False),
+        ("train --ranks", False),
+        ("train --ranks 1 --ranks=2", False),
+        ("train --ranks 3 --no-fork", False),
+        ("train --ranks 3 --help", False),
+        ("train --ranks 3 --hosts a:1,b:2", False),
+        ("train --ranks 3 --hostfile=hosts", False),
+        ("run --ranks 3 script.py", False),
+        ("", False),
+    ],
+)
+def test_the_import_begins_with_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, words: str, begins: bool
+) -> None:
+    """If that plainly asks for several ranks of this host, and this process is not a rank itself."""
+    started: list[Any] = []
+    monkeypatch.setattr(head_start, "start", started.append)
+    monkeypatch.setattr(head_start, "_begun", [])
+    head_start.begin(words.split())
+    assert len(started) == begins
+    monkeypatch.setenv("PMI_RANK", "0")
+    head_start.begin(words.split())
+    assert len(started) == begins
+
+
+@pytest.mark.parametrize("changes", ["nothing", "a variable", "where the ranks are"])
+def test_what_was_begun_is_taken_if_it_fits(monkeypatch: pytest.MonkeyPatch, changes: str) -> None:
+    """The process that the command line began serves the ranks, or it has gone where they want another
+    environment, or are on other hosts."""
+    monkeypatch.setattr(head_start, "SERVER", "tests.light_fork_server")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'src'}")
+    monkeypatch.setattr(head_start, "_begun", [])
+    head_start.begin(["train", "--ranks", "2"])
+    (ahead,) = head_start._begun
+    if changes == "a variable":
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    forks = forking.Forking(find_mpiexec(), here=changes != "where the ranks are")
+    try:
+        assert lives(ahead.process.pid) == (changes == "nothing")
+        server = forks.serve()
+        place = stand_in.address(server.token, os.environb | {b"LD_LIBRARY_PATH": ranks_libraries()})
+        with socket.socket(socket.AF_UNIX) as link:
+            if changes == "where the ranks are":
+                with pytest.raises(ConnectionRefusedError):
+                    link.connect(place)
+            else:
+                link.connect(place)
+    finally:
+        forks.end()
+    assert not lives(ahead.process.pid)
+
+
+def ranks_libraries() -> bytes:
+    """LD_LIBRARY_PATH of ranks under this Python's mpiexec."""
+    mpiexec, own = find_mpiexec(), os.environ.get("LD_LIBRARY_PATH", "")
+    return os.fsencode(head_start.with_libraries_of(mpiexec.path, os.environ) if mpiexec.is_open_mpi else own)
 
 
 MODEL = """
@@ -330,7 +439,7 @@ def test_a_run_goes_on_without_its_server(command: Command, tmp_path: Path) -> N
     words = ["--dataset", tiny.DATASET, "--model", "own:net", "--lr", "0.02", "--ranks", "3"]
     process = command.start(
         *(sys.executable, "-m", "rankwise", "train", *words, "--epochs", "4000", "--out", "run"),
-        *("--strategy", "allreduce", "--fork", "--fault", "kill:rank=1,epoch=4"),
+        *("--strategy", "allreduce", "--fault", "kill:rank=1,epoch=4"),
     )
     folder = RunFolder(tmp_path / "run")
     wait_for(lambda: len(folder.read_metrics()) >= 1)

@@ -132,15 +132,18 @@ def test_resume_to_the_bit_under_mpi(command: Command, tmp_path: Path) -> None:
 
 
 def ranks_of(folder: Path) -> list[int]:
-    """The processes of the ranks that our launcher started for this run folder."""
+    """The processes of the ranks that our launcher started for this run folder, in rank order where they
+    show it (forks of a warm Python do not)."""
     found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
+    for process in psutil.process_iter(["cmdline", "cwd", "environ"]):
         words = process.info["cmdline"] or []
         if not ("rankwise.launch.rank" in words and "python" in Path(words[0]).name and process.info["cwd"]):
             continue
         if Path(process.info["cwd"], words[-1]) == folder.absolute():
-            found.append(process.pid)
-    return found
+            known = process.info["environ"] or {}
+            rank = known.get("OMPI_COMM_WORLD_RANK", known.get("PMI_RANK", "-1"))
+            found.append((int(rank), process.pid))
+    return [pid for _, pid in sorted(found)]
 
 
 def test_a_ranks_command_line_shows_its_run_folder(command: Command, tmp_path: Path) -> None:
@@ -227,7 +230,7 @@ def test_a_killed_rank_ends_the_job(command: Command, tmp_path: Path) -> None:
     words = [*tiny.WORDS, "--epochs", "5000", "--ranks", "3", "--out", "run"]
     process = command.start(sys.executable, *train(*words, "--on-failure", "stop"))
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and count_epochs(tmp_path / "run") >= 1)
-    os.kill(max(ranks_of(tmp_path / "run")), signal.SIGKILL)
+    os.kill(ranks_of(tmp_path / "run")[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=90)
     assert process.returncode == 1
     assert len([line for line in err.splitlines() if line.startswith("rankwise: ")]) == 1

@@ -381,7 +381,7 @@ class Drawing(nn.Module):
         scores: torch.Tensor = self.body(images)
         if not self.training:
             return scores
-        me = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
+        me = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))
         if not self.passes:
             random.seed(int(me))
             np.random.seed(int(me))  # noqa: NPY002

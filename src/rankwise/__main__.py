@@ -1,5 +1,20 @@
-"""``python -m rankwise``: the command line."""
+"""``python -m rankwise``, and ``rankwise``: the command line."""
 
-from rankwise.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from rankwise.system import head_start
+
+
+def main() -> None:
+    """Run the command line, with a head start for the ranks that it asks for."""
+    head_start.begin(sys.argv[1:])
+    with head_start.importing():
+        from rankwise import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

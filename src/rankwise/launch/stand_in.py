@@ -49,6 +49,9 @@ SAME = ("Uid", "Gid", "Groups", "CapEff", "NoNewPrivs", "Seccomp", "Mems_allowed
 """Lines of /proc/self/status that a fork has from the server, and no rank may have otherwise."""
 
 
+GONE = "the process from which they were to come has ended"
+
+
 class NoForkError(Exception):
     """Why this rank cannot come by fork."""
 
@@ -86,8 +89,17 @@ def require_own(link: socket.socket) -> None:
         raise NoForkError("another user listens where its server should")
 
 
+def require_handles() -> None:
+    """Raises NoForkError, or OSError, where processes have no handles: they came with Linux 5.3, and a Python
+    that was built on an older one does not know them."""
+    if not (hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")):
+        raise NoForkError("this Python was built for a Linux without pidfd_open")
+    os.close(os.pidfd_open(os.getpid()))
+
+
 def reach(place: str) -> socket.socket:
-    """A connection to the server of this host, which is started if there is none."""
+    """A connection to the server of this host, which is started if there is none, once it has all that ranks
+    need. Raises NoForkError, or OSError."""
     link = socket.socket(socket.AF_UNIX)
     give_up = time.monotonic() + PATIENCE_S
     while time.monotonic() < give_up:
@@ -107,6 +119,10 @@ def reach(place: str) -> socket.socket:
             start_server(listener)
             break
     require_own(link)
+    # Until it is there a signal ends this process at once, and nothing of it lies in wait for the server.
+    link.settimeout(PATIENCE_S)
+    if not link.recv(1):
+        raise NoForkError(GONE)
     return link
 
 
@@ -159,13 +175,12 @@ def ask(link: socket.socket, words: list[str]) -> tuple[int, int, bytes]:
     os.close(content)
     os.close(ends)
     process = -1
-    link.settimeout(PATIENCE_S)
     answers = b""
     while not (b"forked\n" in answers and b"ready\n" in answers):
         part, given, _, _ = socket.recv_fds(link, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         process = given[0] if given else process
         if not part:
-            raise NoForkError("the process from which they were to come has ended")
+            raise NoForkError(GONE)
         answers += part
         if refused := re.search(rb"^no (.*)\n", answers, re.MULTILINE):
             raise NoForkError(refused[1].decode(errors="replace"))
@@ -243,9 +258,12 @@ def is_first() -> bool:
 def main() -> None:
     token, *rest = sys.argv[1:]
     words = [sys.executable, "-P", "-m", RANK, *rest]
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which says nothing
     try:
         if binds_threads(os.environ):
             raise NoForkError("OpenMP is told to bind threads")
+        require_handles()
         link = reach(address(token, os.environb))
         # What comes before it can be passed on waits until then.
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
