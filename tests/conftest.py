@@ -43,6 +43,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("daily")
 
+# A shell lets what it starts in the background (`make test &`) ignore Ctrl-C; all that tests start would too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SURROUNDINGS = {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     "PYTHONPATH": os.pathsep.join(
