@@ -101,7 +101,7 @@ def main(topology: str, *cases: str) -> None:
     )
     chosen = select(config, dataset)
     replica = _make_replica(config, dataset, chosen, begins=True)
-    job = _make_job(config, dataset, chosen, replica, world, Book())
+    job = _make_job(config, dataset, chosen, replica, world, Book(), is_refilled=False)
     train_epoch(job, 1)  # warms up
     for case in cases:
         kind, rank, length_s = case.split(":")

@@ -185,6 +185,22 @@ def test_a_failure_that_could_not_be_written_is_one(tmp_path: Path, content: str
     assert folder.read().outcome == "failed"
 
 
+@pytest.mark.parametrize("stopped_by_user", [False, True])
+def test_ranks_that_are_ended_with_a_failure_were_not_stopped(tmp_path: Path, stopped_by_user: bool) -> None:
+    """Ranks that the launcher ends since one has failed take its signal for a stop, and may write so: the run
+    has failed all the same. One that was stopped, of which a rank failed as it left, was interrupted; and
+    what an earlier start has come to stays."""
+    folder = records.run_folder(tmp_path / "run", records.record(outcome="interrupted"))
+    folder.failure.write_text(
+        '{"rank": 1, "message": "a fault", "exit_code": 1, "may_restart": false, "traceback": ""}'
+    )
+    content = folder.record.read_bytes()
+    for before, outcome in ((content, "interrupted"), (b"", "interrupted" if stopped_by_user else "failed")):
+        with pytest.raises(TrainingError, match="a fault"):
+            _judge(MpiexecResult(143, stopped_by_user, ""), folder, 3, before)
+        assert folder.read().outcome == outcome
+
+
 @pytest.mark.parametrize("command", ["train", "run"])
 def test_a_stopped_run_says_by_which_command_it_goes_on(tmp_path: Path, command: str) -> None:
     """A run whose ranks could not say how it goes on names the command that started it."""

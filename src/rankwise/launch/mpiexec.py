@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Literal
 
@@ -26,7 +26,7 @@ from rankwise.launch.supervision import Line, MpiexecResult, Started, start, sup
 from rankwise.plan import RunPlan
 from rankwise.runs.folder import RunFolder
 from rankwise.runs.program_record import begin_calls
-from rankwise.runs.record import Record
+from rankwise.runs.record import Outcome, Record
 from rankwise.survival import causes
 from rankwise.survival.fault_injection import OF_HOSTS, Mark
 
@@ -160,8 +160,12 @@ def _judge(ending: MpiexecResult, folder: RunFolder, ranks: int, before: bytes |
     of_all = causes.find_crashes(folder, range(ranks))
     failure = folder.read_failure()
     if failure is not None:
+        # Ranks that are ended with it take that for a stop, and may have time to write so.
+        taken: list[Outcome] = (
+            ["interrupted"] if not ending.interrupted and _content(folder) != before else []
+        )
         if failure["may_restart"] and of_all is not None:  # others gave up as too few were left
-            _close(folder, "failed", str(of_all))
+            _close(folder, "failed", str(of_all), but_for=taken)
             raise of_all
         wrong_use = failure["exit_code"] == UsageError.exit_code
         kind = RestartableError if failure["may_restart"] else TrainingError
@@ -170,7 +174,7 @@ def _judge(ending: MpiexecResult, folder: RunFolder, ranks: int, before: bytes |
         if failure["traceback"]:
             error.add_note(f"On rank {failure['rank']}:\n{failure['traceback']}")  # which --debug shows
         if not wrong_use:
-            _close(folder, "failed", failure["message"])
+            _close(folder, "failed", failure["message"], but_for=taken)
         raise error
     last_words = " ".join(ending.last_words.split())[:600] or "it left no word"
     content = _content(folder)
@@ -203,10 +207,15 @@ def _judge(ending: MpiexecResult, folder: RunFolder, ranks: int, before: bytes |
     return record
 
 
-def _close(folder: RunFolder, outcome: Literal["interrupted", "failed"], message: str) -> None:
+def _close(
+    folder: RunFolder,
+    outcome: Literal["interrupted", "failed"],
+    message: str,
+    but_for: Collection[Outcome] = (),
+) -> None:
     """Finish the record of ranks that are gone; if even that fails, the first error is what counts."""
     with contextlib.suppress(RankwiseError):
-        folder.close(outcome, message)
+        folder.close(outcome, message, but_for=but_for)
 
 
 class RestartableError(TrainingError):

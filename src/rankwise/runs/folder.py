@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -277,10 +277,11 @@ class RunFolder:
         self.require_part()
         write_atomically(self.metrics, "".join(e.model_dump_json() + "\n" for e in epochs).encode())
 
-    def close(self, outcome: Outcome, message: str) -> None:
-        """Set the outcome of a run whose ranks are gone and could not do it themselves."""
+    def close(self, outcome: Outcome, message: str, *, but_for: Collection[Outcome] = ()) -> None:
+        """Set the outcome of a run whose ranks are gone and could not do it themselves, or have set one of
+        `but_for`, which is not true."""
         record = self.read()
-        if record.outcome == "running":
+        if record.outcome in ("running", *but_for):
             self.write(record.model_copy(update={"outcome": outcome, "message": message}))
 
 
