@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -369,6 +370,23 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
     assert call("train", *DIGITS, "--model", "nothing:Here") == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_ctrl_c_before_anything_has_begun() -> None:
+    """Ctrl-C while the command line itself is being imported ends it with code 130, without a word."""
+    program = (
+        "import builtins, signal, sys\n"
+        "imports = builtins.__import__\n"
+        "def slowly(name, *more):\n"
+        "    if name == 'rankwise.cli' or (name == 'rankwise' and more[2:3] == (('cli',),)):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    return imports(name, *more)\n"
+        "from rankwise.__main__ import main\n"
+        "builtins.__import__ = slowly\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.alone

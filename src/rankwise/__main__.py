@@ -9,10 +9,12 @@ from rankwise.system import head_start
 
 def main() -> None:
     """Run the command line, with a head start for the ranks that it asks for."""
-    head_start.begin(sys.argv[1:])
-    with head_start.importing():
-        from rankwise import cli
-
+    try:
+        head_start.begin(sys.argv[1:])
+        with head_start.importing():
+            from rankwise import cli
+    except KeyboardInterrupt:  # nothing has begun yet that could be left half done
+        sys.exit(130)
     cli.main()
 
 

@@ -16,10 +16,8 @@ from pathlib import Path
 
 from rankwise.errors import LaunchError
 from rankwise.system.batch import Allocation
+from rankwise.system.head_start import RANK_MARKS
 from rankwise.system.home import has_home, private_folder
-
-_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "MPI_LOCALRANKID")
-"""What Open MPI, PMIx, PMI (MPICH, Intel MPI, srun) and MVAPICH set for the processes they start."""
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
 """Where those say of how many; a step of Slurm's before its job."""
@@ -41,7 +39,7 @@ def started_as_rank() -> bool:
     The only rank of a world is none: it may as well be a shell in which somebody types (`mpiexec -n 1 bash`,
     an interactive job), whose variables every program in it inherits, and from which ranks can be started.
     """
-    return any(mark in os.environ for mark in _MARKS) and _number(*_SIZES) != 1
+    return any(mark in os.environ for mark in RANK_MARKS) and _number(*_SIZES) != 1
 
 
 @dataclass(frozen=True)

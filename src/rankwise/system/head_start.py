@@ -22,7 +22,9 @@ from pathlib import Path
 
 SERVER = "rankwise.launch.fork_server"
 
-_RANK_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "MPI_LOCALRANKID")
+RANK_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "MPI_LOCALRANKID")
+"""What Open MPI, PMIx, PMI (MPICH, Intel MPI, srun) and MVAPICH set for the processes they start."""
+
 _OTHER_WAYS = ("--help", "-h", "--no-fork", "--tune", "--host")
 """With these no ranks may be forked, or not here, or not yet."""
 
@@ -63,7 +65,7 @@ def importing() -> Iterator[None]:
 def begin(words: Sequence[str]) -> None:
     """Start one if this command line asks for several ranks of this host, as far as that is plain to see.
     Whatever speaks against it later, it is only a process that was not needed."""
-    is_rank = any(mark in os.environ for mark in _RANK_MARKS)
+    is_rank = any(mark in os.environ for mark in RANK_MARKS)
     if sys.platform == "linux" and _starts_ranks(words) and not is_rank:
         environment = dict(os.environ)
         places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
