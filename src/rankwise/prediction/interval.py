@@ -9,7 +9,7 @@ docs/prediction.md says which.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +28,9 @@ TELLING = 0.02
 LEAST = 0.1
 """Of what is predicted: no interval begins lower."""
 
-DRIFT = 0.07
+DRIFT, DRIFT_COUNT = 0.07, 8
 """By which part runs of the same differ that are made at other times (standard deviation): other users of
-the machine, its clock, where memory lies."""
+the machine, its clock, where memory lies; as if that many had been seen before the source's."""
 
 EPOCHS, EPOCHS_COUNT = 0.02, 4
 """By which part epochs of a run differ, as if that many had been seen before the source's."""
@@ -121,18 +121,23 @@ def doubts(source: Source, asked: Asked) -> tuple[Doubt, ...]:
 
 
 def _repeats(asked: Asked) -> Doubt:
-    """Where one more epoch lies, by those of the source: Student's interval for it, with a guess of how much
-    epochs differ that weighs like some epochs before them."""
-    epochs = np.log(asked.compute.epochs_s)
-    freedom = EPOCHS_COUNT + len(epochs) - 1
-    variance = (EPOCHS_COUNT * EPOCHS**2 + float(((epochs - epochs.mean()) ** 2).sum())) / freedom
-    quantile = float(special.stdtrit(freedom, (1 + LEVEL) / 2))
-    return _by_factor("repeats", quantile * math.sqrt(variance * (1 + 1 / len(epochs))), asked.total_s)
+    """Where one more epoch lies, by those of the source."""
+    return _by_factor("repeats", _one_more(asked.compute.epochs_s, EPOCHS, EPOCHS_COUNT), asked.total_s)
 
 
 def _drift(asked: Asked) -> Doubt:
-    quantile = float(special.ndtri((1 + LEVEL) / 2))
-    return _by_factor("drift", quantile * DRIFT / math.sqrt(asked.compute.runs), asked.total_s)
+    """Where one more run lies: it drifts itself, however many the source has."""
+    return _by_factor("drift", _one_more(asked.compute.by_run_s, DRIFT, DRIFT_COUNT), asked.total_s)
+
+
+def _one_more(seen_s: Sequence[float], spread: float, count: int) -> float:
+    """How far the logarithm of one more may be from the mean of those seen: Student's interval for it, with a
+    guess of how much they differ that weighs like `count` of them that were seen before."""
+    logarithms = np.log(seen_s)
+    freedom = count + len(logarithms) - 1
+    variance = (count * spread**2 + float(((logarithms - logarithms.mean()) ** 2).sum())) / freedom
+    quantile = float(special.stdtrit(freedom, (1 + LEVEL) / 2))
+    return quantile * math.sqrt(variance * (1 + 1 / len(logarithms)))
 
 
 def _exchanges(source: Source, asked: Asked) -> Doubt:

@@ -33,13 +33,13 @@ _SAVED_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Compute:
-    """Steps of a rank, without exchanges, at one batch size and number of threads, in one run or `runs`.
+    """Steps of a rank, without exchanges, at one batch size and number of threads, in one run or several.
 
     `meets` is whether there was an exchange after each, which empties the caches that the next step then
     fills again. `steps_s` [n] are their times; in the mean `per_sample_s` of each sample (forward and
     backward), `backward_s` of it the backward pass, and `optimizer_s` the optimiser's step. `evaluation_s` is
     what one rank would take to evaluate all validation samples. `epochs_s` are mean steps of each epoch, and
-    `busy` is how many cores of the host worked at once.
+    `runs_s` those of each run if there are several; `busy` is how many cores of the host worked at once.
     """
 
     threads: int
@@ -52,7 +52,17 @@ class Compute:
     evaluation_s: float
     epochs_s: tuple[float, ...]
     busy: int = 1
-    runs: int = 1
+    runs_s: tuple[float, ...] = ()
+
+    @property
+    def by_run_s(self) -> tuple[float, ...]:
+        """The mean step of each run."""
+        return self.runs_s or (self.mean_s,)
+
+    @property
+    def runs(self) -> int:
+        """How many there are."""
+        return len(self.by_run_s)
 
     @property
     def mean_s(self) -> float:
@@ -79,7 +89,7 @@ class Compute:
             optimizer_s=mean(self.optimizer_s, other.optimizer_s),
             evaluation_s=mean(self.evaluation_s, other.evaluation_s),
             epochs_s=self.epochs_s + other.epochs_s,
-            runs=self.runs + other.runs,
+            runs_s=self.by_run_s + other.by_run_s,
         )
 
 
