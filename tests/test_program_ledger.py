@@ -27,7 +27,6 @@ from rankwise.runs.record import Record
 
 from .conftest import Command
 from .effort import FULL, daily, examples
-from .known_delays import LATE_S
 
 TOLERANCE_S = 0.03
 
@@ -238,6 +237,10 @@ def test_a_rank_that_was_killed_in_a_call_was_there_until_the_end() -> None:
 
 def record(folder: Path) -> Record:
     return RunFolder(folder).read()
+
+
+LATE_S = 0.5
+"""As known_delays.py has it, which begins MPI wherever it is imported, and leaves memory in /dev/shm."""
 
 
 EXPECTED = {
