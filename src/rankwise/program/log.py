@@ -30,6 +30,9 @@ ENTERED_AT, SITE_AT = ((CALL.names or ()).index(name) for name in ("entered_ns",
 """Where in a file's first row stands what is known of the call that was entered last."""
 
 
+_PART = int(Kind.PART)
+
+
 class Polls(NamedTuple):
     """Polls that have found nothing so far: where, their row, and what they took together."""
 
@@ -101,6 +104,13 @@ class ThreadLog:
         at = self.at if self.at < self.end else self.grow()
         self.at = at + SIZE
         PUT(self.buffer, at, kind, site, -1, entered_ns, left_ns)
+
+    def part(self, begun: int, left_ns: int, source: int = -1, tag: int = -1) -> None:
+        """What row `begun` began has come to its end in the wait of the row before."""
+        at = self.at if self.at < self.end else self.grow()
+        self.at = at + SIZE
+        message = -1, -1, 0, source, tag
+        PUT_ALL(self.buffer, at, _PART, -1, -1, left_ns, left_ns, *message, 0, 0, 0, begun, 0)
 
     @property
     def count(self) -> int:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rankwise.ledger.call_log import Kind
-from rankwise.program.log import ENTERED_AT, PUT_ALL, PUT_MESSAGE, SITE_AT, SIZE, ThreadLog
+from rankwise.program.log import ENTERED_AT, PUT_MESSAGE, SITE_AT, SIZE, ThreadLog
 from rankwise.program.places import OURS, Places
 from rankwise.program.wrappers import Method, Seen, frame_of, named, now, thread
 
@@ -35,7 +35,7 @@ FIRST_NUMBER = 1_000_000
 MOST_OPEN = 10_000
 """Exchanges in the background that may be waited for; older ones are forgotten."""
 
-_WAIT, _PART, _FAILED = int(Kind.WAIT), int(Kind.PART), int(Kind.FAILED)
+_WAIT, _FAILED = int(Kind.WAIT), int(Kind.FAILED)
 
 
 class TorchCalls:
@@ -254,11 +254,7 @@ class Row:
 
     def part(self, begun: int, source: int = -1) -> None:
         """It has brought what row `begun` began to its end."""
-        log = self._log
-        at = log.at if log.at < log.end else log.grow()
-        log.at = at + SIZE
-        left = self._left_ns
-        PUT_ALL(log.buffer, at, _PART, -1, -1, left, left, -1, -1, 0, source, -1, 0, 0, 0, begun, 0)
+        self._log.part(begun, self._left_ns, source)
 
 
 def _place(members: list[int], rank: int | None) -> int:

@@ -15,7 +15,6 @@ from rankwise.program.wrappers import Method, Seen, bytes_of, frame_of, named, n
 
 _NOT_OPEN = (-1, False)
 _UNKNOWN = (Kind.PLAIN, -1, -1, -1, 0)
-_PART = int(Kind.PART)
 
 
 def waiting(seen: Seen, method: Method, name: str) -> Method:
@@ -240,10 +239,10 @@ class Row:
 
 
 def _part(log: ThreadLog, begun: int, status: Any, left: int) -> None:
-    source, tag = (status.Get_source(), status.Get_tag()) if status is not None else (-1, -1)
-    at = log.at if log.at < log.end else log.grow()
-    log.at = at + SIZE
-    PUT_ALL(log.buffer, at, _PART, -1, -1, left, left, -1, -1, 0, source, tag, 0, 0, 0, begun, 0)
+    if status is None:
+        log.part(begun, left)
+    else:
+        log.part(begun, left, status.Get_source(), status.Get_tag())
 
 
 def _with_statuses(
