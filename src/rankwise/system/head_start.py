@@ -68,10 +68,9 @@ def begin(words: Sequence[str]) -> None:
     is_rank = any(mark in os.environ for mark in RANK_MARKS)
     if sys.platform == "linux" and _starts_ranks(words) and not is_rank:
         environment = dict(os.environ)
-        places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        found = shutil.which("mpiexec", path=places) or shutil.which("mpirun", path=places)
-        if found and Path(found).with_name("ompi_info").exists():
-            environment["LD_LIBRARY_PATH"] = with_libraries_of(Path(found), environment)
+        mpiexec = path_of_mpiexec()
+        if mpiexec and mpiexec.with_name("ompi_info").exists():
+            environment["LD_LIBRARY_PATH"] = with_libraries_of(mpiexec, environment)
         with contextlib.suppress(OSError):
             _begun.append(start(environment))
 
@@ -108,6 +107,13 @@ def start(environment: Mapping[str, str]) -> Importing:
             ours.close()
             raise
     return Importing(process, ours, environment)
+
+
+def path_of_mpiexec() -> Path | None:
+    """The mpiexec of this Python's environment, else of the PATH; None if there is none."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = shutil.which("mpiexec", path=places) or shutil.which("mpirun", path=places)
+    return Path(found) if found else None
 
 
 def with_libraries_of(mpiexec: Path, environment: Mapping[str, str]) -> str:
