@@ -110,9 +110,18 @@ def test_a_loss_costs_no_accuracy(config: Make, train_in_threads: Train, strateg
     assert struck.epochs[-1].val_accuracy > whole.epochs[-1].val_accuracy - 0.01
 
 
-def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any, list[Any]] | None:
-    """Three epochs of a plain loop; returns the weights, and how often each sample was trained in each epoch
-    that this rank saw the end of, or None for a spare that was not needed."""
+def loop(
+    world: World,
+    options: dict[str, Any],
+    *,
+    spares: int = 0,
+    epochs: int = 3,
+    step: Callable[[Any, Any, np.ndarray], None] = gradients,
+    made: Callable[[], tuple[Any, Any]] = make,
+) -> tuple[Any, list[Any]] | None:
+    """A plain loop with what was `made`, whose batches `step` gives gradients; returns the weights, and how
+    often each sample was trained in each epoch that this rank saw the end of, or None for a spare that was
+    not needed."""
     ranks = world.size - spares
     world.set_aside(ranks)
     join_state = None
@@ -120,8 +129,8 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
         join_state = stand_by(world)
         if join_state is None:
             return None
-    config = resolve(TrainConfig(ranks=ranks, batch_size=BATCH, epochs=3, **options))
-    model, optimizer = make()
+    config = resolve(TrainConfig(ranks=ranks, batch_size=BATCH, epochs=epochs, **options))
+    model, optimizer = made()
     synchroniser = Synchroniser(
         Replica(model, optimizer),
         entry_of(config.strategy).build(config),
@@ -132,11 +141,11 @@ def loop(world: World, options: dict[str, Any], *, spares: int = 0) -> tuple[Any
         join_state=join_state,
     )
     counts = []
-    for epoch in range(join_state.progress.epoch if join_state else 1, 4):
+    for epoch in range(join_state.progress.epoch if join_state else 1, epochs + 1):
 
         def train(epoch: int = epoch) -> Any:
             for batch in synchroniser.batches(epoch):
-                gradients(synchroniser.model, optimizer, batch.indices)
+                step(synchroniser.model, optimizer, batch.indices)
                 synchroniser.step()
             trained = np.bincount(synchroniser.trained(), minlength=SAMPLES)
             world.allreduce(trained)

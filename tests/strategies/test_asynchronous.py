@@ -14,18 +14,12 @@ from hypothesis import strategies as st
 from rankwise import synchronise
 from rankwise.comm import World, run_in_threads
 from rankwise.comm.threads import Killed
-from rankwise.config import TrainConfig
 from rankwise.errors import Interrupted
-from rankwise.models.replica import Replica
-from rankwise.plan import resolve
-from rankwise.strategies import entry_of
 from rankwise.strategies.asynchronous import EASGD, Asynchronous, CentreState, Downpour
-from rankwise.training.admission import stand_by
-from rankwise.training.build import make_sampler
-from rankwise.training.synchroniser import Synchroniser
 
 from .. import effort
 from ..matrix.cells import Cell, run
+from ..test_survival import loop
 from .loops import BATCH, SAMPLES, gradients, make, train_all, weights_of
 
 
@@ -99,38 +93,14 @@ def test_one_rank_that_stops_stops_all(stopper: int) -> None:
 def survives_its_master(
     world: World, strategy: str, spares: int, step: Any
 ) -> tuple[np.ndarray, list[Any]] | None:
-    """Two epochs whose batches `step` gives gradients; returns the weights, and how often each sample was
-    trained in each epoch, or None for a spare that was not needed."""
-    ranks = world.size - spares
-    world.set_aside(ranks)
-    joins = stand_by(world) if world.rank < 0 else None
-    if world.rank < 0 and joins is None:
-        return None
-    config = resolve(TrainConfig(ranks=ranks, batch_size=BATCH, epochs=2, strategy=strategy, sync_every=2))
-    model, _ = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    its = Synchroniser(
-        Replica(model, optimizer),
-        entry_of(strategy).build(config),
-        make_sampler(config, np.arange(SAMPLES), np.zeros(SAMPLES, np.int64), world.rank),
-        world,
-        survives=True,
-        spares=spares,
-        join_state=joins,
-    )
-    counts = []
-    for epoch in range(joins.progress.epoch if joins else 1, 3):
+    """Two epochs of plain SGD whose batches `step` gives gradients."""
 
-        def train(epoch: int = epoch) -> Any:
-            for batch in its.batches(epoch):
-                step(its.model, optimizer, batch.indices)
-                its.step()
-            trained = np.bincount(its.trained(), minlength=SAMPLES)
-            world.allreduce(trained)
-            return trained
+    def made() -> tuple[Any, Any]:
+        model, _ = make()
+        return model, torch.optim.SGD(model.parameters(), lr=0.01)
 
-        counts.append(its.retry_until_all(train))
-    return weights_of(its.model), counts
+    options = {"strategy": strategy, "sync_every": 2}
+    return loop(world, options, spares=spares, epochs=2, step=step, made=made)
 
 
 def constant(model: Any, optimizer: Any, indices: np.ndarray) -> None:
