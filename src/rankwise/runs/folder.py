@@ -143,7 +143,7 @@ class RunFolder:
         earlier start, wherever they are, may not write any more, and what they were at is over. Ranks that
         wait for the start of the name `mark` begin now."""
         self.beats.unlink(missing_ok=True)
-        self._ranks_there.unlink(missing_ok=True)
+        self.forget_ranks()
         write_atomically(self._start, f"{mark or os.urandom(8).hex()} {launched_at}".encode())
 
     def has_begun(self, mark: str) -> bool:

@@ -83,7 +83,8 @@ class _Desk:
         return _Desk(left, seen, waiting, changes)
 
 
-FLAG, COUNT = 1, 2
+COUNT = 2
+TAIL = 1 + COUNT
 """Numbers behind the weights of a message: whether to stop, and in an answer how often the centre changed."""
 
 COUNTED = 1 << 20
@@ -156,8 +157,8 @@ class Asynchronous(Strategy[CentreState]):
     ) -> tuple[CentreState, Flat]:
         """The state after the exchange, and this rank's new weights."""
         with world.ledger.phase("pack"):
-            flat = replica.pack(tail=FLAG + COUNT)
-            flat[-FLAG - COUNT :] = world.asked_to_stop, 0, 0
+            flat = replica.pack(tail=TAIL)
+            flat[-TAIL:] = world.asked_to_stop, 0, 0
         if batch.weights[world.rank]:
             require_finite(flat)
         if world.rank == 0:
@@ -208,7 +209,7 @@ class Asynchronous(Strategy[CentreState]):
 
     def _call(self, state: CentreState, flat: Flat, world: World) -> tuple[CentreState, Flat]:
         """A worker's exchange. There are no more once the master knows that a rank is to stop."""
-        weights, tail = np.split(flat, [-FLAG - COUNT])
+        weights, tail = np.split(flat, [-TAIL])
         mine = weights.copy()
         if state.stopped:
             return state, mine
@@ -229,21 +230,21 @@ class Asynchronous(Strategy[CentreState]):
         are left."""
         workers = world.size - 1
         desk = state.desk or _Desk.of_epoch(batch.rounds_left + 1, world.size)
-        centre, message = flat[: -FLAG - COUNT].copy(), np.empty_like(flat)
+        centre, message = flat[:-TAIL].copy(), np.empty_like(flat)
         try:
             while desk.rounds_left.sum() > workers * batch.rounds_left:
                 # If one of them has ended, the epoch has no end: others are then held back at the desk.
                 source = world.receive(message, owing=desk.owing)
-                world.stopping = world.asked_to_stop or bool(message[-FLAG - COUNT])
+                world.stopping = world.asked_to_stop or bool(message[-TAIL])
                 desk = desk.received(source, message.copy())
                 while due := desk.next(None if world.asked_to_stop else self.max_staleness):
                     source, content = due
                     with world.ledger.phase("optimizer"):
                         answer = content.copy()
-                        answer[: -FLAG - COUNT] = self.serve(centre, content[: -FLAG - COUNT], workers)
+                        answer[:-TAIL] = self.serve(centre, content[:-TAIL], workers)
                         state = _measured(state, desk.staleness(source))
                         state = replace(state, changes=state.changes + 1)
-                        answer[-FLAG - COUNT :] = world.asked_to_stop, *divmod(state.changes, COUNTED)
+                        answer[-TAIL:] = world.asked_to_stop, *divmod(state.changes, COUNTED)
                         desk = desk.answered(source, is_last=world.asked_to_stop)
                     world.send(answer, source)
         except RankLost:
